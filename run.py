@@ -1,0 +1,43 @@
+"""Run experiments: `python run.py [-m] key=value ...`. `python run.py --help` lists what there is."""
+
+import logging
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from teq import cli, config
+from teq.spec import UserError
+
+log = logging.getLogger("teq")
+
+
+@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+def launch(cfg: DictConfig) -> None:
+    """One job, in whatever process Hydra's launcher put it."""
+    config.prepare_environment()
+    cli.run_job(config.job(cfg, HydraConfig.get().runtime.choices))
+
+
+def main(argv: list[str]) -> int:
+    """Check every job, run them, say what came of each. Returns the exit status."""
+    if {"-h", "--help"} & set(argv):
+        print(cli.help_text())
+        return 0
+    config.prepare_environment()
+    try:
+        jobs = cli.checked_jobs(argv)
+        sys.argv[1:] = config.quoted(argv)
+        launch()
+    except UserError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(cli.INTERRUPTED, file=sys.stderr)
+        return 130
+    return cli.summary(jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

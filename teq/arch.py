@@ -1,0 +1,225 @@
+"""Sites: which norm or linear feeds which linears, folding scales into them, and the proof that nothing changes."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from teq.spec import Settings, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arch(Settings):
+    """A model family as data: where its blocks are, its sites, and the configuration values it depends on.
+
+    `sites` maps each source to the linears that read its output; names are relative to the block.
+    """
+
+    name: str
+    blocks: str
+    sites: dict[str, Any]
+    requires: dict[str, Any]
+    because: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """A source and the linears that read its output. Names are full module paths; `name` is the source's."""
+
+    name: str
+    block: int
+    source: "nn.Module"
+    targets: dict[str, "nn.Linear"]
+
+    @property
+    def width(self) -> int:
+        """Channels: the length of the site's scale vector."""
+        return next(iter(self.targets.values())).in_features
+
+
+def blocks(model: "nn.Module", arch: Arch) -> dict[str, "nn.Module"]:
+    """The decoder blocks by full name, first to last. Raises UserError where `arch` does not describe the model."""
+    for key, wanted in arch.requires.items():
+        value = getattr(model.config, key, wanted)
+        if value != wanted:
+            raise UserError(
+                f"{key}={value!r} in the model's configuration is not supported by arch={arch.name}: {arch.because}"
+            )
+    try:
+        stack = model.get_submodule(arch.blocks)
+    except AttributeError:
+        raise UserError(
+            f"arch={arch.name} looks for blocks at {arch.blocks!r}, which {type(model).__name__} does not have: "
+            "choose the model's own family with model/arch=opt|bloom|llama"
+        ) from None
+    return {f"{arch.blocks}.{i}": block for i, block in enumerate(stack)}
+
+
+def linears(block_name: str, block: "nn.Module") -> dict[str, "nn.Linear"]:
+    """The linears inside a block by full name: exactly what is quantized."""
+    from torch import nn
+
+    return {f"{block_name}.{name}": m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+def sites(model: "nn.Module", arch: Arch) -> list[Site]:
+    """Every site of the model, block by block in the arch's order. Raises UserError when there is none."""
+    found = []
+    for index, (block_name, block) in enumerate(blocks(model, arch).items()):
+        inside = linears(block_name, block)
+        for source, names in arch.sites.items():
+            targets = {f"{block_name}.{t}": inside.get(f"{block_name}.{t}") for t in names}
+            missing = [name for name, module in targets.items() if module is None]
+            if missing:
+                raise UserError(
+                    f"arch={arch.name} names the linear {missing[0]!r}, which the model does not have"
+                )
+            found.append(Site(f"{block_name}.{source}", index, block.get_submodule(source), targets))
+    if not found:
+        raise UserError(
+            f"arch={arch.name} has no site in this model: there is nothing that a transform could train"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What a set of scales does to each parameter. Both maps hold fp32 vectors by full linear or norm name."""
+
+    columns: dict[str, "Tensor"]  # linear -> s [in]: weight columns are multiplied
+    rows: dict[str, "Tensor"]  # source -> s [out]: weight rows (or a norm's weight) and bias are divided
+
+    @classmethod
+    def of(cls, sites: list[Site], scales: Mapping[str, "Tensor"]) -> "Folding":
+        """Sites without scales stay as they are."""
+        scaled = [site for site in sites if site.name in scales]
+        return cls(
+            columns={target: scales[site.name] for site in scaled for target in site.targets},
+            rows={site.name: scales[site.name] for site in scaled},
+        )
+
+    def weight(self, name: str, linear: "nn.Linear") -> "Tensor":
+        """The folded weight `[out, in]` of a linear: in fp32, or fp64 where the model is fp64; never cast down."""
+        import torch
+
+        exact = torch.promote_types(linear.weight.dtype, torch.float32)
+        weight = linear.weight.detach().to(exact)
+        if name in self.columns:
+            weight = weight * self.columns[name].to(weight)
+        if name in self.rows:
+            weight = weight / self.rows[name].to(weight)[:, None]
+        return weight
+
+    def divided(self, name: str, module: "nn.Module") -> dict[str, "Tensor"]:
+        """The one-dimensional parameters of a source (a norm's weight, any bias) divided by s, in their own dtype."""
+        import torch
+
+        out = {}
+        for key, value in module.named_parameters(recurse=False):
+            if value.ndim == 1 and name in self.rows:
+                exact = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+                out[f"{name}.{key}"] = (exact / self.rows[name].to(exact)).to(value.dtype)
+        return out
+
+
+def fold(sites: list[Site], scales: Mapping[str, "Tensor"]) -> None:
+    """Multiply targets and divide sources in place; the model's float function is unchanged."""
+    import torch
+
+    folding = Folding.of(sites, scales)
+    touched = {site.name: site.source for site in sites} | {
+        n: m for site in sites for n, m in site.targets.items()
+    }
+    new = {}
+    for name, module in touched.items():
+        new |= {
+            (module, key.rpartition(".")[2]): value for key, value in folding.divided(name, module).items()
+        }
+        if isinstance(module, torch.nn.Linear):
+            new[module, "weight"] = folding.weight(name, module)
+    with torch.no_grad():
+        for (module, key), value in new.items():
+            getattr(module, key).copy_(value)
+
+
+class _Caught(Exception):
+    pass
+
+
+def block_inputs(model: "nn.Module", arch: Arch, tokens: "Tensor") -> tuple["Tensor", dict[str, Any]]:
+    """What the first block is called with for `tokens [batch, token]`: hidden `[batch, token, width]` and keywords."""
+    import torch
+
+    caught: dict[str, Any] = {}
+
+    def catch(_: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught["hidden"] = args[0] if args else kwargs["hidden_states"]
+        caught["kwargs"] = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        raise _Caught
+
+    first = next(iter(blocks(model, arch).values()))
+    with _hook(first, catch), torch.no_grad(), contextlib.suppress(_Caught):
+        model(tokens, use_cache=False)
+    return caught["hidden"], caught["kwargs"]
+
+
+@contextlib.contextmanager
+def _hook(module: "nn.Module", hook: Any) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def run_block(block: "nn.Module", hidden: "Tensor", kwargs: dict[str, Any]) -> "Tensor":
+    """A block's output hidden states `[batch, token, width]`, whatever else its family returns beside them."""
+    out = block(hidden, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -> None:
+    """Fold random scales from 0.01 to 100 into each site of the first block and compare the block's output.
+
+    Works on a copy of the block in fp64, so the model itself is never touched. Raises UserError with the name of the
+    site whose folding changes the function.
+    """
+    import torch
+
+    vocabulary = model.get_input_embeddings().num_embeddings
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (1, 16), generator=generator).to(device)
+    hidden, kwargs = block_inputs(model, arch, tokens)
+    hidden, kwargs = hidden.double(), _double(kwargs)
+    name, original = next(iter(blocks(model, arch).items()))
+    with torch.no_grad():
+        expected = run_block(copy.deepcopy(original).double(), hidden, kwargs)
+        for source, names in arch.sites.items():
+            block = copy.deepcopy(original).double()
+            targets = {f"{name}.{t}": block.get_submodule(t) for t in names}
+            site = Site(f"{name}.{source}", 0, block.get_submodule(source), targets)
+            s = torch.empty(site.width, dtype=torch.float64).uniform_(-2, 2, generator=generator)
+            fold([site], {site.name: (10**s).to(device)})
+            change = (run_block(block, hidden, kwargs) - expected).norm() / expected.norm()
+            if not change <= tolerance:
+                raise UserError(
+                    f"site {source} -> {', '.join(names)} of arch={arch.name} is refused: folding random "
+                    f"positive scales into block 0 changes its output by {change:.1e} (relative), at most "
+                    f"{tolerance:.0e} is allowed; correct the site in conf/model/arch/{arch.name}.yaml"
+                )
+
+
+def _double(value: Any) -> Any:
+    """Floating-point tensors inside keyword arguments as fp64; everything else as it is."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_double(v) for v in value)
+    return {k: _double(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,94 @@
+"""What run.py says and does around a job: checking, running, summing up."""
+
+import logging
+import traceback
+from pathlib import Path
+
+from teq import config, pipeline, record, tables
+from teq.config import Job
+from teq.spec import Runtime, UserError
+from teq.store import Store
+
+log = logging.getLogger(__name__)
+INTERRUPTED = "interrupted: every stage that was finished is kept, the same command goes on from there"
+EXAMPLES = """\
+  python run.py                                            the defaults: TEQ at 3 bits on SmolLM2-135M, minutes
+  python run.py method=gptq bits=4 group_size=-1           another method and grid
+  python run.py -m model=opt-6.7b,bloom-3b method=teq,teq+gptq   a sweep, one record per run
+  python run.py experiments=quickstart                     an experiment file
+  python run.py model=opt-6.7b model.path=/models/opt      weights from a local folder
+  python run.py -m method=rtn,teq hydra/launcher=joblib    any Hydra launcher"""
+
+
+def help_text() -> str:
+    """Groups, options, experiments and examples."""
+    groups = "\n".join(f"  {name:<12} {', '.join(names)}" for name, names in config.groups().items())
+    values = (
+        (config.CONF / "config.yaml")
+        .read_text()
+        .partition("recipe: auto")[2]
+        .partition("\n# what the groups")[0]
+    )
+    indented = "\n".join(f"  {line}" for line in f"recipe: auto{values}".strip().splitlines())
+    return (
+        "Train equivalent transformations, quantize, evaluate; one record per run.\n\n"
+        f"usage: python run.py [-m] [group=option ...] [key=value ...]\n\ngroups\n{groups}\n\n"
+        f"values (null: the recipe decides)\n{indented}\n\nexamples\n{EXAMPLES}\n\n"
+        f"Records and cache lie in {config.home()} (TEQ_HOME). Tables: python -m teq report <experiment>."
+    )
+
+
+def checked_jobs(argv: list[str]) -> list[Job]:
+    """The jobs of a command line after every check that needs no heavy work. Raises UserError, a line for each problem."""
+    found = config.jobs(argv)
+    Store(config.home() / "store")
+    problems = []
+    for job in {job.run.key(): job for job in found}.values():
+        try:
+            pipeline.check(job.run)
+            pipeline.resolve_device(job.options.device)
+        except UserError as error:
+            problems.append(f"{job.run.title()}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return found
+
+
+def run_job(job: Job) -> None:
+    """Run one job; a failure is one line here, the traceback in the job's log, and a note for `summary`."""
+    home, note = config.home(), _failure_note(job)
+    note.unlink(missing_ok=True)
+    log.info("— %s (%s)", job.run.title(), job.run.key())
+    try:
+        runtime = Runtime(
+            device=pipeline.resolve_device(job.options.device),
+            checkpoint=job.options.checkpoint,
+            batch_size=job.options.batch_size,
+        )
+        logger = job.logger.start(job.run.title(), job.run.plain(), str(home))
+        pipeline.run(job.run, Store(home / "store"), home, runtime, logger)
+    except Exception as error:  # the other jobs of a sweep go on; this one is reported at the end
+        line = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, UserError):
+            line = f"{type(error).__name__}: {line}"
+        log.error("failed: %s", line)
+        logging.getLogger("teq.traceback").debug("%s", traceback.format_exc())
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(line)
+
+
+def summary(jobs: list[Job]) -> int:
+    """Print the results of `jobs` as a table, where their records lie, and what failed. Returns the exit status."""
+    failed = [(job, _failure_note(job)) for job in jobs if _failure_note(job).is_file()]
+    wanted = {job.run.key() for job in jobs}
+    found = [r for r in record.load(config.home() / "records") if r.id in wanted]
+    if found:
+        print(tables.plain(found))
+        print(f"{len(found)} records in {config.home() / 'records'}")
+    for job, note in failed:
+        print(f"failed: {job.run.title()}: {note.read_text()}")
+    return 1 if failed else 0
+
+
+def _failure_note(job: Job) -> Path:
+    return config.home() / "failed" / f"{job.run.key()}.txt"

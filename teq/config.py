@@ -1,0 +1,251 @@
+"""From a command line to checked runs. The only module of the package that imports Hydra."""
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+)
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from teq.models import Checkpoint
+from teq.pipeline import Run
+from teq.spec import Settings, UserError, option
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+INTEGER_GROUPS = ("bits", "group_size")
+LAYOUT = "layout"  # the node of an experiment file that says how its records are shown; no run reads it
+
+
+def home() -> Path:
+    """The folder for records and cached artefacts: TEQ_HOME, or `cache` beside run.py."""
+    return Path(os.environ.get("TEQ_HOME") or ROOT / "cache").expanduser().absolute()
+
+
+def prepare_environment() -> None:
+    """Set what conf/config.yaml refers to: where the project is, and where its output goes."""
+    os.environ["TEQ_ROOT"] = str(ROOT)
+    os.environ["TEQ_HOME"] = str(home())
+
+
+def quoted(argv: Sequence[str]) -> list[str]:
+    """The command line with the values of `bits`, `group_size` and `grid` quoted.
+
+    They are config groups whose options are called `4`, `-1`, ...; Hydra reads a bare 4 as a number and refuses it as
+    the name of an option.
+    """
+    out = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if equals and name in INTEGER_GROUPS and not set(value) & set("'\"[](){}"):
+            word = f"{name}={','.join(repr(part) for part in value.split(','))}"
+        out.append(word)
+    return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Settings):
+    """The part of a configuration that no result depends on."""
+
+    device: str = "auto"
+    checkpoint: bool = False
+    batch_size: int = option(8, at_least=1, key="tasks.batch_size")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a command line: the overrides that give it, the run itself, and how it is to be done."""
+
+    overrides: list[str]
+    run: Run
+    options: Options
+    logger: Any
+    layout: Mapping[str, Any] | None
+
+
+def jobs(argv: Sequence[str]) -> list[Job]:
+    """Every run of a command line. Raises UserError with one line for each that cannot be."""
+    try:
+        arguments = get_args_parser().parse_args(quoted(argv))
+    except SystemExit:
+        raise UserError("the command line is not understood: `python run.py --help` shows what is") from None
+    found: list[Job] = []
+    problems: list[str] = []
+    prepare_environment()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for overrides in _expand(arguments.overrides, arguments.multirun):
+            try:
+                composed = _compose(overrides)
+                _check_keys(composed, overrides)
+                found.append(job(composed, composed.hydra.runtime.choices, overrides))
+            except UserError as error:
+                problems += str(error).splitlines()
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return found
+
+
+def job(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str] = ()) -> Job:
+    """The job of one composed configuration. `choices` are Hydra's: which option of each group was taken."""
+    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    with open_dict(cfg):
+        _fill_from_recipe(cfg, str(choices["model"]))
+        cfg.evaluations = [_evaluation(name) for name in _names(cfg.evals)]
+        source = (
+            {"_target_": "teq.models.Folder", "path": cfg.model.path} if cfg.model.path else cfg.model.source
+        )
+        run = Run(
+            model=Checkpoint(name=str(choices["model"]), source=_make(source), arch=_make(cfg.model.arch)),
+            dtype=cfg.dtype,
+            method=str(choices["method"]),
+            transform=_make(cfg.method.transform),
+            quantizer=_make(cfg.method.quantizer),
+            evals=tuple(_make(evaluation) for evaluation in cfg.evaluations),
+        )
+    options = Options(device=cfg.device, checkpoint=cfg.train.checkpoint, batch_size=cfg.tasks.batch_size)
+    layout = OmegaConf.to_container(cfg[LAYOUT], resolve=True) if LAYOUT in cfg else None
+    return Job(list(overrides), run, options, _make(cfg.logger), layout)
+
+
+def groups() -> dict[str, list[str]]:
+    """The options of each group that a user chooses from, and the experiments."""
+    folders = [
+        CONF / name for name in ("model", "method", "bits", "group_size", "grid", "init", "recipe", "logger")
+    ]
+    found = {folder.name: options(folder) for folder in folders}
+    return found | {"evals": options(CONF / "eval"), "experiments": options(ROOT / "experiments")}
+
+
+def options(folder: Path) -> list[str]:
+    """The option names in a folder of YAML files; numbers by size."""
+    names = [file.stem for file in folder.glob("*.yaml")]
+    return sorted(names, key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))
+
+
+def _expand(overrides: list[str], multirun: bool) -> list[list[str]]:
+    """The override lists of the single jobs, as Hydra's own sweeper makes them."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        fixed = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
+        experiment = _compose([line for line in fixed if line.startswith("experiments=")])
+        params = experiment.hydra.sweeper.params or {}
+        if not multirun and "MULTIRUN" not in str(experiment.hydra.mode):
+            swept = [o.input_line for o in parsed if o.is_sweep_override()]
+            if swept:
+                raise UserError(f"{swept[0]} names several values: add -m (--multirun) to run each of them")
+            return [overrides]
+        lines = [f"{key}={value}" for key, value in params.items()] + overrides
+        return BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(lines), None)[0]
+    except HydraException as error:
+        raise UserError(_one_line(error, overrides)) from error
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    try:
+        return compose("config", overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error, overrides)) from error
+
+
+def _one_line(error: Exception, overrides: Sequence[str]) -> str:
+    """What Hydra says in a paragraph, as one line that names the way out."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        known = options(ROOT / group if group == "experiments" else CONF / group)
+        return f"{group}={name} is not allowed: it must be one of {', '.join(known)}"
+    text = " ".join(str(error).split())
+    if isinstance(error, ConfigCompositionException) and "Could not override" in text:
+        key = text.split("'")[1]
+        close = difflib.get_close_matches(key, list(_flat(compose("config"))) + list(groups()), 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"there is no option {key!r}: {hint}`python run.py --help` lists them all"
+    return f"{' '.join(overrides)}: {text}"
+
+
+def _check_keys(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse a key that only an experiment file knows: Hydra merges those in without a word."""
+    if cfg.hydra.runtime.choices.get("experiments") is None:
+        return
+    without = [o for o in overrides if not o.startswith("experiments=")]
+    known = set(_flat(_compose(without)))
+    for key in _flat(cfg):
+        if key not in known and not key.startswith(f"{LAYOUT}."):
+            name = cfg.hydra.runtime.choices["experiments"]
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f": did you mean {close[0]}?" if close else ""
+            raise UserError(f"experiments/{name}.yaml sets {key!r}, which is no option{hint}")
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of a configuration's leaves, without Hydra's own."""
+    for key, value in node.items_ex(resolve=False) if isinstance(node, DictConfig) else node.items():
+        if f"{prefix}{key}" == "hydra":
+            continue
+        if isinstance(value, DictConfig) and not value._is_none():
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _fill_from_recipe(cfg: DictConfig, model: str) -> None:
+    """Put the recipe's values where the user left null; the recipe's exceptions for this cell come first."""
+    name = cfg.model.recipe if cfg.recipe == "auto" else cfg.recipe
+    known = options(CONF / "recipe")
+    if name not in known:
+        raise UserError(f"recipe={name} is not allowed: it must be one of auto, {', '.join(known)}")
+    recipe = OmegaConf.load(CONF / "recipe" / f"{name}.yaml")
+    cell = {"model": model, "bits": cfg.bits, "group_size": cfg.group_size}
+    for exception in recipe.pop("exceptions", []):
+        if exception.pop("when") == cell:
+            _fill(cfg, exception)
+    _fill(cfg, recipe)
+
+
+def _fill(node: DictConfig, values: DictConfig) -> None:
+    for key, value in values.items():
+        if isinstance(value, DictConfig):
+            _fill(node[key], value)
+        elif node[key] is None:
+            node[key] = value
+
+
+def _names(evals: Any) -> list[str]:
+    names = [evals] if isinstance(evals, str) else list(evals or [])
+    known = options(CONF / "eval")
+    for name in names:
+        if name not in known:
+            raise UserError(f"evals={name} is not allowed: it must be some of {', '.join(known)}")
+    if not names:
+        raise UserError(f"evals is empty: name at least one of {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def _evaluation(name: str) -> DictConfig:
+    return OmegaConf.load(CONF / "eval" / f"{name}.yaml")
+
+
+def _make(node: Any) -> Any:
+    """The settings object of a node with `_target_`."""
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        raise cause or UserError(" ".join(str(error).split())) from None
+    except OmegaConfBaseException as error:
+        raise UserError(" ".join(str(error).split())) from error

@@ -1,0 +1,147 @@
+"""The b-bit affine grid that every method shares: parameters, codes, dequantization, straight-through.
+
+`weight [out, in]` is cut along `in` into groups of `group_size` consecutive channels (-1: the whole row); a row whose
+length is not a multiple of it ends in one shorter group. Groups are shapes `[out, groups]` everywhere.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from teq.spec import Settings, UserError, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Settings):
+    """How finely a weight is represented: `2 ** bits` levels per group of `group_size` input channels."""
+
+    bits: int = option(at_least=1, at_most=8)
+    group_size: int = option(at_least=-1)
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size == 0:
+            raise UserError(
+                "group_size=0 is not allowed: it must be a positive whole number, or -1 for whole rows"
+            )
+
+    @property
+    def levels(self) -> int:
+        """The largest code, `2 ** bits - 1`."""
+        return 2**self.bits - 1
+
+    def group_count(self, columns: int) -> int:
+        """Groups in a row of `columns` input channels."""
+        return 1 if self.group_size == -1 else -(-columns // self.group_size)
+
+    def spans(self, columns: int) -> list[tuple[int, int]]:
+        """The `[start, stop)` columns of each group."""
+        size = columns if self.group_size == -1 else self.group_size
+        return [(start, min(start + size, columns)) for start in range(0, columns, size)]
+
+
+def qparams(block: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
+    """Scale and zero of each group.
+
+    block: `[..., group]`, fp32, one group in the last dimension. Returns scale and zero `[...]`, fp32.
+
+    Asymmetric (GPTQ's `quant.py`, neural-compressor's `quant_weight_asym`): lo = min(w, 0), hi = max(w, 0), both 0 ->
+    -1, 1; scale = (hi - lo) / (2^b - 1); zero = round(-lo / scale). Symmetric: scale = 2 max|w| / (2^b - 1), zero =
+    2^(b-1), as GPTQ's code does for a group that has a negative weight.
+    """
+    import torch
+
+    lo, hi = torch.aminmax(block, dim=-1)
+    lo, hi = lo.clamp_(max=0), hi.clamp_(min=0)
+    if grid.symmetric:
+        hi = torch.maximum(hi, lo.neg())
+        lo = hi.neg()
+    empty = (lo == 0) & (hi == 0)
+    lo, hi = lo.masked_fill_(empty, -1), hi.masked_fill_(empty, 1)
+    scale = (hi - lo).div_(grid.levels)
+    if grid.symmetric:
+        return scale, torch.full_like(scale, 2 ** (grid.bits - 1))
+    return scale, lo.neg_().div_(scale).round_()
+
+
+def group_params(weight: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
+    """Scale and zero `[out, groups]` of `weight [out, in]` (fp32)."""
+    import torch
+
+    columns = weight.shape[1]
+    size = columns if grid.group_size == -1 else min(grid.group_size, columns)
+    whole = columns - columns % size
+    scale, zero = qparams(weight[:, :whole].unflatten(1, (-1, size)), grid)
+    if whole < columns:
+        tail = qparams(weight[:, None, whole:], grid)
+        scale, zero = torch.cat([scale, tail[0]], 1), torch.cat([zero, tail[1]], 1)
+    return scale, zero
+
+
+def encode(weight: "Tensor", scale: "Tensor", zero: "Tensor", grid: Grid) -> "Tensor":
+    """Codes `clamp(round(w / scale) + zero, 0, 2^b - 1)`, half to even; all arguments broadcast, fp32 out."""
+    return (weight / scale).round_().add_(zero).clamp_(0, grid.levels)
+
+
+def decode(codes: "Tensor", scale: "Tensor", zero: "Tensor") -> "Tensor":
+    """`(codes - zero) * scale`, broadcasting."""
+    return (codes - zero).mul_(scale)
+
+
+def spread(params: "Tensor", grid: Grid, columns: int, g_idx: "Tensor | None" = None) -> "Tensor":
+    """Group parameters `[out, groups]` as one value per column `[out, in]`; `g_idx [in]` overrides the grouping."""
+    if g_idx is not None:
+        return params[:, g_idx.long()]
+    size = columns if grid.group_size == -1 else grid.group_size
+    return params.repeat_interleave(size, dim=1)[:, :columns]
+
+
+def fake_quant(weight: "Tensor", grid: Grid) -> "Tensor":
+    """Quantize and dequantize `weight [out, in]` (fp32): what straight-through training puts into its forward pass.
+
+    Bit-equal to `decode(encode(...))` over `group_params`; written with in-place passes because it runs over every
+    weight at every training step.
+    """
+    import torch
+
+    columns = weight.shape[1]
+    size = columns if grid.group_size == -1 else min(grid.group_size, columns)
+    whole = columns - columns % size
+    out = torch.empty_like(weight)
+    for part, target in (
+        (weight[:, :whole].unflatten(1, (-1, size)), out[:, :whole].unflatten(1, (-1, size))),
+        (weight[:, None, whole:], out[:, None, whole:]),
+    ):
+        if part.numel():
+            scale, zero = (p[..., None] for p in qparams(part, grid))
+            torch.div(part, scale, out=target)
+            target.round_().add_(zero).clamp_(0, grid.levels).sub_(zero).mul_(scale)
+    return out
+
+
+def pack(codes: "Tensor", bits: int) -> "Tensor":
+    """Integer codes of any shape as a little-endian bit stream, uint8 `[ceil(n * bits / 8)]`."""
+    import torch
+
+    flat = codes.reshape(-1).to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
+    stream = (flat[:, None] >> torch.arange(bits, dtype=torch.uint8, device=flat.device)) & 1
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=flat.device)
+    packed = (stream.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+    return packed[: -(-codes.numel() * bits // 8)]
+
+
+def unpack(packed: "Tensor", bits: int, shape: tuple[int, ...]) -> "Tensor":
+    """The inverse of `pack`: codes of `shape`, uint8."""
+    import math
+
+    import torch
+
+    count = math.prod(shape)
+    stream = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    stream = torch.nn.functional.pad(stream.reshape(-1), (0, -stream.numel() % bits)).view(-1, bits)
+    weights = 1 << torch.arange(bits, dtype=torch.uint8, device=packed.device)
+    return (stream * weights).sum(1, dtype=torch.uint8)[:count].view(shape)

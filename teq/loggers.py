@@ -1,0 +1,96 @@
+"""Where a run reports while it goes on: nowhere, or Weights & Biases."""
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from teq.spec import Settings, option
+
+if TYPE_CHECKING:
+    from teq.record import Record
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent(Settings):
+    """Reports nothing."""
+
+    def start(self, title: str, run: dict[str, Any], folder: str) -> "Silent":
+        """Nothing to start."""
+        return self
+
+    def step(self, step: int, loss: float) -> None:
+        """Nothing."""
+
+    def finish(self, finished: "Record") -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wandb(Settings):
+    """Reports to Weights & Biases; offline unless `mode` says otherwise. Its failures never stop a run."""
+
+    group = "logger"
+    project: str
+    mode: str = option("offline", among=("offline", "online", "disabled"))
+
+    def start(self, title: str, run: dict[str, Any], folder: str) -> "WandbRun | Silent":
+        """Open a run; where that fails (no login, no network) say so and go on without."""
+        import wandb
+
+        try:
+            settings = wandb.Settings(silent=True, console="off", init_timeout=20)
+            opened = wandb.init(
+                project=self.project,
+                name=title,
+                config=run,
+                dir=folder,
+                mode=self.mode,
+                settings=settings,
+                reinit=True,
+            )
+        except Exception as error:  # whatever goes wrong in there, the experiment matters more
+            log.warning(
+                "wandb could not start (%s): this run is not logged there", str(error).splitlines()[0]
+            )
+            return Silent()
+        return WandbRun(opened)
+
+
+class WandbRun:
+    """An open Weights & Biases run."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+        self.stepped = False
+
+    def step(self, step: int, loss: float) -> None:
+        """The training loss of a step, as it happens."""
+        self.stepped = True
+        with contextlib.suppress(Exception):
+            self.run.log({"train/loss": loss, "train/step": step})
+
+    def finish(self, finished: "Record") -> None:
+        """The loss curve where it came from the cache, the metrics, and the scales' histogram."""
+        import numpy as np
+        import wandb
+
+        try:
+            if not self.stepped:
+                for step, loss in enumerate(finished.data["training"]["loss"]):
+                    self.step(step, loss)
+            for name, metric in finished.metrics.items():
+                self.run.log({f"{name}/{key}": value for key, value in metric["values"].items()})
+            for site, summary in finished.data["training"]["scales"].items():
+                bins = summary["s"]
+                edges = np.linspace(bins["lowest"], bins["highest"], len(bins["counts"]) + 1)
+                histogram = wandb.Histogram(np_histogram=(np.asarray(bins["counts"]), edges))
+                self.run.log({f"scales/{site}": histogram})
+            self.run.summary["record"] = finished.file.name
+            self.run.finish()
+        except Exception as error:
+            log.warning(
+                "wandb could not take the results (%s): the record has them", str(error).splitlines()[0]
+            )

@@ -1,0 +1,197 @@
+"""The whole chain: configuration -> scales -> quantized weights -> metrics -> record."""
+
+import datetime
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from teq import corpora, measure, record
+from teq.models import Checkpoint
+from teq.record import Record
+from teq.spec import Runtime, Settings, UserError, option
+from teq.store import Artefact, Store
+from teq.transforms import Diverged, site_scales
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from teq.models import LM
+
+log = logging.getLogger(__name__)
+
+
+class Logger(Protocol):
+    """Where a run reports while it goes on."""
+
+    def step(self, step: int, loss: float) -> None: ...
+
+    def finish(self, finished: Record) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Settings):
+    """One run, fully resolved. Its key is the id of its record."""
+
+    model: Checkpoint
+    dtype: str = option(among=("float32", "bfloat16", "float16", "float64"))
+    method: str
+    transform: Settings
+    quantizer: Settings
+    evals: tuple[Settings, ...]
+
+    def title(self) -> str:
+        """The run in a few words, for messages."""
+        grid = self.quantizer.grid
+        cut = "" if grid is None else f" bits={grid.bits} group_size={grid.group_size}"
+        return f"model={self.model.name} method={self.method}{cut}"
+
+
+def check(spec: Run) -> None:
+    """Everything that can be known to be wrong before any heavy work. Raises UserError."""
+    spec.model.source.identity()
+    for reader in (spec.transform, spec.quantizer):
+        _text(reader)
+    for evaluation in spec.evals:
+        evaluation.provenance()
+
+
+def resolve_device(wanted: str) -> str:
+    """`auto` as the device there is; any other name checked. Raises UserError."""
+    import torch
+
+    if wanted == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UserError(f"device={wanted} is not allowed: it must be auto, cpu or cuda:<n>") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device={wanted} does not exist: there are {torch.cuda.device_count()} CUDA devices here"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={wanted} is not allowed: it must be auto, cpu or cuda:<n>")
+    return f"cuda:{device.index or 0}" if device.type == "cuda" else "cpu"
+
+
+def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -> Record:
+    """Run what is not in the store yet and write the record under `home`/records.
+
+    A stage's key holds its settings, the weights' identity, and the digest of the text it reads, so that equal work is
+    done once, whoever asks for it.
+    """
+    identity = spec.model.source.identity()
+    weights = {"model": identity, "dtype": spec.dtype, "arch": spec.model.arch.plain()}
+    bench = Bench(spec.model, spec.dtype, runtime.device)
+
+    def fit() -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+        from teq.transforms.histogram import summaries
+
+        try:
+            tensors, info = spec.transform.fit(bench.pristine, runtime, logger.step)
+        except Diverged as error:
+            raise _kept(error, home / "failed" / f"{spec.key()}.safetensors") from error
+        return tensors, {**info, "scales": summaries(tensors)}
+
+    def quantize() -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+        moved = {name: s.to(runtime.device) for name, s in site_scales(scales.tensors()).items()}
+        return spec.quantizer.quantize(bench.to_use_up(), moved, runtime)
+
+    scales = store.get(
+        "scales",
+        {**weights, "transform": spec.transform.plain(), "text": _text(spec.transform)},
+        fit,
+        runtime.device,
+    )
+    quantized = store.get(
+        "weights",
+        {**weights, "scales": scales.key, "quantizer": spec.quantizer.plain(), "text": _text(spec.quantizer)},
+        quantize,
+        runtime.device,
+    )
+    stages = {"scales": scales, "weights": quantized}
+    metrics = {}
+    for evaluation in spec.evals:
+
+        def evaluate(evaluation: Any = evaluation) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+            metric = evaluation.measure(bench.holding(quantized, spec.quantizer.grid), runtime)
+            arrays = {name: record.pack(array) for name, array in metric.arrays.items()}
+            return {}, {"values": metric.values, "arrays": arrays, "info": metric.info}
+
+        settings = {
+            "weights": quantized.key,
+            "evaluation": evaluation.plain(),
+            "text": evaluation.provenance(),
+        }
+        stages[evaluation.name] = store.get("metrics", settings, evaluate, runtime.device)
+        metrics[evaluation.name] = stages[evaluation.name].info
+    finished = record.write(
+        {
+            "id": spec.key(),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "run": spec.plain(),
+            "identity": identity,
+            "metrics": metrics,
+            "training": {"loss": scales.info.get("loss", []), "scales": scales.info.get("scales", {})},
+            "quantization": quantized.info,
+            "text": {"transform": _text(spec.transform), "quantizer": _text(spec.quantizer)},
+            "stages": {name: _stage(artefact) for name, artefact in stages.items()},
+            "code": measure.git_state(Path(__file__).resolve().parent.parent),
+            "machine": measure.machine(runtime.device),
+        },
+        home / "records",
+    )
+    logger.finish(finished)
+    return finished
+
+
+class Bench:
+    """The one model in memory, and what has been done to it. Nothing is loaded before it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, device: str) -> None:
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self._lm: LM | None = None
+        self._state: str | None = "pristine"
+
+    def pristine(self) -> "LM":
+        """The model as it was loaded; the caller leaves it so."""
+        if self._lm is None or self._state != "pristine":
+            self._lm = None  # free the old one first
+            log.info("loading model=%s", self.checkpoint.name)
+            self._lm, self._state = self.checkpoint.load(self.dtype, self.device), "pristine"
+        return self._lm
+
+    def to_use_up(self) -> "LM":
+        """The model as it was loaded; the caller may change it."""
+        lm, self._state = self.pristine(), "used up"
+        return lm
+
+    def holding(self, weights: Artefact, grid: Any) -> "LM":
+        """The model with the stored weights in it: nothing but the file decides what is evaluated."""
+        if self._state != weights.key:
+            from teq.quantizers import restore
+
+            lm = self.to_use_up()
+            restore(lm.model, weights.tensors(self.device), grid)
+            self._state = weights.key
+        assert self._lm is not None
+        return self._lm
+
+
+def _text(reader: Any) -> dict[str, Any] | None:
+    name = reader.corpus()
+    return None if name is None else corpora.provenance(name)
+
+
+def _stage(artefact: Artefact) -> dict[str, Any]:
+    return {"key": artefact.key, "cost": artefact.cost, "cached": artefact.cached}
+
+
+def _kept(error: Diverged, file: Path) -> Diverged:
+    """The error, after the scales so far were saved to `file`, saying so."""
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in error.tensors.items()}, file)
+    return Diverged(f"{error}; the scales so far are in {file}", error.tensors)

@@ -1,0 +1,43 @@
+"""Progress of long work: a bar on a terminal, plain log lines where there is none."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 30.0
+
+
+def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Yield `items` while showing how many are done, the rate and the time left."""
+    count = total if total is not None else len(items) if isinstance(items, Sized) else None
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, desc=what, total=count, dynamic_ncols=True, leave=False)
+        return
+    start = spoken = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - spoken >= SECONDS_BETWEEN_LINES and done != count:
+            spoken, rate = now, done / (now - start)
+            left = f", {(count - done) / rate:.0f} s left" if count else ""
+            log.info("%s: %d%s at %.2f/s%s", what, done, f" of {count}" if count else "", rate, left)
+
+
+class Console(logging.StreamHandler):
+    """A log handler that leaves a progress bar on the terminal whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line above the bars."""
+        try:
+            from tqdm import tqdm
+
+            with tqdm.external_write_mode(file=self.stream):
+                super().emit(record)
+        except Exception:
+            self.handleError(record)

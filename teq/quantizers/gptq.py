@@ -1,0 +1,45 @@
+"""GPTQ: round column by column and let the columns that follow make up for the error."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from teq.corpora import Calibration
+from teq.grid import Grid
+from teq.spec import Runtime, Settings, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from teq.models import LM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq(Settings):
+    """GPTQ as its official code runs it; the defaults of the options are that code's."""
+
+    version = 1
+    group = "gptq"
+    grid: Grid
+    calib: Calibration
+    samples: int = option(at_least=1)
+    length: int = option(at_least=2)
+    damping: float = option(0.01, above=0)
+    block_size: int = option(128, at_least=1)
+    act_order: bool = False
+    static_groups: bool = False
+    true_sequential: bool = False
+
+    def corpus(self) -> str:
+        """The calibration text."""
+        return self.calib.corpus
+
+    def quantize(
+        self, lm: "LM", scales: Mapping[str, "Tensor"], runtime: Runtime
+    ) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+        """Quantize block by block on calibration windows; see `teq.quantizers.gptq_blocks.quantize_blocks`."""
+        from teq import corpora
+        from teq.quantizers.gptq_blocks import quantize_blocks
+
+        windows = corpora.calibration(self.calib, lm.tokenizer, self.samples, self.length)
+        return quantize_blocks(self, lm, scales, windows)

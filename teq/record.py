@@ -1,0 +1,125 @@
+"""Records: one immutable JSON file per run, with everything that a table, a figure or a bootstrap needs."""
+
+import base64
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from teq.spec import digest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run was, what it measured and what it took. `data` is the JSON object as stored."""
+
+    data: dict[str, Any]
+    file: Path
+
+    @property
+    def id(self) -> str:
+        """The run's content hash, computable from the configuration alone."""
+        return str(self.data["id"])
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """By evaluation: `values`, packed `arrays`, `info`."""
+        return self.data["metrics"]
+
+    def array(self, evaluation: str, name: str) -> np.ndarray:
+        """A packed array of an evaluation, such as `window_loss` or `correct`."""
+        return unpack(self.metrics[evaluation]["arrays"][name])
+
+
+def pack(array: np.ndarray) -> dict[str, Any]:
+    """An array as JSON: dtype, shape, and its little-endian bytes, compressed, in base 64."""
+    little = array.astype(array.dtype.newbyteorder("<"))
+    data = base64.b64encode(zlib.compress(little.tobytes(), 9)).decode()
+    return {"dtype": little.dtype.str, "shape": list(array.shape), "data": data}
+
+
+def unpack(packed: dict[str, Any]) -> np.ndarray:
+    """The inverse of `pack`."""
+    raw = zlib.decompress(base64.b64decode(packed["data"]))
+    return np.frombuffer(raw, dtype=packed["dtype"]).reshape(packed["shape"])
+
+
+def write(data: dict[str, Any], folder: Path) -> Record:
+    """Store a record under its id and the keys of its stages; one that is there already is kept and returned."""
+    trail = digest({name: stage["key"] for name, stage in data["stages"].items()})[:8]
+    file = folder / f"{data['id']}-{trail}.json"
+    if file.exists():
+        return Record(json.loads(file.read_text()), file)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(f".{os.getpid()}.part")
+    aside.write_text(json.dumps({"schema": SCHEMA, **data}, allow_nan=False, separators=(",", ":")))
+    os.replace(aside, file)
+    return Record(json.loads(file.read_text()), file)
+
+
+def load(*folders: Path) -> list[Record]:
+    """Every readable record, oldest first within a folder, folders in the order given.
+
+    A record that is broken or of another schema is named in a warning and left out; it never hides the others.
+    """
+    found = []
+    for folder in folders:
+        inside = []
+        for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+            try:
+                data = json.loads(file.read_text())
+                if data["schema"] != SCHEMA:
+                    raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
+                data["id"], data["metrics"], data["stages"], data["run"], data["created"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                reason = f"no {error} in it" if isinstance(error, KeyError) else error
+                log.warning("record %s is left out: %s", file, reason)
+                continue
+            inside.append(Record(data, file))
+        found += sorted(inside, key=lambda record: record.data["created"])
+    return found
+
+
+def frame(records: Iterable[Record]) -> "pd.DataFrame":
+    """One row a record: its settings by dotted name, `<evaluation>.<metric>` and `seconds.<stage>` columns."""
+    import pandas as pd
+
+    return pd.DataFrame([_row(record) for record in records])
+
+
+def _row(record: Record) -> dict[str, Any]:
+    run, row = record.data["run"], {"id": record.id, "model": record.data["run"]["model"]["name"]}
+    row |= {"method": run["method"], "dtype": run["dtype"], **dict(_flat(run["transform"], "transform"))}
+    row |= dict(_flat(run["quantizer"], "quantizer"))
+    grid = run["quantizer"].get("grid") or {}
+    row |= {
+        "bits": grid.get("bits"),
+        "group_size": grid.get("group_size"),
+        "symmetric": grid.get("symmetric"),
+    }
+    for name, metric in record.metrics.items():
+        row |= {f"{name}.{key}": value for key, value in metric["values"].items()}
+    for stage, entry in record.data["stages"].items():
+        row[f"seconds.{stage}"] = entry["cost"]["seconds"]
+        row[f"peak_bytes.{stage}"] = entry["cost"]["peak_bytes"]
+    return row | {"created": record.data["created"], "file": record.file.name}
+
+
+def _flat(settings: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", value

@@ -1,0 +1,145 @@
+"""Settings: frozen, type-checked descriptions of work, and the content hash that names its result."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what, the value, what is allowed, the way out."""
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    among: tuple[Any, ...] | None = None,
+    key: str | None = None,
+) -> Any:
+    """A dataclass field whose value must lie in a range or in a set; `Settings` checks it.
+
+    `key` is the name the command line knows it by, where that is not `<group>.<field>`.
+    """
+    bounds = {"above": above, "at_least": at_least, "at_most": at_most, "among": among, "key": key}
+    return dataclasses.field(default=default, metadata={k: v for k, v in bounds.items() if v is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Exactly the fields that one stage reads. Two equal settings are one piece of work: `key()` is its name.
+
+    `version` is bumped when the same fields come to mean another result. `group` is the prefix under which the
+    command line knows the fields, so that a message can name what the user typed.
+    """
+
+    version: ClassVar[int] = 1
+    group: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind = typing.get_type_hints(type(self))[field.name]
+            name = field.metadata.get("key") or ".".join(filter(None, [self.group, field.name]))
+            fitted = _fit(kind, value)
+            if fitted is _MISFIT or not _within(field.metadata, fitted):
+                raise UserError(
+                    f"{name}={value!r} is not allowed: it must be {_allowed(kind, field.metadata)}"
+                )
+            object.__setattr__(self, field.name, fitted)
+
+    def plain(self) -> dict[str, Any]:
+        """These settings in the types of JSON, with the class's name and version: what is hashed and recorded."""
+        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"kind": type(self).__name__, "version": self.version, **fields}
+
+    def key(self) -> str:
+        """The content hash: 16 hex digits of the SHA-256 of `plain()`."""
+        return digest(self.plain())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime(Settings):
+    """How the work is done where results do not depend on it: in no key. `device` is already resolved."""
+
+    device: str = "cpu"
+    checkpoint: bool = False
+    batch_size: int = option(8, at_least=1)
+
+
+def digest(plain: Any) -> str:
+    """16 hex digits of the SHA-256 of a JSON value, independent of the order of its keys."""
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_MISFIT = object()
+
+
+def _fit(kind: Any, value: Any) -> Any:
+    """The value as `kind`, or _MISFIT. Only lossless steps are taken: list to tuple, whole number to float."""
+    origin = typing.get_origin(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        fits = (_fit(option, value) for option in typing.get_args(kind))
+        return next((fit for fit in fits if fit is not _MISFIT), _MISFIT)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return _MISFIT
+        parts = tuple(_fit(typing.get_args(kind)[0], part) for part in value)
+        return _MISFIT if any(part is _MISFIT for part in parts) else parts
+    if origin is dict:
+        return dict(value) if isinstance(value, typing.Mapping) else _MISFIT
+    if kind is type(None):
+        return None if value is None else _MISFIT
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind in (int, float) and isinstance(value, bool):
+        return _MISFIT
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        return _MISFIT
+    return value if isinstance(value, kind) else _MISFIT
+
+
+def _within(bounds: typing.Mapping[str, Any], value: Any) -> bool:
+    if value is None:
+        return True
+    return (
+        ("above" not in bounds or value > bounds["above"])
+        and ("at_least" not in bounds or value >= bounds["at_least"])
+        and ("at_most" not in bounds or value <= bounds["at_most"])
+        and ("among" not in bounds or value in bounds["among"])
+    )
+
+
+def _allowed(kind: Any, bounds: typing.Mapping[str, Any]) -> str:
+    if "among" in bounds:
+        return "one of " + ", ".join(map(str, bounds["among"]))
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        type(None): "null",
+    }
+    text = " or ".join(words.get(k, getattr(k, "__name__", str(k))) for k in kinds)
+    limits = [("above", "above"), ("at_least", "at least"), ("at_most", "at most")]
+    return " ".join([text, *(f"{word} {bounds[name]}" for name, word in limits if name in bounds)])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Settings):
+        return value.plain()
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return value

@@ -1,0 +1,48 @@
+"""Transforms: what is done to a model, without changing its function, before it is quantized.
+
+A transform is frozen settings with `fit(load, runtime, on_step) -> (tensors, info)`: tensors hold a positive vector per site
+under the site's name (and, beside it, whatever else is worth keeping under a name with a prefix and a slash).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from teq.spec import Runtime, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from teq.models import LM
+
+Load = Callable[[], "LM"]
+OnStep = Callable[[int, float], None]
+
+
+class NothingDone(UserError):
+    """A stage that ran and changed nothing: an error, because its numbers would look like a result."""
+
+
+class Diverged(UserError):
+    """Training met a loss that is not finite. `tensors` holds the scales so far."""
+
+    def __init__(self, message: str, tensors: dict[str, "Tensor"]) -> None:
+        super().__init__(message)
+        self.tensors = tensors
+
+
+class Transform(Protocol):
+    """What the pipeline asks of a transform."""
+
+    def plain(self) -> dict[str, Any]: ...
+
+    def corpus(self) -> str | None:
+        """The name of the calibration text it reads, or None."""
+
+    def fit(
+        self, load: Load, runtime: Runtime, on_step: OnStep
+    ) -> tuple[Mapping[str, "Tensor"], dict[str, Any]]: ...
+
+
+def site_scales(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """The scale vectors of a fitted transform by site, without what was kept beside them."""
+    return {name: tensor for name, tensor in tensors.items() if "/" not in name}

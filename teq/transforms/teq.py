@@ -1,0 +1,49 @@
+"""TEQ: the scales are trained with the model's own loss through straight-through rounding (the paper's section 3)."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from teq.corpora import Calibration
+from teq.grid import Grid
+from teq.spec import Runtime, Settings, option
+from teq.transforms import Load, OnStep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teq(Settings):
+    """How the scales are trained.
+
+    `parameter` clip trains s itself, kept at 1e-5 or more (neural-compressor's bound); log trains log s. Profile
+    `paper` decays the learning rate linearly from `lr` in eval mode; `inc` is neural-compressor's: 5 % warm-up first,
+    and training mode, so that dropout is on.
+    """
+
+    version = 1
+    group = "train"
+    grid: Grid
+    calib: Calibration
+    init: str = option(among=("ones", "inv_sqrt"), key="init")
+    steps: int = option(at_least=0)
+    lr: float = option(above=0)
+    batch: int = option(at_least=1)
+    length: int = option(at_least=2)
+    parameter: str = option(among=("clip", "log"))
+    profile: str = option(among=("paper", "inc"))
+
+    def corpus(self) -> str:
+        """The calibration text."""
+        return self.calib.corpus
+
+    def fit(
+        self, load: Load, runtime: Runtime, on_step: OnStep
+    ) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+        """Train; see `teq.transforms.training.train`."""
+        from teq import corpora
+        from teq.transforms.training import train
+
+        lm = load()
+        windows = corpora.calibration(self.calib, lm.tokenizer, max(self.steps, 1) * self.batch, self.length)
+        return train(self, lm.model, lm.arch, windows, on_step, runtime.checkpoint)
