@@ -54,8 +54,8 @@ def qparams(block: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
     """
     import torch
 
-    lo, hi = torch.aminmax(block, dim=-1)
-    lo, hi = lo.clamp_(max=0), hi.clamp_(min=0)
+    # two passes: torch.aminmax over a short last dimension is ten times slower than both together on a CPU
+    lo, hi = block.amin(-1).clamp_(max=0), block.amax(-1).clamp_(min=0)
     if grid.symmetric:
         hi = torch.maximum(hi, lo.neg())
         lo = hi.neg()

@@ -1,0 +1,36 @@
+"""Shared fixtures: a cache of their own for every test, tiny models, and what a test may skip for."""
+
+import os
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ.setdefault("TEQ_ROOT", str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    """No test sees another's records or artefacts, or the user's."""
+    monkeypatch.setenv("TEQ_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(params=["opt", "bloom", "llama"])
+def family(request):
+    """Each architecture in turn."""
+    return request.param
+
+
+@pytest.fixture
+def tiny():
+    """Make a tiny model: `tiny("opt", dtype="float64")` -> LM."""
+    from teq import config
+
+    def make(family: str, dtype: str = "float32"):
+        (job,) = config.jobs([f"model=tiny-{family}"])
+        return job.run.model.load(dtype, "cpu")
+
+    return make

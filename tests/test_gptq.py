@@ -1,0 +1,102 @@
+"""GPTQ against golden tensors of the official code, and the identities it must satisfy."""
+
+import pathlib
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from teq.corpora import Calibration
+from teq.grid import Grid, group_params, spread
+from teq.quantizers.gptq import Gptq
+from teq.quantizers.gptq_solver import Hessian, solve
+from teq.quantizers.rtn import round_to_nearest
+from teq.spec import UserError
+
+ORACLE = load_file(pathlib.Path(__file__).parent / "oracles" / "gptq.safetensors")
+CASES = [name for name in ORACLE if name.startswith(("gptq.", "rtn."))]
+
+
+def settings(bits=3, group_size=32, symmetric=False, **kwargs):
+    grid = Grid(bits=bits, group_size=group_size, symmetric=symmetric)
+    return Gptq(grid=grid, calib=Calibration(), samples=1, length=2, **kwargs)
+
+
+def parse(name):
+    """`gptq.b3.g32.asym.act_order` -> (Grid, options)."""
+    _, bits, group, kind, *options = name.split(".")
+    return Grid(bits=int(bits[1:]), group_size=int(group[1:]), symmetric=kind == "sym"), dict.fromkeys(options, True)
+
+
+def hessian():
+    total = Hessian(224, torch.device("cpu"))
+    for batch in ORACLE["inputs"].split(64):
+        total.add(batch[None])
+    return total.mean()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_codes_equal_the_official_codes(name):
+    grid, options = parse(name)
+    if name.startswith("rtn."):
+        ours = round_to_nearest(ORACLE["weight"], grid)
+    else:
+        chosen = Gptq(grid=grid, calib=Calibration(), samples=1, length=2, **options)
+        ours = solve(ORACLE["weight"], hessian(), chosen).quantized
+    dequantized = ours.dequantize(grid)
+    torch.testing.assert_close(dequantized, ORACLE[name], rtol=1e-5, atol=1e-6)
+    # equal values on the same grid are equal codes: recover the oracle's codes with our own parameters
+    scale = spread(ours.scale, grid, 224, ours.g_idx)
+    theirs = (ORACLE[name] / scale).round() + spread(ours.zero, grid, 224, ours.g_idx)
+    assert torch.equal(theirs, ours.codes.float())
+
+
+def test_identity_hessian_is_rounding():
+    weight = ORACLE["weight"]
+    chosen = settings(group_size=32)
+    ours = solve(weight, torch.eye(224), chosen).quantized
+    assert torch.equal(ours.codes, round_to_nearest(weight, chosen.grid).codes)
+
+
+def test_error_is_below_that_of_rounding():
+    weight, h, chosen = ORACLE["weight"], hessian(), settings()
+    lost = round_to_nearest(weight, chosen.grid).dequantize(chosen.grid) - weight
+    rounding = float(((lost @ h) * lost).sum())
+    assert solve(weight, h, chosen).error < 0.7 * rounding
+
+
+def test_rows_solved_together_equal_rows_solved_alone():
+    chosen = settings()
+    together = solve(ORACLE["weight"], hessian(), chosen).quantized
+    alone = [solve(part, hessian(), chosen).quantized for part in ORACLE["weight"].split(4)]
+    assert torch.equal(together.codes, torch.cat([part.codes for part in alone]))
+
+
+def test_dead_columns_become_zero():
+    h = hessian()
+    h[7, :] = h[:, 7] = 0
+    for group_size in (-1, 32):
+        chosen = settings(group_size=group_size)
+        q = solve(ORACLE["weight"], h, chosen).quantized
+        assert not q.dequantize(chosen.grid)[:, 7].any()
+
+
+def test_whole_row_grid_is_taken_before_dead_columns_are_zeroed():
+    weight = ORACLE["weight"].clone()
+    weight[:, 7] = 10.0
+    h = hessian()
+    h[7, :] = h[:, 7] = 0
+    chosen = settings(group_size=-1)
+    assert torch.equal(solve(weight, h, chosen).quantized.scale, group_params(weight, chosen.grid)[0])
+
+
+def test_damping_ladder_is_climbed_and_recorded():
+    x = torch.randn(3, 224, generator=torch.Generator().manual_seed(0))
+    singular = x.T @ x - 0.02 * torch.eye(224) * (x.T @ x).diagonal().mean()
+    solution = solve(ORACLE["weight"], singular, settings())
+    assert solution.damping == pytest.approx(0.1)
+
+
+def test_hopeless_hessian_is_refused():
+    with pytest.raises(UserError, match="not positive definite"):
+        solve(ORACLE["weight"], torch.eye(224) - 200 * torch.ones(224, 224) / 224, settings())

@@ -1,0 +1,229 @@
+"""TEQ against Intel's modules, against autograd, and against its own promises."""
+
+import json
+import pathlib
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from teq import arch, config
+from teq.corpora import Calibration
+from teq.grid import Grid, fake_quant
+from teq.models import LM
+from teq.quantizers import restore
+from teq.quantizers.rtn import Rtn
+from teq.spec import Runtime
+from teq.transforms import Diverged, NothingDone, site_scales
+from teq.transforms.teq import Teq
+from teq.transforms.training import ScaledFakeQuantLinear, causal_loss, initial, learning_rate, train
+
+FOLDER = pathlib.Path(__file__).parent / "oracles"
+
+
+def teq(**changes):
+    values = dict(
+        grid=Grid(bits=3, group_size=16),
+        calib=Calibration(),
+        init="ones",
+        steps=20,
+        lr=0.01,
+        batch=1,
+        length=48,
+        parameter="clip",
+        profile="paper",
+    )
+    return Teq(**{**values, **changes})
+
+
+@pytest.fixture
+def oracle(family):
+    """The model, tokens and golden results of neural-compressor's modules for one family."""
+    file = FOLDER / f"teq_{family}.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        values = json.loads(opened.metadata()["config"])
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    prefix = "weights/"
+    weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    model.eval().requires_grad_(False)
+    return model, family_arch(family), tensors
+
+
+def family_arch(family):
+    (job,) = config.jobs([f"model=tiny-{family}"])
+    return job.run.model.arch
+
+
+def test_losses_scales_and_logits_equal_neural_compressors(oracle):
+    model, family, tensors = oracle
+    torch.testing.assert_close(model(tensors["tokens"][:1]).logits, tensors["logits_fp"], rtol=1e-4, atol=1e-5)
+    trained, info = train(teq(), model, family, tensors["tokens"], lambda *_: None)
+    torch.testing.assert_close(torch.tensor(info["loss"]), tensors["losses"], rtol=1e-5, atol=0)
+    expected = {name.removeprefix("scales/"): t for name, t in tensors.items() if name.startswith("scales/")}
+    scales = site_scales(trained)
+    assert scales.keys() == expected.keys()
+    for name, s in scales.items():
+        torch.testing.assert_close(s, expected[name], rtol=1e-5, atol=1e-6)
+    lm = LM(model, None, family, "oracle")
+    stored, _ = Rtn(grid=teq().grid).quantize(lm, scales, Runtime())
+    restore(model, stored, teq().grid)
+    torch.testing.assert_close(
+        model(tensors["tokens"][:1]).logits, tensors["logits_quantized"], rtol=1e-4, atol=1e-4
+    )
+
+
+class AutogradLinear(torch.autograd.Function):
+    """Straight-through rounding alone; everything else is left to autograd."""
+
+    @staticmethod
+    def forward(ctx, weight, grid):
+        return fake_quant(weight, grid)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+@pytest.mark.parametrize("group_size", [-1, 8, 12])
+def test_closed_form_gradient_equals_autograd(group_size):
+    generator = torch.Generator().manual_seed(0)
+    grid = Grid(bits=3, group_size=group_size)
+    x = torch.randn(2, 5, 32, generator=generator, dtype=torch.float64, requires_grad=True)
+    s = torch.rand(32, generator=generator, dtype=torch.float64).add(0.5).requires_grad_()
+    weight = torch.randn(7, 32, generator=generator, dtype=torch.float64)
+    bias = torch.randn(7, generator=generator, dtype=torch.float64)
+    dy = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
+    ours = torch.autograd.grad(ScaledFakeQuantLinear.apply(x, s, weight, bias, grid), (x, s), dy)
+    plain = functional.linear(x / s, AutogradLinear.apply(weight * s, grid), bias)
+    for mine, theirs in zip(ours, torch.autograd.grad(plain, (x, s), dy), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_nothing_of_the_weights_size_is_kept_for_backward(tiny, family):
+    lm = tiny(family)
+    frozen = {p.data_ptr() for p in lm.model.parameters()}
+    sizes = {p.shape for p in lm.model.parameters() if p.ndim == 2}
+    sizes |= {torch.Size(reversed(shape)) for shape in sizes}
+    kept = []
+
+    def pack(tensor):
+        if tensor.shape in sizes and tensor.data_ptr() not in frozen:
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    tokens = torch.randint(258, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        train(teq(steps=1, length=40), lm.model, lm.arch, tokens, lambda *_: None)
+    assert not kept
+
+
+def test_zero_steps_from_ones_is_rounding(tiny, family):
+    lm = tiny(family)
+    trained, _ = train(teq(steps=0), lm.model, lm.arch, torch.zeros(1, 48, dtype=torch.long), lambda *_: None)
+    rtn = Rtn(grid=Grid(bits=3, group_size=16))
+    plain, _ = rtn.quantize(lm, {}, Runtime())
+    through, _ = rtn.quantize(lm, site_scales(trained), Runtime())
+    for name in plain:
+        assert torch.equal(plain[name], through[name]), name
+
+
+def test_training_sees_the_very_model_that_is_stored(tiny, family):
+    """The last forward pass of training and the folded, stored, restored model have the same loss."""
+    lm = tiny(family)
+    tokens = torch.randint(258, (4, 48), generator=torch.Generator().manual_seed(1))
+    trained, info = train(teq(steps=4, lr=1e-6), lm.model, lm.arch, tokens, lambda *_: None)
+    stored, _ = Rtn(grid=teq().grid).quantize(lm, site_scales(trained), Runtime())
+    restore(lm.model, stored, teq().grid)
+    assert causal_loss(lm.model, tokens[3:]).item() == pytest.approx(info["loss"][3], rel=1e-4)
+
+
+def test_checkpointing_changes_no_loss(tiny, family):
+    lm = tiny(family)
+    tokens = torch.randint(258, (3, 48), generator=torch.Generator().manual_seed(1))
+    (a, first), (b, second) = (
+        train(teq(steps=3), lm.model, lm.arch, tokens, lambda *_: None, checkpointing) for checkpointing in (False, True)
+    )
+    assert first["loss"] == second["loss"]
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("parameter", ["clip", "log"])
+@pytest.mark.parametrize("init", ["ones", "inv_sqrt"])
+def test_training_moves_every_scale_and_leaves_the_model_alone(tiny, init, parameter):
+    lm = tiny("llama")
+    before = {name: p.clone() for name, p in lm.model.named_parameters()}
+    window = torch.randint(258, (1, 48), generator=torch.Generator().manual_seed(1))
+    settings = teq(steps=3, lr=3e-2, init=init, parameter=parameter)
+    trained, info = train(settings, lm.model, lm.arch, window.expand(3, -1), lambda *_: None)
+    for name in info["sites"]:
+        moved = (trained[name] - trained[f"start/{name}"]).abs()
+        assert (moved > 0).float().mean() > 0.95 and moved.max() < 0.2  # Adam: at most about lr a step
+    assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
+    assert not any("forward" in vars(module) for module in lm.model.modules())
+    assert all((s > 0).all() for s in site_scales(trained).values())
+
+
+def test_inverse_square_root_start(tiny):
+    lm = tiny("llama")
+    site = arch.sites(lm.model, lm.arch)[0]
+    with torch.no_grad():
+        for target in site.targets.values():
+            target.weight[:, 5] = 0
+    start = initial(site, "inv_sqrt")
+    largest = torch.cat([t.weight for t in site.targets.values()]).abs().amax(0)
+    assert start[5] == 1
+    torch.testing.assert_close(start[6], 1 / largest[6].sqrt())
+
+
+def test_learning_rates():
+    paper = [learning_rate(teq(steps=4, lr=1.0), k) for k in range(4)]
+    assert paper == [1.0, 0.75, 0.5, 0.25]
+    inc = [learning_rate(teq(steps=40, lr=1.0, profile="inc"), k) for k in range(40)]
+    assert inc[:3] == [0.0, 0.5, 1.0]
+    assert inc[-1] == pytest.approx(1 / 38)
+
+
+def test_profile_inc_trains_with_dropout():
+    (job,) = config.jobs(["model=tiny-opt"])
+    lm = job.run.model.load("float32", "cpu")
+    assert lm.model.config.dropout > 0
+    tokens = torch.randint(258, (2, 48), generator=torch.Generator().manual_seed(1))
+    losses = {
+        profile: train(teq(steps=2, profile=profile), lm.model, lm.arch, tokens, lambda *_: None)[1]["loss"]
+        for profile in ("paper", "inc")
+    }
+    assert losses["paper"][0] != losses["inc"][0]
+    assert not lm.model.training
+
+
+def test_dead_site_is_an_error(tiny):
+    lm = tiny("llama")
+    block = lm.model.model.layers[1]
+    with torch.no_grad():
+        block.mlp.gate_proj.weight.zero_()
+        block.mlp.up_proj.weight.zero_()
+    with pytest.raises(NothingDone, match=r"layers\.1\.post_attention_layernorm never moved"):
+        tokens = torch.randint(258, (2, 48), generator=torch.Generator().manual_seed(1))
+        train(teq(steps=2), lm.model, lm.arch, tokens, lambda *_: None)
+
+
+def test_infinite_loss_stops_with_the_step_and_keeps_the_scales(tiny):
+    lm = tiny("llama")
+    tokens = torch.randint(258, (3, 48), generator=torch.Generator().manual_seed(1))
+
+    def poison(step, _):
+        if step == 1:
+            with torch.no_grad():
+                lm.model.lm_head.weight.fill_(float("nan"))
+
+    with pytest.raises(Diverged, match="at step 2") as caught:
+        train(teq(steps=3), lm.model, lm.arch, tokens, poison)
+    assert any(name.startswith("best/") for name in caught.value.tensors)
+    assert all(torch.isfinite(s).all() for s in caught.value.tensors.values())
