@@ -38,6 +38,11 @@ class Record:
         """By evaluation: `values`, packed `arrays`, `info`."""
         return self.data["metrics"]
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether the weights were made up: such a record tells time and memory, never quality."""
+        return self.data["run"]["model"]["source"]["kind"] == "Synthetic"
+
     def array(self, evaluation: str, name: str) -> np.ndarray:
         """A packed array of an evaluation, such as `window_loss` or `correct`."""
         return unpack(self.metrics[evaluation]["arrays"][name])
@@ -57,7 +62,9 @@ def unpack(packed: dict[str, Any]) -> np.ndarray:
 
 
 def write(data: dict[str, Any], folder: Path) -> Record:
-    """Store a record under its id and the keys of its stages; one that is there already is kept and returned."""
+    """Store a record under its id and the keys of its stages; one that is there already is kept and
+    returned.
+    """
     trail = digest({name: stage["key"] for name, stage in data["stages"].items()})[:8]
     file = folder / f"{data['id']}-{trail}.json"
     if file.exists():
@@ -65,14 +72,15 @@ def write(data: dict[str, Any], folder: Path) -> Record:
     folder.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(f".{os.getpid()}.part")
     aside.write_text(json.dumps({"schema": SCHEMA, **data}, allow_nan=False, separators=(",", ":")))
-    os.replace(aside, file)
+    aside.replace(file)
     return Record(json.loads(file.read_text()), file)
 
 
 def load(*folders: Path) -> list[Record]:
     """Every readable record, oldest first within a folder, folders in the order given.
 
-    A record that is broken or of another schema is named in a warning and left out; it never hides the others.
+    A record that is broken or of another schema is named in a warning and left out; it never hides the
+    others.
     """
     found = []
     for folder in folders:
@@ -93,7 +101,9 @@ def load(*folders: Path) -> list[Record]:
 
 
 def frame(records: Iterable[Record]) -> "pd.DataFrame":
-    """One row a record: its settings by dotted name, `<evaluation>.<metric>` and `seconds.<stage>` columns."""
+    """One row a record: its settings by dotted name, `<evaluation>.<metric>` and `seconds.<stage>`
+    columns.
+    """
     import pandas as pd
 
     return pd.DataFrame([_row(record) for record in records])

@@ -64,3 +64,28 @@ def paired_bootstrap(
 
 def _flat(values: Values) -> np.ndarray:
     return np.asarray(values, dtype=np.float64).reshape(-1)
+
+
+def combined_bootstrap(
+    pairs: Sequence[tuple[Values, Values, str]], resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The ends of the 95 % interval of the sum over `pairs` (a, b, statistic) of `statistic(a) - statistic(b)`.
+
+    Each pair is resampled by itself, as in `paired_bootstrap`: its values belong to the same documents or windows,
+    those of different pairs to different ones. For `mean` a resample of n documents is drawn as the counts of their
+    distinct differences, which has the same distribution and costs nothing for a test set of ten thousand.
+    """
+    draw = np.random.default_rng(seed)
+    total = np.zeros(resamples)
+    for a, b, statistic in pairs:
+        first, second = _flat(a), _flat(b)
+        if len(first) != len(second) or not len(first):
+            raise ValueError(f"a pair needs the same documents: {len(first)} values beside {len(second)}")
+        if statistic == "mean":
+            values, counts = np.unique(first - second, return_counts=True)
+            total += draw.multinomial(len(first), counts / len(first), size=resamples) @ values / len(first)
+        else:
+            drawn = draw.integers(len(first), size=(resamples, len(first)))
+            total += np.exp(first[drawn].mean(1)) - np.exp(second[drawn].mean(1))
+    low, high = np.quantile(total, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)

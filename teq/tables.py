@@ -1,8 +1,367 @@
-"""Tables: pure functions from records to text."""
+"""Tables: pure functions from records to numbers and verdicts, and the plain table that a run prints."""
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from teq import statistics
+from teq.layout import ANY, CELL, COSTS, FULL, Cell, Layout, Quoted
+from teq.lookup import Found, Library
 from teq.record import Record
+from teq.spec import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from teq.config import Job
+    from teq.grid import Grid
+
+BASELINE = "rtn"  # what differences are tested against
+ARRAYS = {"ppl": ("window_loss", "ppl"), "acc": ("correct", "mean"), "acc_norm": ("correct_norm", "mean")}
+RESAMPLES = 1000
+MATCH, BETTER, WORSE, DIFFERS, PARTIAL, NOT_RUN, OURS = (
+    "match",
+    "better",
+    "worse",
+    "differs",
+    "partial",
+    "not run",
+    "ours only",
+)
+Place = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Value:
+    """What one cell shows. `at` holds its coordinates by axis; several `found` are several seeds."""
+
+    at: Mapping[str, str]
+    formula: Cell
+    jobs: Sequence["Job"]
+    found: Sequence[Found]
+    ours: float | str | None
+    stderr: float | None
+    spread: float | None
+    published: float | str | None
+    verdict: str
+    noise: bool = False  # not distinguishable from the baseline on the same documents or windows
+    best: bool = False
+
+    @property
+    def differences(self) -> dict[str, tuple[Any, Any]]:
+        """The settings in which the records differ from the run that the cell stands for."""
+        return {key: pair for found in self.found for key, pair in found.differences.items()}
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the number comes from made-up weights."""
+        return any(found.record.synthetic for found in self.found)
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the published number."""
+        if isinstance(self.ours, float) and isinstance(self.published, int | float):
+            return self.ours - self.published
+        return None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A claim of the paper, counted again."""
+
+    says: str
+    claimed: tuple[int, int]  # how many, of how many
+    published: tuple[int, int]  # recomputed from the published numbers
+    ours: tuple[int, int]  # from the scenarios that our records cover
+
+
+@dataclass(frozen=True)
+class Table:
+    """A filled table. Rows and columns are tuples of coordinates; a column's last one is the cell's name."""
+
+    name: str
+    layout: Layout
+    row_axes: Sequence[str]
+    column_axes: Sequence[str]
+    rows: Sequence[Place]
+    columns: Sequence[Place]
+    values: Mapping[tuple[Place, Place], Value]
+    constant: Mapping[str, str]  # column axes that have one value here
+    quoted: Sequence[Quoted] = ()
+    claims: Sequence[Checked] = field(default=())
+
+    def used(self) -> list[Found]:
+        """Every record that some cell shows, once each."""
+        found = {f.record.file: f for value in self.values.values() for f in value.found}
+        return list(found.values())
+
+
+def fill(name: str, layout: Layout, jobs: Sequence["Job"], library: Library) -> Table:
+    """The table of `layout` for the runs of `jobs`, from the records in `library`."""
+    row_axes, column_axes = list(layout.rows), [*layout.columns, CELL]
+    groups = _groups(name, [*layout.rows, *layout.columns], jobs)
+    cells = layout.cells or {}
+    values: dict[tuple[Place, Place], Value] = {}
+    for place, alike in groups.items():
+        for cell_name, formula in cells.items():
+            at = dict(zip([*row_axes, *column_axes], (*place, cell_name), strict=True))
+            row, column = tuple(at[a] for a in row_axes), tuple(at[a] for a in column_axes)
+            values[row, column] = _value(name, layout, at, formula, alike, library)
+    values = _with_best(_with_noise(values), column_axes)
+    rows = _in_order([row for row, _ in values])
+    columns = _in_order([column for _, column in values])
+    constant = {
+        axis: columns[0][i]
+        for i, axis in enumerate(column_axes)
+        if axis != CELL and len({column[i] for column in columns}) == 1
+    }
+    return Table(name, layout, row_axes, column_axes, rows, columns, values, constant, layout.quoted)
+
+
+def grid_name(grid: "Grid | None") -> str:
+    """`w4`, `w4_g128`, `w3_g64_sym`; `full` for floating point."""
+    if grid is None:
+        return FULL
+    group = "" if grid.group_size == -1 else f"_g{grid.group_size}"
+    return f"w{grid.bits}{group}{'_sym' if grid.symmetric else ''}"
+
+
+def check_claims(tables: Mapping[str, Table]) -> dict[str, list[Checked]]:
+    """The claims of every table, counted on published numbers and on ours; `tables` holds each table they name."""
+    return {
+        name: [
+            Checked(
+                claim.says,
+                (claim.count, claim.of),
+                _count(claim, [tables[t] for t in claim.tables or (name,)], published=True),
+                _count(claim, [tables[t] for t in claim.tables or (name,)], published=False),
+            )
+            for claim in table.layout.claims
+        ]
+        for name, table in tables.items()
+    }
+
+
+def _count(claim: Any, tables: Iterable[Table], published: bool) -> tuple[int, int]:
+    """In how many scenarios the best winner beats the best loser, of how many that have all the numbers."""
+    won = total = 0
+    for table in tables:
+        scenarios: dict[tuple[Any, ...], dict[str, Value]] = {}
+        for value in table.values.values():
+            place = tuple(v for axis, v in value.at.items() if axis != "method")
+            scenarios.setdefault(place, {})[value.at.get("method", "")] = value
+        for methods in scenarios.values():
+            numbers = {m: v.published if published else v.ours for m, v in methods.items()}
+            both = [[numbers.get(m) for m in side] for side in (claim.winners, claim.losers)]
+            if any(not isinstance(n, int | float) for side in both for n in side):
+                continue
+            lowest = next(iter(methods.values())).formula.best == "lowest"
+            ours, theirs = (min(side) if lowest else max(side) for side in both)
+            total += 1
+            won += ours < theirs if lowest else ours > theirs
+    return won, total
+
+
+def _groups(name: str, axes: Sequence[str], jobs: Sequence["Job"]) -> dict[Place, list["Job"]]:
+    """The jobs by their coordinates on `axes`; jobs in one place differ in their seed alone."""
+    coordinates = {id(job): {axis: _coordinate(name, job, axis) for axis in axes} for job in jobs}
+    same_run: dict[str, list[dict[str, str]]] = {}
+    for job in jobs:
+        same_run.setdefault(job.run.key(), []).append(coordinates[id(job)])
+    groups: dict[Place, dict[str, Job]] = {}
+    for job in jobs:
+        alike = same_run[job.run.key()]
+        place = tuple(
+            value
+            if axis in ("model", "method", "grid") or len({other[axis] for other in alike}) == 1
+            else ANY
+            for axis, value in coordinates[id(job)].items()
+        )
+        groups.setdefault(place, {}).setdefault(job.run.key(), job)
+    for place, members in groups.items():
+        varying = {
+            override.partition("=")[0]
+            for job in members.values()
+            for override in set(job.overrides) ^ set(next(iter(members.values())).overrides)
+        }
+        if varying - {"seed"}:
+            raise UserError(
+                f"experiments/{name}.yaml: {len(members)} runs fall into one cell ({', '.join(place)}): "
+                f"name {', '.join(sorted(varying))} in layout.rows or layout.columns"
+            )
+    return {place: list(members.values()) for place, members in groups.items()}
+
+
+def _coordinate(name: str, job: "Job", axis: str) -> str:
+    if axis == "model":
+        return job.run.model.name
+    if axis == "method":
+        return job.run.method
+    if axis == "grid":
+        return grid_name(job.run.quantizer.grid)
+    overrides = dict(override.partition("=")[::2] for override in job.overrides)
+    if axis not in overrides:
+        raise UserError(
+            f"experiments/{name}.yaml: layout names the axis {axis!r}, which the sweep does not vary: it must be "
+            f"model, method, grid or one of {', '.join(overrides)}"
+        )
+    return overrides[axis].strip("'\"")
+
+
+def _value(
+    name: str, layout: Layout, at: dict[str, str], formula: Cell, jobs: list["Job"], library: Library
+) -> Value:
+    published = layout.published.at(at, layout.rows) if layout.published else None
+    if formula.setting is not None:
+        ours = _setting(name, jobs[0], formula.setting)
+        verdict = OURS if published is None else MATCH if ours == published else DIFFERS
+        return Value(at, formula, jobs, (), ours, None, None, published, verdict)
+    for job in jobs:
+        names = {evaluation.name for evaluation in job.run.evals}
+        if unknown := formula.evaluations() - names:
+            raise UserError(
+                f"experiments/{name}.yaml: layout.cells.{at[CELL]} reads {sorted(unknown)[0]!r}, which no run of the "
+                f"experiment measures: it must be one of {', '.join([*sorted(names), *COSTS])}"
+            )
+    synthetic = not formula.evaluations()
+    found = [f for job in jobs if (f := library.find(job.run, formula.evaluations(), synthetic)) is not None]
+    found = list({f.record.file: f for f in found}.values())
+    if not found:
+        return Value(at, formula, jobs, (), None, None, None, published, NOT_RUN)
+    numbers = [formula.apply([metric(f.record, n, name, at[CELL]) for n in formula.names]) for f in found]
+    ours = math.fsum(numbers) / len(numbers)
+    spread = statistics.stderr_of_mean(numbers) * math.sqrt(len(numbers)) if len(numbers) > 1 else None
+    stderr = _stderr(formula, found[0].record)
+    partial = any(f.differences for f in found) or len(found) < len({job.run.key() for job in jobs})
+    verdict = PARTIAL if partial else _verdict(ours, published, stderr, spread, formula)
+    return Value(at, formula, jobs, found, ours, stderr, spread, published, verdict)
+
+
+def metric(record: Record, name: str, experiment: str, cell: str) -> float:
+    """A record's number by `<evaluation>.<metric>` or `<cost>.<stage>`. Raises UserError where it has none."""
+    part, _, key = name.rpartition(".")
+    if part in COSTS:
+        values = {stage: entry["cost"][part] for stage, entry in record.data["stages"].items()}
+    else:
+        values = record.metrics[part]["values"]
+    if values.get(key) is None:
+        raise UserError(
+            f"experiments/{experiment}.yaml: layout.cells.{cell} reads {name!r}, which {record.file.name} does not "
+            f"have: it must be one of {', '.join(f'{part}.{known}' for known in values)}"
+        )
+    return float(values[key])
+
+
+def stderr(record: Record, name: str) -> float | None:
+    """The standard error of a record's metric, from the packed losses or correctness it keeps; None without."""
+    evaluation, _, key = name.rpartition(".")
+    array, statistic = ARRAYS.get(key, (None, None))
+    if evaluation in COSTS or array not in record.metrics[evaluation]["arrays"]:
+        return None
+    data = record.array(evaluation, array)
+    error = statistics.stderr_of_perplexity if statistic == "ppl" else statistics.stderr_of_mean
+    found = error(data)
+    return None if math.isnan(found) else found
+
+
+def _stderr(formula: Cell, record: Record) -> float | None:
+    """The standard error of a cell's mean or sum: its metrics are measured on different documents."""
+    errors = [stderr(record, name) for name in formula.names]
+    if formula.ratio is not None or any(error is None for error in errors):
+        return None
+    total = math.sqrt(math.fsum(error**2 for error in errors if error is not None))
+    return formula.times * (total / len(errors) if formula.mean else total)
+
+
+def _verdict(ours: float, published: Any, error: float | None, spread: float | None, formula: Cell) -> str:
+    """Within the noise band (95 % of standard error and spread over seeds, and the printed digits): match."""
+    if published is None:
+        return OURS
+    band = statistics.Z * math.hypot(error or 0, spread or 0) + 0.5000001 * 10**-formula.digits
+    if abs(ours - published) <= band:
+        return MATCH
+    if formula.best is None:
+        return DIFFERS
+    return BETTER if (ours < published) == (formula.best == "lowest") else WORSE
+
+
+def _setting(name: str, job: "Job", path: str) -> Any:
+    node: Any = job.run.plain()
+    for key in path.split("."):
+        if not isinstance(node, Mapping) or key not in node:
+            raise UserError(
+                f"experiments/{name}.yaml: a cell reads the setting {path!r}, which {job.run.title()} does not have"
+            )
+        node = node[key]
+    return node
+
+
+def _with_noise(values: dict[tuple[Place, Place], Value]) -> dict[tuple[Place, Place], Value]:
+    """Mark the differences to the baseline that its own documents or windows cannot tell from chance."""
+    at = {frozenset(value.at.items()): value for value in values.values()}
+    out = {}
+    for place, value in values.items():
+        baseline = at.get(frozenset({**value.at, "method": BASELINE}.items()))
+        if baseline is not None and baseline is not value and value.at.get("grid") != FULL:
+            value = dataclasses.replace(value, noise=_indistinct(value, baseline))
+        out[place] = value
+    return out
+
+
+def _indistinct(value: Value, baseline: Value) -> bool:
+    if not value.found or not baseline.found or value.formula.ratio or value.formula.setting:
+        return False
+    one, other = value.found[0].record, baseline.found[0].record
+    pairs = []
+    for name in value.formula.names:
+        pair = _paired(one, other, name)
+        if pair is None:
+            return False
+        pairs.append(pair)
+    low, high = statistics.combined_bootstrap(pairs, RESAMPLES)
+    return low <= 0 <= high
+
+
+def _paired(one: Record, other: Record, name: str) -> "tuple[np.ndarray, np.ndarray, str] | None":
+    """The values behind a metric in two records, when both were measured on the same tokens or documents."""
+    evaluation, _, key = name.rpartition(".")
+    array, statistic = ARRAYS.get(key, (None, None))
+    if evaluation in COSTS or array is None or statistic is None:
+        return None
+    both = [record.metrics[evaluation] for record in (one, other)]
+    if any(array not in measured["arrays"] for measured in both) or len({_inputs(m) for m in both}) != 1:
+        return None
+    return one.array(evaluation, array), other.array(evaluation, array), statistic
+
+
+def _inputs(measured: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(value for key, value in sorted(measured["info"].items()) if key.endswith("sha256"))
+
+
+def _with_best(
+    values: dict[tuple[Place, Place], Value], column_axes: Sequence[str]
+) -> dict[tuple[Place, Place], Value]:
+    """Mark the best of our numbers in a column among the rows of one grid."""
+    blocks: dict[tuple[Any, ...], list[tuple[Place, Place]]] = {}
+    for place, value in values.items():
+        if isinstance(value.ours, float) and value.formula.best and value.at.get("grid") != FULL:
+            blocks.setdefault((place[1], value.at.get("grid")), []).append(place)
+    out = dict(values)
+    for places in blocks.values():
+        numbers = [values[place].ours for place in places if isinstance(values[place].ours, float)]
+        top = min(numbers) if values[places[0]].formula.best == "lowest" else max(numbers)
+        for place in places if len(places) > 1 else []:
+            if values[place].ours == top:
+                out[place] = dataclasses.replace(values[place], best=True)
+    return out
+
+
+def _in_order(places: Sequence[Place]) -> list[Place]:
+    """Distinct places sorted axis by axis in the order in which each axis' values first appear."""
+    orders = [{v: i for i, v in reversed(list(enumerate(axis)))} for axis in zip(*places, strict=True)]
+    return sorted(dict.fromkeys(places), key=lambda place: [orders[i][v] for i, v in enumerate(place)])
 
 
 def plain(records: Sequence[Record]) -> str:
@@ -13,10 +372,17 @@ def plain(records: Sequence[Record]) -> str:
         grid = r.data["run"]["quantizer"].get("grid") or {}
         cells = [r.data["run"]["model"]["name"], r.data["run"]["method"]]
         cells += [str(grid.get(key, "")) for key in ("bits", "group_size")]
-        for evaluation, metric in metrics:
-            value = r.metrics.get(evaluation, {}).get("values", {}).get(metric)
-            cells.append("" if value is None else f"{value:.4g}" if abs(value) < 1 else f"{value:.3f}")
+        for evaluation, key in metrics:
+            value = r.metrics.get(evaluation, {}).get("values", {}).get(key)
+            error = stderr(r, f"{evaluation}.{key}") if value is not None and key != "ppl" else None
+            text = "" if value is None else f"{value:.4g}" if abs(value) < 1 else f"{value:.3f}"
+            cells.append(text if error is None else f"{text} ± {error:.2g}")
         rows.append(cells)
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of `rows`, the first of them its header, padded to equal widths."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows

@@ -1,0 +1,98 @@
+"""Which record answers for a run: the one with exactly its settings, else the nearest, with what differs."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teq import record
+from teq.record import Record
+
+if TYPE_CHECKING:
+    from teq.pipeline import Run
+
+MISSING = "nothing"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A record that answers for a run. `differences` maps a setting to (wanted, the record's); empty when exact."""
+
+    record: Record
+    own: bool
+    differences: Mapping[str, tuple[Any, Any]]
+
+
+class Library:
+    """The records there are: the user's own and the published ones.
+
+    A record that lies in both places, byte for byte the same, is a published one.
+    """
+
+    def __init__(self, published: Path, own: Path | None = None) -> None:
+        shared = {r.file.name: r for r in record.load(published)}
+        mine = record.load(own) if own is not None and own.resolve() != published.resolve() else []
+        self._own = [r for r in mine if r.file.name not in shared or r.data != shared[r.file.name].data]
+        kept = {r.file.name for r in self._own}
+        self._published = [r for name, r in shared.items() if name not in kept]
+
+    @cached_property
+    def _all(self) -> list[tuple[Record, bool]]:
+        """The user's own first, the latest first in each."""
+        mine = sorted(self._own, key=lambda r: (r.data["created"], r.file.name), reverse=True)
+        shared = sorted(self._published, key=lambda r: (r.data["created"], r.file.name), reverse=True)
+        return [(r, True) for r in mine] + [(r, False) for r in shared]
+
+    @cached_property
+    def _by_cell(self) -> dict[tuple[Any, ...], list[tuple[Record, bool]]]:
+        found: dict[tuple[Any, ...], list[tuple[Record, bool]]] = {}
+        for entry in self._all:
+            found.setdefault(_cell(entry[0].data["run"]), []).append(entry)
+        return found
+
+    def find(self, run: "Run", evaluations: set[str], synthetic: bool = False) -> Found | None:
+        """The record for `run`'s part that `evaluations` (by name) measure, exact before nearest, or None.
+
+        Settings of evaluations that are not asked for do not count. A record of synthetic weights is only considered
+        where `synthetic` allows it.
+        """
+        plain = run.plain()
+        best: Found | None = None
+        wanted = {name: e for e, name in zip(plain["evals"], (e.name for e in run.evals), strict=True)}
+        for candidate, own in self._by_cell.get(_cell(plain), []):
+            if (candidate.synthetic and not synthetic) or not evaluations <= set(candidate.metrics):
+                continue
+            had = dict(zip(candidate.metrics, candidate.data["run"]["evals"], strict=True))
+            differences = dict(
+                _differences(
+                    _relevant(plain, wanted, evaluations), _relevant(candidate.data["run"], had, evaluations)
+                )
+            )
+            if best is None or len(differences) < len(best.differences):
+                best = Found(candidate, own, differences)
+        return best
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The leaves by dotted name in which two nested mappings differ."""
+    return dict(_differences(one, other))
+
+
+def _relevant(run: Mapping[str, Any], evals: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    parts = {key: run[key] for key in ("model", "dtype", "transform", "quantizer")}
+    return parts | {name: evals.get(name, MISSING) for name in sorted(names)}
+
+
+def _cell(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    grid = run["quantizer"].get("grid") or {}
+    return run["model"]["name"], run["method"], *(grid.get(k) for k in ("bits", "group_size", "symmetric"))
+
+
+def _differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in dict.fromkeys([*one, *other]):
+            inner = f"{path}.{key}" if path else str(key)
+            yield from _differences(one.get(key, MISSING), other.get(key, MISSING), inner)
+    elif one != other:
+        yield path, (one, other)

@@ -1,0 +1,146 @@
+"""Reading: experiments and records in, tables and figures out. Imports no torch and loads no model."""
+
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from teq import config, tables
+from teq.config import Job
+from teq.layout import Layout, parse
+from teq.lookup import Library
+from teq.report import text
+from teq.spec import UserError
+from teq.tables import Table
+
+log = logging.getLogger(__name__)
+RESULTS = config.ROOT / "results"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An experiment with its runs, its layout, and what the records fill into it."""
+
+    name: str
+    layout: Layout
+    jobs: Sequence[Job]
+    table: Table
+
+    @property
+    def own(self) -> bool:
+        """Whether some cell shows a record that is not published."""
+        return any(found.own for found in self.table.used())
+
+    def write(self, folder: Path) -> list[Path]:
+        """Render under `folder`; returns the files."""
+        outputs = {
+            f"tables/{self.name}.md": text.markdown(self.table),
+            f"tables/{self.name}.tex": text.latex(self.table),
+            f"tables/{self.name}.csv": text.comma_separated(self.table),
+        }
+        for name, content in outputs.items():
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(content, encoding="utf-8")
+        return [folder / name for name in outputs]
+
+
+def read(name: str, overrides: Sequence[str], library: Library) -> Shown:
+    """One experiment, its sweep narrowed by `overrides`, filled from the records of `library`."""
+    jobs = config.jobs([f"experiments={name}", *overrides])
+    layout = parse(name, jobs[0].layout)
+    return Shown(name, layout, jobs, tables.fill(name, layout, jobs, library))
+
+
+def read_all(
+    names: Sequence[str], overrides: Sequence[str], library: Library
+) -> tuple[dict[str, Shown], dict[str, str]]:
+    """The experiments of `names` by name with their claims counted, and the problem of each that cannot be shown.
+
+    A problem of one experiment never hides the others.
+    """
+    shown: dict[str, Shown] = {}
+    problems: dict[str, str] = {}
+
+    def add(name: str) -> None:
+        if name in shown or name in problems:
+            return
+        try:
+            shown[name] = read(name, overrides, library)
+        except UserError as error:
+            problems[name] = str(error)
+            return
+        for claim in shown[name].layout.claims:
+            for other in claim.tables or ():
+                add(other)
+
+    for name in names:
+        add(name)
+    filled = {name: one.table for name, one in shown.items()}
+    for name in names:
+        if name not in shown:
+            continue
+        needed = {t for claim in shown[name].layout.claims for t in claim.tables or (name,)}
+        if lacking := needed - set(filled):
+            problems[name] = (
+                f"experiments/{name}.yaml: a claim needs {sorted(lacking)[0]}, which cannot be shown"
+            )
+            continue
+        checked = tables.check_claims({name: filled[name], **{t: filled[t] for t in needed}})[name]
+        shown[name] = replace(shown[name], table=replace(filled[name], claims=checked))
+    return {name: shown[name] for name in names if name in shown}, problems
+
+
+def report(argv: Sequence[str]) -> int:
+    """`report [experiment ...|all] [overrides]`: render and print; returns the exit status."""
+    names, overrides = _split(argv)
+    library = Library(RESULTS / "records", config.home() / "records")
+    shown, problems = read_all(names, overrides, library)
+    for one in shown.values():
+        mixed = one.own or bool(overrides)
+        files = one.write(config.home() / "report" if mixed else RESULTS)
+        print(text.markdown(one.table))
+        why = (
+            "shows records of your own" if one.own else "narrowed" if overrides else "published records alone"
+        )
+        print(f"{one.name}: {files[0]} ({why})\n")
+    return _said(problems)
+
+
+def publish(argv: Sequence[str]) -> int:
+    """`publish <experiment> ...`: copy the records that its cells use to results/records, and render results/."""
+    names, overrides = _split(argv)
+    if overrides:
+        raise UserError(
+            f"publish takes no overrides, {overrides[0]} is one: an experiment is published as it stands"
+        )
+    shown, problems = read_all(names, (), Library(RESULTS / "records", config.home() / "records"))
+    (RESULTS / "records").mkdir(parents=True, exist_ok=True)
+    for one in shown.values():
+        new = [found.record.file for found in one.table.used() if found.own]
+        for file in new:
+            shutil.copyfile(file, RESULTS / "records" / file.name)
+        log.info("%s: %d records copied to %s", one.name, len(new), RESULTS / "records")
+    published, more = read_all(list(shown), (), Library(RESULTS / "records"))
+    for one in published.values():
+        print(f"{one.name}: {one.write(RESULTS)[0]}")
+    return _said(problems | more)
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of experiments and overrides. No name, or `all`, means every experiment."""
+    overrides = [word for word in argv if "=" in word or word.startswith("~")]
+    names = [word for word in argv if word not in overrides]
+    known = config.options(config.ROOT / "experiments")
+    for name in names:
+        if name not in (*known, "all"):
+            raise UserError(f"there is no experiment {name!r}: it must be all or some of {', '.join(known)}")
+    return (known if not names or "all" in names else list(dict.fromkeys(names))), overrides
+
+
+def _said(problems: dict[str, str]) -> int:
+    for problem in problems.values():
+        print("\n".join(f"error: {line}" for line in problem.splitlines()), file=sys.stderr)
+    return 2 if problems else 0
