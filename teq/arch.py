@@ -1,4 +1,6 @@
-"""Sites: which norm or linear feeds which linears, folding scales into them, and the proof that nothing changes."""
+"""Sites: which norm or linear feeds which linears, folding scales into them, and the proof that nothing
+changes.
+"""
 
 import contextlib
 import copy
@@ -42,19 +44,22 @@ class Site:
 
 
 def blocks(model: "nn.Module", arch: Arch) -> dict[str, "nn.Module"]:
-    """The decoder blocks by full name, first to last. Raises UserError where `arch` does not describe the model."""
+    """The decoder blocks by full name, first to last. Raises UserError where `arch` does not describe the
+    model.
+    """
     for key, wanted in arch.requires.items():
         value = getattr(model.config, key, wanted)
         if value != wanted:
             raise UserError(
-                f"{key}={value!r} in the model's configuration is not supported by arch={arch.name}: {arch.because}"
+                f"{key}={value!r} in the model's configuration is not supported by arch={arch.name}: "
+                f"{arch.because}"
             )
     try:
         stack = model.get_submodule(arch.blocks)
     except AttributeError:
         raise UserError(
-            f"arch={arch.name} looks for blocks at {arch.blocks!r}, which {type(model).__name__} does not have: "
-            "choose the model's own family with model/arch=opt|bloom|llama"
+            f"arch={arch.name} looks for blocks at {arch.blocks!r}, which {type(model).__name__} does not "
+            "have: choose the model's own family with model/arch=opt|bloom|llama"
         ) from None
     return {f"{arch.blocks}.{i}": block for i, block in enumerate(stack)}
 
@@ -78,7 +83,7 @@ def sites(model: "nn.Module", arch: Arch) -> list[Site]:
                 raise UserError(
                     f"arch={arch.name} names the linear {missing[0]!r}, which the model does not have"
                 )
-            found.append(Site(f"{block_name}.{source}", index, block.get_submodule(source), targets))
+            found.append(_site(f"{block_name}.{source}", index, block.get_submodule(source), targets))
     if not found:
         raise UserError(
             f"arch={arch.name} has no site in this model: there is nothing that a transform could train"
@@ -86,9 +91,23 @@ def sites(model: "nn.Module", arch: Arch) -> list[Site]:
     return found
 
 
+def _site(name: str, block: int, source: "nn.Module", targets: dict[str, "nn.Linear"]) -> Site:
+    """The site, refused when one vector cannot scale both its source's output and its targets' input."""
+    site = Site(name, block, source, targets)
+    channels = source.weight.shape[0]
+    if channels != site.width:
+        raise UserError(
+            f"site {name} -> {', '.join(targets)} is refused: its source gives {channels} channels, its targets read "
+            f"{site.width} (as under grouped-query attention); leave it out of the arch"
+        )
+    return site
+
+
 @dataclass(frozen=True)
 class Folding:
-    """What a set of scales does to each parameter. Both maps hold fp32 vectors by full linear or norm name."""
+    """What a set of scales does to each parameter. Both maps hold fp32 vectors by full linear or norm
+    name.
+    """
 
     columns: dict[str, "Tensor"]  # linear -> s [in]: weight columns are multiplied
     rows: dict[str, "Tensor"]  # source -> s [out]: weight rows (or a norm's weight) and bias are divided
@@ -103,7 +122,9 @@ class Folding:
         )
 
     def weight(self, name: str, linear: "nn.Linear") -> "Tensor":
-        """The folded weight `[out, in]` of a linear: in fp32, or fp64 where the model is fp64; never cast down."""
+        """The folded weight `[out, in]` of a linear: in fp32, or fp64 where the model is fp64; never cast
+        down.
+        """
         import torch
 
         exact = torch.promote_types(linear.weight.dtype, torch.float32)
@@ -115,7 +136,9 @@ class Folding:
         return weight
 
     def divided(self, name: str, module: "nn.Module") -> dict[str, "Tensor"]:
-        """The one-dimensional parameters of a source (a norm's weight, any bias) divided by s, in their own dtype."""
+        """The one-dimensional parameters of a source (a norm's weight, any bias) divided by s, in their
+        own dtype.
+        """
         import torch
 
         out = {}
@@ -151,7 +174,9 @@ class _Caught(Exception):
 
 
 def block_inputs(model: "nn.Module", arch: Arch, tokens: "Tensor") -> tuple["Tensor", dict[str, Any]]:
-    """What the first block is called with for `tokens [batch, token]`: hidden `[batch, token, width]` and keywords."""
+    """What the first block is called with for `tokens [batch, token]`: hidden `[batch, token, width]` and
+    keywords.
+    """
     import torch
 
     caught: dict[str, Any] = {}
@@ -177,7 +202,9 @@ def _hook(module: "nn.Module", hook: Any) -> Iterator[None]:
 
 
 def run_block(block: "nn.Module", hidden: "Tensor", kwargs: dict[str, Any]) -> "Tensor":
-    """A block's output hidden states `[batch, token, width]`, whatever else its family returns beside them."""
+    """A block's output hidden states `[batch, token, width]`, whatever else its family returns beside
+    them.
+    """
     out = block(hidden, **kwargs)
     return out[0] if isinstance(out, tuple) else out
 
@@ -185,8 +212,8 @@ def run_block(block: "nn.Module", hidden: "Tensor", kwargs: dict[str, Any]) -> "
 def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -> None:
     """Fold random scales from 0.01 to 100 into each site of the first block and compare the block's output.
 
-    Works on a copy of the block in fp64, so the model itself is never touched. Raises UserError with the name of the
-    site whose folding changes the function.
+    Works on a copy of the block in fp64, so the model itself is never touched. Raises UserError with the name
+    of the site whose folding changes the function.
     """
     import torch
 
@@ -202,7 +229,7 @@ def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -
         for source, names in arch.sites.items():
             block = copy.deepcopy(original).double()
             targets = {f"{name}.{t}": block.get_submodule(t) for t in names}
-            site = Site(f"{name}.{source}", 0, block.get_submodule(source), targets)
+            site = _site(f"{name}.{source}", 0, block.get_submodule(source), targets)
             s = torch.empty(site.width, dtype=torch.float64).uniform_(-2, 2, generator=generator)
             fold([site], {site.name: (10**s).to(device)})
             change = (run_block(block, hidden, kwargs) - expected).norm() / expected.norm()

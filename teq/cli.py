@@ -12,12 +12,12 @@ from teq.store import Store
 log = logging.getLogger(__name__)
 INTERRUPTED = "interrupted: every stage that was finished is kept, the same command goes on from there"
 EXAMPLES = """\
-  python run.py                                            the defaults: TEQ at 3 bits on SmolLM2-135M, minutes
-  python run.py method=gptq bits=4 group_size=-1           another method and grid
+  python run.py                                         the defaults: TEQ at 3 bits on SmolLM2-135M, minutes
+  python run.py method=gptq bits=4 group_size=-1        another method and grid
   python run.py -m model=opt-6.7b,bloom-3b method=teq,teq+gptq   a sweep, one record per run
-  python run.py experiments=quickstart                     an experiment file
-  python run.py model=opt-6.7b model.path=/models/opt      weights from a local folder
-  python run.py -m method=rtn,teq hydra/launcher=joblib    any Hydra launcher"""
+  python run.py experiments=quickstart                  an experiment file
+  python run.py model=opt-6.7b model.path=/models/opt   weights from a local folder
+  python run.py -m method=rtn,teq hydra/launcher=joblib any Hydra launcher"""
 
 
 def help_text() -> str:
@@ -39,7 +39,9 @@ def help_text() -> str:
 
 
 def checked_jobs(argv: list[str]) -> list[Job]:
-    """The jobs of a command line after every check that needs no heavy work. Raises UserError, a line for each problem."""
+    """The jobs of a command line after every check that needs no heavy work. Raises UserError, a line for
+    each problem.
+    """
     found = config.jobs(argv)
     Store(config.home() / "store")
     problems = []
@@ -78,7 +80,9 @@ def run_job(job: Job) -> None:
 
 
 def summary(jobs: list[Job]) -> int:
-    """Print the results of `jobs` as a table, where their records lie, and what failed. Returns the exit status."""
+    """Print the results of `jobs` as a table, where their records lie, and what failed. Returns the exit
+    status.
+    """
     failed = [(job, _failure_note(job)) for job in jobs if _failure_note(job).is_file()]
     wanted = {job.run.key() for job in jobs}
     found = [r for r in record.load(config.home() / "records") if r.id in wanted]

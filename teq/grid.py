@@ -1,7 +1,8 @@
 """The b-bit affine grid that every method shares: parameters, codes, dequantization, straight-through.
 
-`weight [out, in]` is cut along `in` into groups of `group_size` consecutive channels (-1: the whole row); a row whose
-length is not a multiple of it ends in one shorter group. Groups are shapes `[out, groups]` everywhere.
+`weight [out, in]` is cut along `in` into groups of `group_size` consecutive channels (-1: the whole row); a
+row whose length is not a multiple of it ends in one shorter group. Groups are shapes `[out, groups]`
+everywhere.
 """
 
 from dataclasses import dataclass
@@ -48,9 +49,9 @@ def qparams(block: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
 
     block: `[..., group]`, fp32, one group in the last dimension. Returns scale and zero `[...]`, fp32.
 
-    Asymmetric (GPTQ's `quant.py`, neural-compressor's `quant_weight_asym`): lo = min(w, 0), hi = max(w, 0), both 0 ->
-    -1, 1; scale = (hi - lo) / (2^b - 1); zero = round(-lo / scale). Symmetric: scale = 2 max|w| / (2^b - 1), zero =
-    2^(b-1), as GPTQ's code does for a group that has a negative weight.
+    Asymmetric (GPTQ's `quant.py`, neural-compressor's `quant_weight_asym`): lo = min(w, 0), hi = max(w, 0),
+    both 0 -> -1, 1; scale = (hi - lo) / (2^b - 1); zero = round(-lo / scale). Symmetric: scale = 2 max|w| /
+    (2^b - 1), zero = 2^(b-1), as GPTQ's code does for a group that has a negative weight.
     """
     import torch
 
@@ -92,7 +93,9 @@ def decode(codes: "Tensor", scale: "Tensor", zero: "Tensor") -> "Tensor":
 
 
 def spread(params: "Tensor", grid: Grid, columns: int, g_idx: "Tensor | None" = None) -> "Tensor":
-    """Group parameters `[out, groups]` as one value per column `[out, in]`; `g_idx [in]` overrides the grouping."""
+    """Group parameters `[out, groups]` as one value per column `[out, in]`; `g_idx [in]` overrides the
+    grouping.
+    """
     if g_idx is not None:
         return params[:, g_idx.long()]
     size = columns if grid.group_size == -1 else grid.group_size
@@ -100,10 +103,11 @@ def spread(params: "Tensor", grid: Grid, columns: int, g_idx: "Tensor | None" = 
 
 
 def fake_quant(weight: "Tensor", grid: Grid) -> "Tensor":
-    """Quantize and dequantize `weight [out, in]` (fp32): what straight-through training puts into its forward pass.
+    """Quantize and dequantize `weight [out, in]` (fp32): what straight-through training puts into its forward
+    pass.
 
-    Bit-equal to `decode(encode(...))` over `group_params`; written with in-place passes because it runs over every
-    weight at every training step.
+    Bit-equal to `decode(encode(...))` over `group_params`; written with in-place passes because it runs over
+    every weight at every training step.
     """
     import torch
 

@@ -25,14 +25,30 @@ LIBRARIES = (
 
 @contextlib.contextmanager
 def cost(device: str) -> Iterator[dict[str, Any]]:
-    """Fills the yielded dict at its end: seconds, peak_bytes (of the device, or of the process on a CPU), device."""
+    """Fills the yielded dict at its end: seconds, peak_bytes (of the device, or of the process on a CPU),
+    machine.
+    """
     found: dict[str, Any] = {}
     _reset_peak(device)
-    start = time.perf_counter()
+    start, before = time.perf_counter(), _Uncounted.seconds
     yield found
-    found["seconds"] = round(time.perf_counter() - start, 3)
+    found["seconds"] = round(time.perf_counter() - start - (_Uncounted.seconds - before), 3)
     found["peak_bytes"] = _peak(device)
     found["machine"] = machine(device)
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Time that no stage is charged for: loading a checkpoint takes what the disk and the network take."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        _Uncounted.seconds += time.perf_counter() - start
+
+
+class _Uncounted:
+    seconds = 0.0
 
 
 def machine(device: str) -> dict[str, Any]:

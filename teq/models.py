@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-ELSEWHERE = "point to a local folder with model.path=<folder>, or to a mirror with the environment variable HF_ENDPOINT"
+ELSEWHERE = (
+    "give a local folder with model.path=<folder>, or a mirror in the environment variable HF_ENDPOINT"
+)
 WEIGHTS = "*.safetensors"
 
 
@@ -42,7 +44,9 @@ class Hub(Settings):
     revision: str = "main"
 
     def identity(self) -> str:
-        """`repo@commit`: the revision resolved by the hub, or by the local cache where the hub is out of reach."""
+        """`repo@commit`: the revision resolved by the hub, or by the local cache where the hub is out of
+        reach.
+        """
         return f"{self.repo}@{self._commit()}"
 
     def folder(self) -> Path:
@@ -75,14 +79,16 @@ class Hub(Settings):
         if constants.HF_HUB_OFFLINE:
             if cached is None:
                 raise UserError(
-                    f"{self.repo}@{self.revision} is not in the local hub cache and HF_HUB_OFFLINE is set: {ELSEWHERE}"
+                    f"{self.repo}@{self.revision} is not in the local hub cache {constants.HF_HUB_CACHE} and "
+                    f"HF_HUB_OFFLINE is set: {ELSEWHERE}"
                 )
             return cached
         try:
             info = HfApi().model_info(self.repo, revision=self.revision, timeout=10)
         except GatedRepoError:
             raise UserError(
-                f"{self.repo} is gated: accept its licence on the hub and log in with `hf auth login`, or {ELSEWHERE}"
+                f"{self.repo} is gated: accept its licence on the hub and log in with `hf auth login`, "
+                f"or {ELSEWHERE}"
             ) from None
         except (RepositoryNotFoundError, RevisionNotFoundError):
             raise UserError(
@@ -91,8 +97,8 @@ class Hub(Settings):
         except Exception as error:  # no route, no name, a proxy's refusal: the cache is what remains
             if cached is None:
                 raise UserError(
-                    f"{self.repo}@{self.revision}: the hub is out of reach ({_brief(error)}) and the local cache "
-                    f"{constants.HF_HUB_CACHE} does not hold it: {ELSEWHERE}"
+                    f"{self.repo}@{self.revision}: the hub is out of reach ({_brief(error)}) and the local "
+                    f"cache {constants.HF_HUB_CACHE} does not hold it: {ELSEWHERE}"
                 ) from None
             log.warning("hub out of reach, using the cached %s@%s", self.repo, cached)
             return cached
@@ -107,7 +113,9 @@ class Hub(Settings):
         return Path(config).parent.name if isinstance(config, str) else None
 
     def _converted_commit(self) -> str:
-        """The commit of the hub's own safetensors conversion (an open pull request) of a repository without them."""
+        """The commit of the hub's own safetensors conversion (an open pull request) of a repository
+        without them.
+        """
         from huggingface_hub import get_repo_discussions, list_repo_commits
 
         for discussion in get_repo_discussions(self.repo):
@@ -119,8 +127,9 @@ class Hub(Settings):
                 log.warning("%s has no safetensors at %s: using %s", self.repo, self.revision, reference)
                 return str(list_repo_commits(self.repo, revision=reference)[0].commit_id)
         raise UserError(
-            f"{self.repo}@{self.revision} has no safetensors and pickles are not loaded: choose another revision with "
-            "model.source.revision=<revision>, or convert it once with save_pretrained and pass model.path=<folder>"
+            f"{self.repo}@{self.revision} has no safetensors and pickles are not loaded: choose another "
+            "revision with model.source.revision=<revision>, or convert it once with save_pretrained and pass "
+            "model.path=<folder>"
         )
 
 
@@ -147,14 +156,17 @@ class Folder(Settings):
             )
         if not any(folder.glob(WEIGHTS)):
             raise UserError(
-                f"model.path={self.path} holds no safetensors: save the model with save_pretrained (no pickles are loaded)"
+                f"model.path={self.path} holds no safetensors: save the model with save_pretrained "
+                "(no pickles are loaded)"
             )
         return folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wheel(Settings):
-    """A GGUF checkpoint inside a wheel of the Python package index: a real model where no hub can be reached."""
+    """A GGUF checkpoint inside a wheel of the Python package index: a real model where no hub can be
+    reached.
+    """
 
     version = 1
     requirement: str
@@ -174,7 +186,9 @@ class Wheel(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Settings):
-    """A model with seeded random weights from a few numbers of configuration: the same everywhere, nothing to fetch."""
+    """A model with seeded random weights from a few numbers of configuration: the same everywhere, nothing
+    to fetch.
+    """
 
     config: dict[str, Any]
     seed: int = option(0, at_least=0)
@@ -198,8 +212,11 @@ class Checkpoint(Settings):
     arch: Arch
 
     def load(self, dtype: str, device: str) -> LM:
-        """The model in eval mode with `dtype` weights on `device`, every parameter frozen, and its tokenizer."""
+        """The model in eval mode with `dtype` weights on `device`, every parameter frozen, and its
+        tokenizer.
+        """
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
@@ -219,7 +236,7 @@ class Checkpoint(Settings):
                 model = AutoModelForCausalLM.from_pretrained(
                     folder, dtype=kind, use_safetensors=True, local_files_only=True, trust_remote_code=False
                 )
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
                 raise UserError(
                     f"model={self.name} could not be loaded from {folder}: {_brief(error)}"
                 ) from error

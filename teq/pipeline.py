@@ -78,8 +78,8 @@ def resolve_device(wanted: str) -> str:
 def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -> Record:
     """Run what is not in the store yet and write the record under `home`/records.
 
-    A stage's key holds its settings, the weights' identity, and the digest of the text it reads, so that equal work is
-    done once, whoever asks for it.
+    A stage's key holds its settings, the weights' identity, and the digest of the text it reads, so that
+    equal work is done once, whoever asks for it.
     """
     identity = spec.model.source.identity()
     weights = {"model": identity, "dtype": spec.dtype, "arch": spec.model.arch.plain()}
@@ -96,7 +96,7 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
 
     def quantize() -> tuple[dict[str, "Tensor"], dict[str, Any]]:
         moved = {name: s.to(runtime.device) for name, s in site_scales(scales.tensors()).items()}
-        return spec.quantizer.quantize(bench.to_use_up(), moved, runtime)
+        return spec.quantizer.quantize(bench.to_use_up, moved, runtime)
 
     scales = store.get(
         "scales",
@@ -159,7 +159,8 @@ class Bench:
         if self._lm is None or self._state != "pristine":
             self._lm = None  # free the old one first
             log.info("loading model=%s", self.checkpoint.name)
-            self._lm, self._state = self.checkpoint.load(self.dtype, self.device), "pristine"
+            with measure.uncounted():
+                self._lm, self._state = self.checkpoint.load(self.dtype, self.device), "pristine"
         return self._lm
 
     def to_use_up(self) -> "LM":

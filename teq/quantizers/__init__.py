@@ -1,8 +1,9 @@
 """Quantizers: from a model and scales to integer codes, and back from what was stored to a model.
 
-A quantizer is frozen settings with `quantize(lm, scales, runtime) -> (tensors, info)`. The stored form is complete:
-`<linear>/codes` (bit-packed), `/scale` and `/zero` `[out, groups]`, `/g_idx [in]` under act-order, and
-`param/<name>` for every other parameter that folding changed. What is evaluated is what `restore` makes of it.
+A quantizer is frozen settings with `quantize(load, scales, runtime) -> (tensors, info)`; the model that
+`load()` gives may be used up. The stored form is complete: `<linear>/codes` (bit-packed), `/scale` and
+`/zero` `[out, groups]`, `/g_idx [in]` under act-order, and `param/<name>` for every other parameter that
+folding changed. What is evaluated is what `restore` makes of it.
 """
 
 from collections.abc import Mapping
@@ -11,16 +12,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from teq.grid import Grid, decode, pack, spread, unpack
 from teq.spec import Runtime
+from teq.transforms import Load
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from teq.models import LM
-
 
 @dataclass(frozen=True)
 class Quantized:
-    """One linear on the grid: codes `[out, in]` uint8, scale and zero `[out, groups]` fp32, g_idx `[in]` or None."""
+    """One linear on the grid: codes `[out, in]` uint8, scale and zero `[out, groups]` fp32, g_idx `[in]`
+    or None.
+    """
 
     codes: "Tensor"
     scale: "Tensor"
@@ -43,7 +45,7 @@ class Quantizer(Protocol):
         """The name of the calibration text it reads, or None."""
 
     def quantize(
-        self, lm: "LM", scales: Mapping[str, "Tensor"], runtime: Runtime
+        self, load: Load, scales: Mapping[str, "Tensor"], runtime: Runtime
     ) -> tuple[dict[str, "Tensor"], dict[str, Any]]: ...
 
 

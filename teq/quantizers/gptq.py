@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 from teq.corpora import Calibration
 from teq.grid import Grid
 from teq.spec import Runtime, Settings, option
+from teq.transforms import Load
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from teq.models import LM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +34,14 @@ class Gptq(Settings):
         return self.calib.corpus
 
     def quantize(
-        self, lm: "LM", scales: Mapping[str, "Tensor"], runtime: Runtime
+        self, load: Load, scales: Mapping[str, "Tensor"], runtime: Runtime
     ) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-        """Quantize block by block on calibration windows; see `teq.quantizers.gptq_blocks.quantize_blocks`."""
+        """Quantize block by block on calibration windows; see
+        `teq.quantizers.gptq_blocks.quantize_blocks`.
+        """
         from teq import corpora
         from teq.quantizers.gptq_blocks import quantize_blocks
 
+        lm = load()
         windows = corpora.calibration(self.calib, lm.tokenizer, self.samples, self.length)
         return quantize_blocks(self, lm, scales, windows)

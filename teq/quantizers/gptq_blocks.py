@@ -73,7 +73,9 @@ def quantize_blocks(
 
 
 def _inputs(lm: "LM", windows: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
-    """The first block's inputs, one `[1, token, width]` a window, and its keywords, the same for all of them."""
+    """The first block's inputs, one `[1, token, width]` a window, and its keywords, the same for all of
+    them.
+    """
     hidden = []
     for window in windows:
         one, kwargs = block_inputs(lm.model, lm.arch, window[None].to(lm.device))
@@ -89,7 +91,9 @@ def _solve_block(
     hidden: list[Tensor],
     kwargs: dict[str, Any],
 ) -> "list[tuple[list[str], Solution]]":
-    """One solution for each distinct input of the block's linears, with the linears that read it, in running order."""
+    """One solution for each distinct input of the block's linears, with the linears that read it, in
+    running order.
+    """
     groups = _measure(block, inside, hidden[:1] if settings.true_sequential else hidden, kwargs)
     solutions = []
     for names in list(groups):

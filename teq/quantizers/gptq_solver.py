@@ -1,7 +1,8 @@
-"""The GPTQ algorithm for linears that read the same input: one Hessian, one Cholesky, one pass over the columns.
+"""The GPTQ algorithm for linears that read the same input: one Hessian, one Cholesky, one pass over the
+columns.
 
-Numerically the official code (IST-DASLab/gptq, gptq.py and quant.py): codes are equal on the golden tensors in the
-tests. Rows do not interact, so linears with the same input are solved together as one tall matrix.
+Numerically the official code (IST-DASLab/gptq, gptq.py and quant.py): codes are equal on the golden tensors
+in the tests. Rows do not interact, so linears with the same input are solved together as one tall matrix.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from teq.grid import Grid, group_params, qparams
+from teq.grid import group_params, qparams
 from teq.quantizers import Quantized
 from teq.spec import UserError
 
@@ -97,8 +98,9 @@ def _columns(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes `[out, in]`, scale and zero `[out, groups]`; columns are in processing order.
 
-    A group's grid is taken from `weight` when its first column is reached, as updated so far by whole blocks only: the
-    present block's own corrections live in `block` until it ends. That is what the official code does.
+    A group's grid is taken from `weight` when its first column is reached, as updated so far by whole blocks
+    only: the present block's own corrections live in `block` until it ends. That is what the official code
+    does.
     """
     grid, columns = settings.grid, weight.shape[1]
     size = columns if grid.group_size == -1 else grid.group_size

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from teq.arch import Folding, blocks, linears, sites
 from teq.spec import Runtime, Settings
+from teq.transforms import Load
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from teq.models import LM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +22,12 @@ class Keep(Settings):
         """Reads no text."""
 
     def quantize(
-        self, lm: "LM", scales: Mapping[str, "Tensor"], runtime: Runtime
+        self, load: Load, scales: Mapping[str, "Tensor"], runtime: Runtime
     ) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
         """Every parameter that folding changes, in floating point; none without scales."""
         if not scales:
             return {}, {}
+        lm = load()
         found = sites(lm.model, lm.arch)
         folding, changed = Folding.of(found, scales), {}
         for site in found:

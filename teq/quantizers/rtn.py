@@ -9,12 +9,10 @@ from teq.grid import Grid, encode, group_params, spread
 from teq.progress import track
 from teq.quantizers import Quantized, stored
 from teq.spec import Runtime, Settings
-from teq.transforms import NothingDone
+from teq.transforms import Load, NothingDone
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from teq.models import LM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +25,12 @@ class Rtn(Settings):
         """Reads no text."""
 
     def quantize(
-        self, lm: "LM", scales: Mapping[str, "Tensor"], runtime: Runtime
+        self, load: Load, scales: Mapping[str, "Tensor"], runtime: Runtime
     ) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-        """Codes of the folded weights `W diag(s)`, formed in fp32. Raises NothingDone when no weight changes."""
+        """Codes of the folded weights `W diag(s)`, formed in fp32. Raises NothingDone when no weight
+        changes.
+        """
+        lm = load()
         found = sites(lm.model, lm.arch)
         folding, quantized, changed = Folding.of(found, scales), {}, {}
         for site in found:

@@ -1,7 +1,8 @@
 """Transforms: what is done to a model, without changing its function, before it is quantized.
 
-A transform is frozen settings with `fit(load, runtime, on_step) -> (tensors, info)`: tensors hold a positive vector per site
-under the site's name (and, beside it, whatever else is worth keeping under a name with a prefix and a slash).
+A transform is frozen settings with `fit(load, runtime, on_step) -> (tensors, info)`: tensors hold a positive
+vector per site under the site's name (and, beside it, whatever else is worth keeping under a name with a
+prefix and a slash).
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,6 @@
-"""TEQ: the scales are trained with the model's own loss through straight-through rounding (the paper's section 3)."""
+"""TEQ: the scales are trained with the model's own loss through straight-through rounding (the paper's
+section 3).
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,9 +18,9 @@ if TYPE_CHECKING:
 class Teq(Settings):
     """How the scales are trained.
 
-    `parameter` clip trains s itself, kept at 1e-5 or more (neural-compressor's bound); log trains log s. Profile
-    `paper` decays the learning rate linearly from `lr` in eval mode; `inc` is neural-compressor's: 5 % warm-up first,
-    and training mode, so that dropout is on.
+    `parameter` clip trains s itself, kept at 1e-5 or more (neural-compressor's bound); log trains log s.
+    Profile `paper` decays the learning rate linearly from `lr` in eval mode; `inc` is neural-compressor's: 5
+    % warm-up first, and training mode, so that dropout is on.
     """
 
     version = 1

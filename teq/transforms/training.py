@@ -25,11 +25,13 @@ BETAS = (0.9, 0.9)  # the paper's section 3.2
 
 
 class ScaledFakeQuantLinear(torch.autograd.Function):
-    """`y = linear(x / s, FakeQuant(W diag(s)))` with a straight-through gradient to `x` and `s` in closed form.
+    """`y = linear(x / s, FakeQuant(W diag(s)))` with a straight-through gradient to `x` and `s` in closed
+    form.
 
-    With `xs = x / s`, `Ws = W diag(s)`, `Wq = FakeQuant(Ws)`: `dX = (dY Wq) / s` and `ds = (1/s) * sum over tokens of
-    xs * (dY (Ws - Wq))`. Equal to autograd through neural-compressor's TEQLinearFakeQuant, but `Wq` is made again in
-    the backward pass, so nothing of the weight's size is kept between the passes and no gradient of that size is made.
+    With `xs = x / s`, `Ws = W diag(s)`, `Wq = FakeQuant(Ws)`: `dX = (dY Wq) / s` and `ds = (1/s) * sum over
+    tokens of xs * (dY (Ws - Wq))`. Equal to autograd through neural-compressor's TEQLinearFakeQuant, but `Wq`
+    is made again in the backward pass, so nothing of the weight's size is kept between the passes and no
+    gradient of that size is made.
     """
 
     @staticmethod
@@ -60,7 +62,8 @@ class ScaledFakeQuantLinear(torch.autograd.Function):
 
 
 def initial(site: Site, init: str) -> Tensor:
-    """Start of a site's scales `[in]`, fp32: ones, or `1 / sqrt(max abs of the site's weights per input channel)`.
+    """Start of a site's scales `[in]`, fp32: ones, or `1 / sqrt(max abs of the site's weights per input
+    channel)`.
 
     The paper writes the second as 1.0/sqrt(w_cin); a channel whose weights are all zero starts at 1.
     """
@@ -71,7 +74,9 @@ def initial(site: Site, init: str) -> Tensor:
 
 
 def learning_rate(settings: "Teq", step: int) -> float:
-    """Linear decay: step k of n uses lr (1 - k/n); profile `inc` rises linearly over the first 5 % instead."""
+    """Linear decay: step k of n uses lr (1 - k/n); profile `inc` rises linearly over the first 5 %
+    instead.
+    """
     warm_up = int(WARM_UP * settings.steps) if settings.profile == "inc" else 0
     if step < warm_up:
         return settings.lr * step / warm_up
@@ -79,7 +84,9 @@ def learning_rate(settings: "Teq", step: int) -> float:
 
 
 def causal_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean next-token cross-entropy of `tokens [batch, token]` in fp32: what `model(tokens, labels=tokens)` computes."""
+    """Mean next-token cross-entropy of `tokens [batch, token]` in fp32: what `model(tokens,
+    labels=tokens)` computes.
+    """
     logits = model(tokens, use_cache=False).logits[:, :-1]
     return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
@@ -94,8 +101,9 @@ def train(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train the scales of every site on `windows [steps * batch, token]`; the model is left as it was.
 
-    Returns the last scales by site, with `start/<site>` and `best/<site>` (the step of the lowest loss) beside them,
-    and the loss curve. Raises Diverged on a loss that is not finite, NothingDone when a site never moved.
+    Returns the last scales by site, with `start/<site>` and `best/<site>` (the step of the lowest loss)
+    beside them, and the loss curve. Raises Diverged on a loss that is not finite, NothingDone when a site
+    never moved.
     """
     architecture.check_equivalence(model, arch)
     found = architecture.sites(model, arch)
@@ -141,8 +149,8 @@ def train(
     still = [name for name, s in last.items() if torch.equal(s, start[name])]
     if settings.steps and still:
         raise NothingDone(
-            f"the scales of {still[0]} never moved in {settings.steps} steps ({len(still)} of {len(last)} sites): "
-            "the result would be plain rounding under another name; raise train.lr or train.steps"
+            f"the scales of {still[0]} never moved in {settings.steps} steps ({len(still)} of {len(last)} "
+            "sites): the result would be plain rounding under another name; raise train.lr or train.steps"
         )
     kept = {f"start/{name}": s for name, s in start.items()} | {f"best/{name}": s for name, s in best.items()}
     return last | kept, {"loss": losses, "sites": list(last)}
@@ -152,7 +160,8 @@ def _diverged(step: int, loss: float, now: dict[str, Tensor], best: dict[str, Te
     broken = [name for name, s in now.items() if not torch.isfinite(s).all()]
     where = f"the scales of {broken[0]} are not finite" if broken else "all scales are still finite"
     return Diverged(
-        f"training stopped: the loss is {loss} at step {step} ({where}); lower train.lr, or use dtype=float32",
+        f"training stopped: the loss is {loss} at step {step} ({where}); lower train.lr, or use "
+        "dtype=float32",
         now | {f"best/{name}": s for name, s in best.items()},
     )
 
@@ -166,7 +175,9 @@ def _through(
     scale: Callable[[str], Tensor],
     checkpointing: bool,
 ) -> Iterator[None]:
-    """Within: every linear of every block computes with its fake-quantized weight, targets with their site's scale."""
+    """Within: every linear of every block computes with its fake-quantized weight, targets with their
+    site's scale.
+    """
     site_of = {target: site.name for site in found for target in site.targets}
     replaced: list[nn.Module] = []
     try:

