@@ -26,7 +26,7 @@ def help_text() -> str:
     values = (
         (config.CONF / "config.yaml")
         .read_text()
-        .partition("recipe: auto")[2]
+        .partition("\nrecipe: auto")[2]
         .partition("\n# what the groups")[0]
     )
     indented = "\n".join(f"  {line}" for line in f"recipe: auto{values}".strip().splitlines())

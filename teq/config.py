@@ -1,6 +1,8 @@
 """From a command line to checked runs. The only module of the package that imports Hydra."""
 
 import difflib
+import functools
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from teq.composition import Composer
 from teq.models import Checkpoint
 from teq.pipeline import Run
 from teq.spec import Settings, UserError, option
@@ -45,8 +48,8 @@ def prepare_environment() -> None:
 def quoted(argv: Sequence[str]) -> list[str]:
     """The command line with the values of `bits`, `group_size` and `grid` quoted.
 
-    They are config groups whose options are called `4`, `-1`, ...; Hydra reads a bare 4 as a number and refuses it as
-    the name of an option.
+    They are config groups whose options are called `4`, `-1`, ...; Hydra reads a bare 4 as a number and
+    refuses it as the name of an option.
     """
     out = []
     for word in argv:
@@ -89,9 +92,10 @@ def jobs(argv: Sequence[str]) -> list[Job]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for overrides in _expand(arguments.overrides, arguments.multirun):
             try:
-                composed = _compose(overrides)
-                _check_keys(composed, overrides)
-                found.append(job(composed, composed.hydra.runtime.choices, overrides))
+                composed, choices = _composer()(overrides)
+                _check_choices(choices, overrides)
+                _check_keys(composed, choices, overrides)
+                found.append(job(composed, choices, overrides))
             except UserError as error:
                 problems += str(error).splitlines()
     if problems:
@@ -101,7 +105,8 @@ def jobs(argv: Sequence[str]) -> list[Job]:
 
 def job(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str] = ()) -> Job:
     """The job of one composed configuration. `choices` are Hydra's: which option of each group was taken."""
-    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    if "hydra" in cfg or LAYOUT in cfg:
+        cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in ("hydra", LAYOUT)])
     with open_dict(cfg):
         _fill_from_recipe(cfg, str(choices["model"]))
         cfg.evaluations = [_evaluation(name) for name in _names(cfg.evals)]
@@ -117,7 +122,8 @@ def job(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str] = 
             evals=tuple(_make(evaluation) for evaluation in cfg.evaluations),
         )
     options = Options(device=cfg.device, checkpoint=cfg.train.checkpoint, batch_size=cfg.tasks.batch_size)
-    layout = OmegaConf.to_container(cfg[LAYOUT], resolve=True) if LAYOUT in cfg else None
+    experiment = choices.get("experiments")
+    layout = None if experiment is None else _experiment(str(experiment)).get(LAYOUT)
     return Job(list(overrides), run, options, _make(cfg.logger), layout)
 
 
@@ -154,6 +160,11 @@ def _expand(overrides: list[str], multirun: bool) -> list[list[str]]:
         raise UserError(_one_line(error, overrides)) from error
 
 
+@functools.cache
+def _composer() -> Composer:
+    return Composer(_compose, CONF, ROOT / "experiments", LAYOUT)
+
+
 def _compose(overrides: list[str]) -> DictConfig:
     try:
         return compose("config", overrides, return_hydra_config=True)
@@ -176,18 +187,37 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     return f"{' '.join(overrides)}: {text}"
 
 
-def _check_keys(cfg: DictConfig, overrides: Sequence[str]) -> None:
+def _check_choices(choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse a choice that another one hides."""
+    for override in overrides:
+        if choices.get("grid") is not None and override.partition("=")[0] in ("bits", "group_size"):
+            raise UserError(
+                f"{override} has no effect beside grid={choices['grid']}, which sets bits and group_size: "
+                f"choose grid={', '.join(options(CONF / 'grid'))}"
+            )
+
+
+def _check_keys(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Refuse a key that only an experiment file knows: Hydra merges those in without a word."""
-    if cfg.hydra.runtime.choices.get("experiments") is None:
+    name = choices.get("experiments")
+    if name is None or (name, choices["model"]) in _checked:
         return
     without = [o for o in overrides if not o.startswith("experiments=")]
-    known = set(_flat(_compose(without)))
+    known = set(_flat(_composer()(without)[0]))
     for key in _flat(cfg):
-        if key not in known and not key.startswith(f"{LAYOUT}."):
-            name = cfg.hydra.runtime.choices["experiments"]
+        if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             hint = f": did you mean {close[0]}?" if close else ""
             raise UserError(f"experiments/{name}.yaml sets {key!r}, which is no option{hint}")
+    _checked.add((name, choices["model"]))
+
+
+_checked: set[tuple[str, str]] = set()  # experiments with the model for which their keys were found good
+
+
+@functools.cache
+def _experiment(name: str) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(ROOT / "experiments" / f"{name}.yaml"))
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[str]:
@@ -203,11 +233,13 @@ def _flat(node: Any, prefix: str = "") -> Iterator[str]:
 
 def _fill_from_recipe(cfg: DictConfig, model: str) -> None:
     """Put the recipe's values where the user left null; the recipe's exceptions for this cell come first."""
-    name = cfg.model.recipe if cfg.recipe == "auto" else cfg.recipe
-    known = options(CONF / "recipe")
-    if name not in known:
-        raise UserError(f"recipe={name} is not allowed: it must be one of auto, {', '.join(known)}")
-    recipe = OmegaConf.load(CONF / "recipe" / f"{name}.yaml")
+    recipe = cfg.recipe  # the content of conf/recipe/<name>.yaml, or a name
+    if not OmegaConf.is_config(recipe):
+        name, known = cfg.model.recipe if recipe == "auto" else recipe, options(CONF / "recipe")
+        if name not in known:
+            raise UserError(f"recipe={name} is not allowed: it must be one of {', '.join(known)}")
+        recipe = _file(CONF / "recipe" / f"{name}.yaml")
+    recipe = recipe.copy()
     cell = {"model": model, "bits": cfg.bits, "group_size": cfg.group_size}
     for exception in recipe.pop("exceptions", []):
         if exception.pop("when") == cell:
@@ -235,13 +267,19 @@ def _names(evals: Any) -> list[str]:
 
 
 def _evaluation(name: str) -> DictConfig:
-    return OmegaConf.load(CONF / "eval" / f"{name}.yaml")
+    return _file(CONF / "eval" / f"{name}.yaml").copy()
+
+
+@functools.cache
+def _file(path: Path) -> DictConfig:
+    return OmegaConf.load(path)
 
 
 def _make(node: Any) -> Any:
-    """The settings object of a node with `_target_`."""
+    """The settings object of a node with `_target_`; equal nodes give one object, which is frozen."""
     try:
-        return instantiate(node, _convert_="all")
+        plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        return _made(json.dumps(plain))
     except InstantiationException as error:
         cause = error.__cause__
         while cause is not None and not isinstance(cause, UserError):
@@ -249,3 +287,8 @@ def _make(node: Any) -> Any:
         raise cause or UserError(" ".join(str(error).split())) from None
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split())) from error
+
+
+@functools.cache
+def _made(text: str) -> Any:
+    return instantiate(json.loads(text), _convert_="all")
