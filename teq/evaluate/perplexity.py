@@ -1,10 +1,10 @@
-"""Perplexity: exp of the mean token loss over non-overlapping windows."""
+"""Perplexity: exp of the mean token loss over windows of a text."""
 
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from teq import corpora
+from teq import corpora, statistics
 from teq.evaluate import Metric
 from teq.progress import track
 from teq.spec import Runtime, Settings, UserError, option
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(Settings):
-    """Non-overlapping windows of `context` tokens of a corpus, the first `limit` of them (all when null)."""
+    """The first `limit` (all when null) windows of `context` tokens that the protocol `corpus` cuts."""
 
     group = "ppl"
-    corpus: str
+    corpus: str = option(among=corpora.PERPLEXITY)
     context: int = option(at_least=2)
     limit: int | None = option(None, at_least=1)
 
@@ -34,33 +34,29 @@ class Perplexity(Settings):
         return corpora.provenance(self.corpus)
 
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
-        """`ppl`, the per-window mean token losses `window_loss`, and the hash of the tokens they were measured on."""
+        """`ppl`, the per-window mean token losses `window_loss`, and the hash of the tokens they are of."""
         import numpy as np
         import torch
 
-        stream = corpora.evaluation_stream(self.corpus, lm.tokenizer)
-        count = len(stream) // self.context
-        if count == 0:
-            raise UserError(
-                f"{self.corpus} gives {len(stream)} tokens, one window of ppl.context={self.context} needs more: "
-                "choose a smaller ppl.context"
-            )
-        count = min(count, self.limit or count)
-        windows = stream[: count * self.context].view(count, self.context)
+        positions = getattr(lm.model.config, "max_position_embeddings", None)
+        if positions is not None and self.context > positions:
+            raise UserError(f"ppl.context={self.context} is not allowed: the model has {positions} positions")
+        windows, available = corpora.windows(self.corpus, lm.tokenizer, self.context, self.limit)
         with torch.inference_mode():
             losses = [
                 window_loss(lm.model, windows[i : i + 1].to(lm.device)).item()
-                for i in track(range(count), f"perplexity {self.corpus}")
+                for i in track(range(len(windows)), f"perplexity {self.corpus}")
             ]
         if not np.isfinite(losses).all():
             raise UserError(
                 f"the loss on {self.corpus} is not finite in window {int(np.argmin(np.isfinite(losses)))}"
             )
         tokens = hashlib.sha256(windows.to(torch.int64).numpy().tobytes()).hexdigest()
+        counts = {"windows": len(windows), "available_windows": available, "context": self.context}
         return Metric(
-            values={"ppl": float(np.exp(np.mean(losses)))},
+            values={"ppl": statistics.perplexity(losses)},
             arrays={"window_loss": np.asarray(losses, dtype=np.float64)},
-            info={"windows": count, "context": self.context, "tokens_sha256": tokens, **self.provenance()},
+            info={**counts, "tokens_sha256": tokens, **self.provenance()},
         )
 
 
