@@ -24,9 +24,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from teq.composition import Composer
-from teq.models import Checkpoint
+from teq.evaluate.counts import Counts
+from teq.models import Checkpoint, Outline
 from teq.pipeline import Run
+from teq.quantizers.keep import Keep
 from teq.spec import Settings, UserError, option
+from teq.transforms.identity import Identity
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -46,12 +49,13 @@ def prepare_environment() -> None:
 
 
 def quoted(argv: Sequence[str]) -> list[str]:
-    """The command line with the values of `bits`, `group_size` and `grid` quoted.
+    """The command line as Hydra wants it: `-m` first, and the values of `bits` and `group_size` quoted.
 
-    They are config groups whose options are called `4`, `-1`, ...; Hydra reads a bare 4 as a number and
-    refuses it as the name of an option.
+    Hydra's parser takes no flag between overrides. The two are config groups whose options are called `4`, `-1`,
+    ...; Hydra reads a bare 4 as a number and refuses it as the name of an option.
     """
     out = []
+    argv = sorted(argv, key=lambda word: word not in ("-m", "--multirun"))
     for word in argv:
         name, equals, value = word.partition("=")
         if equals and name in INTEGER_GROUPS and not set(value) & set("'\"[](){}"):
@@ -82,10 +86,9 @@ class Job:
 
 def jobs(argv: Sequence[str]) -> list[Job]:
     """Every run of a command line. Raises UserError with one line for each that cannot be."""
-    try:
-        arguments = get_args_parser().parse_args(quoted(argv))
-    except SystemExit:
-        raise UserError("the command line is not understood: `python run.py --help` shows what is") from None
+    arguments, strange = get_args_parser().parse_known_args(quoted(argv))
+    if strange:
+        raise UserError(f"{strange[0]} is not understood: `python run.py --help` shows what is")
     found: list[Job] = []
     problems: list[str] = []
     prepare_environment()
@@ -110,9 +113,7 @@ def job(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str] = 
     with open_dict(cfg):
         _fill_from_recipe(cfg, str(choices["model"]))
         cfg.evaluations = [_evaluation(name) for name in _names(cfg.evals)]
-        source = (
-            {"_target_": "teq.models.Folder", "path": cfg.model.path} if cfg.model.path else cfg.model.source
-        )
+        source = _source(cfg.model)
         run = Run(
             model=Checkpoint(name=str(choices["model"]), source=_make(source), arch=_make(cfg.model.arch)),
             dtype=cfg.dtype,
@@ -121,10 +122,33 @@ def job(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str] = 
             quantizer=_make(cfg.method.quantizer),
             evals=tuple(_make(evaluation) for evaluation in cfg.evaluations),
         )
+    _check_weights(run)
     options = Options(device=cfg.device, checkpoint=cfg.train.checkpoint, batch_size=cfg.tasks.batch_size)
     experiment = choices.get("experiments")
     layout = None if experiment is None else _experiment(str(experiment)).get(LAYOUT)
     return Job(list(overrides), run, options, _make(cfg.logger), layout)
+
+
+def _source(model: DictConfig) -> Any:
+    """Where the weights come from: `model.weights` and `model.path` come before the model's own source."""
+    if model.weights not in (None, "none"):
+        raise UserError(
+            f"model.weights={model.weights} is not allowed: it must be null (the model's own) or none (no weights)"
+        )
+    if model.weights == "none":
+        return {"_target_": "teq.models.Outline", "config": OmegaConf.to_container(model.config)}
+    return {"_target_": "teq.models.Folder", "path": model.path} if model.path else model.source
+
+
+def _check_weights(run: Run) -> None:
+    """Without weights there is nothing to quantize and nothing to measure, only to count."""
+    if not isinstance(run.model.source, Outline):
+        return
+    if not isinstance(run.transform, Identity) or not isinstance(run.quantizer, Keep):
+        raise UserError(f"method={run.method} needs weights: beside model.weights=none choose method=fp")
+    for evaluation in run.evals:
+        if not isinstance(evaluation, Counts):
+            raise UserError(f"evals={evaluation.name} needs weights: beside model.weights=none choose evals=[counts]")
 
 
 def groups() -> dict[str, list[str]]:

@@ -72,17 +72,21 @@ class Published(Settings):
 
     def at(self, coordinates: Mapping[str, str], rows: Sequence[str]) -> float | str | None:
         """The number at some coordinates (one value an axis), or None."""
-        if any(coordinates.get(axis) != value for axis, value in (self.only or {}).items()):
-            return None
         node: Any = self.numbers
         for axis in rows:
             node = node.get(coordinates[axis]) if isinstance(node, Mapping) else None
+        return None if node is None else self.pick(node, coordinates)
+
+    def pick(self, numbers: Sequence[Any], coordinates: Mapping[str, str]) -> float | str | None:
+        """The one of a list over `across` that belongs to some coordinates, or None."""
+        if any(coordinates.get(axis) != value for axis, value in (self.only or {}).items()):
+            return None
         index = 0
         for axis, values in self.across.items():
             if coordinates.get(axis) not in values:
                 return None
             index = index * len(values) + values.index(coordinates[axis])
-        return None if node is None else node[index]
+        return numbers[index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,10 @@ class Claim(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Quoted(Settings):
-    """A row of numbers from elsewhere that no run of ours stands for: its place, its label and its values."""
+    """A row of numbers from elsewhere that no run of ours stands for.
+
+    `at` is its place among the rows, `source` says whose they are, `values` run over `published.across`.
+    """
 
     at: dict[str, Any]
     source: str
@@ -145,6 +152,8 @@ def parse(name: str, raw: Mapping[str, Any] | None) -> Layout:
             _build(kind, one, f"{where}.{key}[{i}]") for i, one in enumerate(raw.get(key) or ())
         )
     layout = _build(Layout, nested, where)
+    if layout.quoted and layout.published is None:
+        raise UserError(f"{where}.quoted needs published.across, which its values run over")
     _check_cells(layout, where)
     if layout.published is not None:
         _check_published(layout, layout.published, f"{where}.published")
@@ -211,6 +220,12 @@ def _check_published(layout: Layout, published: Published, where: str) -> None:
     if len(layout.cells or {}) > 1 and CELL not in published.across:
         raise UserError(f"{where}.across must name `cell`: the table has {len(layout.cells or {})} of them")
     length = math.prod(len(values) for values in published.across.values())
+    for i, quoted in enumerate(layout.quoted):
+        if len(quoted.values) != length or set(quoted.at) - set(layout.rows):
+            raise UserError(
+                f"{where.rpartition('.')[0]}.quoted[{i}] is not allowed: `at` must name some of "
+                f"{', '.join(layout.rows)} and `values` have {length} numbers"
+            )
     for path, leaf in _leaves(published.numbers):
         at = ".".join([f"{where}.numbers", *path])
         if not isinstance(leaf, list) or len(path) != len(layout.rows):

@@ -26,7 +26,7 @@ class LM:
     """A loaded checkpoint. `identity` names its weights (commit or digest); `arch` describes its family."""
 
     model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: "PreTrainedTokenizerBase | None"
     arch: Arch
     identity: str
 
@@ -203,12 +203,29 @@ class Random(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outline(Settings):
+    """A model without weights, for counting: its architecture on PyTorch's meta device, from the dimensions in
+    conf/model, so that nothing is fetched or allocated whatever its size. It has no tokenizer and computes
+    nothing.
+    """
+
+    config: dict[str, Any]
+
+    def identity(self) -> str:
+        """The dimensions themselves."""
+        return f"outline:{self.key()}"
+
+    def folder(self) -> None:
+        """There is no folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint(Settings):
     """A model as the user names it: where it comes from and which family it is."""
 
     group = "model"
     name: str
-    source: Hub | Folder | Wheel | Random
+    source: Hub | Folder | Wheel | Random | Outline
     arch: Arch
 
     def load(self, dtype: str, device: str) -> LM:
@@ -223,6 +240,12 @@ class Checkpoint(Settings):
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         identity, kind = self.source.identity(), getattr(torch, dtype)
+        if isinstance(self.source, Outline):
+            from teq.random_model import architecture
+
+            with torch.device("meta"):
+                model = architecture(self.source.config)
+            return LM(model.eval().requires_grad_(False), None, self.arch, identity)
         if isinstance(self.source, Random):
             from teq.random_model import build, byte_tokenizer
 

@@ -1,6 +1,7 @@
-"""Models made in memory: seeded random weights and a byte-level tokenizer."""
+"""Models made in memory: architectures, seeded random weights, and a byte-level tokenizer."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from teq.models import Random
 
@@ -13,10 +14,8 @@ def build(settings: Random) -> "PreTrainedModel":
     same seed.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = dict(settings.config)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    model = architecture(settings.config)
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -28,6 +27,14 @@ def build(settings: Random) -> "PreTrainedModel":
             else:
                 parameter.copy_(torch.exp(0.3 * noise))
     return model
+
+
+def architecture(config: Mapping[str, Any]) -> "PreTrainedModel":
+    """The causal LM of `model_type` and its dimensions as transformers makes it, on the current default device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(config)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
 
 
 def byte_tokenizer(bos: bool) -> "PreTrainedTokenizerFast":

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from teq import statistics
-from teq.layout import ANY, CELL, COSTS, FULL, Cell, Layout, Quoted
+from teq.layout import ANY, CELL, COSTS, FULL, Cell, Claim, Layout
 from teq.lookup import Found, Library
 from teq.record import Record
 from teq.spec import UserError
@@ -75,6 +75,7 @@ class Checked:
     claimed: tuple[int, int]  # how many, of how many
     published: tuple[int, int]  # recomputed from the published numbers
     ours: tuple[int, int]  # from the scenarios that our records cover
+    partial: bool  # whether some of those are partial
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,6 @@ class Table:
     columns: Sequence[Place]
     values: Mapping[tuple[Place, Place], Value]
     constant: Mapping[str, str]  # column axes that have one value here
-    quoted: Sequence[Quoted] = ()
     claims: Sequence[Checked] = field(default=())
 
     def used(self) -> list[Found]:
@@ -117,7 +117,7 @@ def fill(name: str, layout: Layout, jobs: Sequence["Job"], library: Library) -> 
         for i, axis in enumerate(column_axes)
         if axis != CELL and len({column[i] for column in columns}) == 1
     }
-    return Table(name, layout, row_axes, column_axes, rows, columns, values, constant, layout.quoted)
+    return Table(name, layout, row_axes, column_axes, rows, columns, values, constant)
 
 
 def grid_name(grid: "Grid | None") -> str:
@@ -129,39 +129,41 @@ def grid_name(grid: "Grid | None") -> str:
 
 
 def check_claims(tables: Mapping[str, Table]) -> dict[str, list[Checked]]:
-    """The claims of every table, counted on published numbers and on ours; `tables` holds each table they name."""
+    """The claims of every table, counted on published numbers and on ours.
+
+    `tables` holds each table that a claim names.
+    """
     return {
-        name: [
-            Checked(
-                claim.says,
-                (claim.count, claim.of),
-                _count(claim, [tables[t] for t in claim.tables or (name,)], published=True),
-                _count(claim, [tables[t] for t in claim.tables or (name,)], published=False),
-            )
-            for claim in table.layout.claims
-        ]
+        name: [_checked(claim, [tables[t] for t in claim.tables or (name,)]) for claim in table.layout.claims]
         for name, table in tables.items()
     }
 
 
-def _count(claim: Any, tables: Iterable[Table], published: bool) -> tuple[int, int]:
+def _checked(claim: Claim, tables: Sequence[Table]) -> Checked:
     """In how many scenarios the best winner beats the best loser, of how many that have all the numbers."""
-    won = total = 0
+    counts, partial = {True: [0, 0], False: [0, 0]}, False
     for table in tables:
         scenarios: dict[tuple[Any, ...], dict[str, Value]] = {}
         for value in table.values.values():
             place = tuple(v for axis, v in value.at.items() if axis != "method")
             scenarios.setdefault(place, {})[value.at.get("method", "")] = value
         for methods in scenarios.values():
-            numbers = {m: v.published if published else v.ours for m, v in methods.items()}
-            both = [[numbers.get(m) for m in side] for side in (claim.winners, claim.losers)]
-            if any(not isinstance(n, int | float) for side in both for n in side):
+            sides = [[methods.get(m) for m in side] for side in (claim.winners, claim.losers)]
+            values = [value for side in sides for value in side if value is not None]
+            if len(values) < len(claim.winners) + len(claim.losers):
                 continue
-            lowest = next(iter(methods.values())).formula.best == "lowest"
-            ours, theirs = (min(side) if lowest else max(side) for side in both)
-            total += 1
-            won += ours < theirs if lowest else ours > theirs
-    return won, total
+            best = min if values[0].formula.best == "lowest" else max
+            for published, count in counts.items():
+                numbers = [
+                    [v.published if published else v.ours for v in side if v is not None] for side in sides
+                ]
+                if any(not isinstance(n, int | float) for side in numbers for n in side):
+                    continue
+                ours, theirs = (best(side) for side in numbers)
+                count[1] += 1
+                count[0] += ours != theirs and best(ours, theirs) == ours
+                partial = partial or (not published and any(value.verdict == PARTIAL for value in values))
+    return Checked(claim.says, (claim.count, claim.of), tuple(counts[True]), tuple(counts[False]), partial)
 
 
 def _groups(name: str, axes: Sequence[str], jobs: Sequence["Job"]) -> dict[Place, list["Job"]]:
@@ -366,7 +368,15 @@ def _in_order(places: Sequence[Place]) -> list[Place]:
 
 def plain(records: Sequence[Record]) -> str:
     """Model, method, grid and every metric of some records, in Markdown."""
-    metrics = list(dict.fromkeys((e, m) for r in records for e in r.metrics for m in r.metrics[e]["values"]))
+    metrics = list(
+        dict.fromkeys(
+            (evaluation, key)
+            for r in records
+            for evaluation, measured in r.metrics.items()
+            for key in measured["values"]
+            if not key.endswith("_stderr")  # they stand beside what they belong to
+        )
+    )
     rows = [["model", "method", "bits", "group", *(f"{e} {m}" for e, m in metrics)]]
     for r in records:
         grid = r.data["run"]["quantizer"].get("grid") or {}
@@ -375,10 +385,17 @@ def plain(records: Sequence[Record]) -> str:
         for evaluation, key in metrics:
             value = r.metrics.get(evaluation, {}).get("values", {}).get(key)
             error = stderr(r, f"{evaluation}.{key}") if value is not None and key != "ppl" else None
-            text = "" if value is None else f"{value:.4g}" if abs(value) < 1 else f"{value:.3f}"
-            cells.append(text if error is None else f"{text} ± {error:.2g}")
+            cells.append(_short(value) if error is None else f"{_short(value)} ± {error:.2g}")
         rows.append(cells)
     return aligned(rows)
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 1 else f"{value:.3f}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -27,10 +27,7 @@ def markdown(table: Table) -> str:
     for row in table.rows:
         values = [table.values.get((row, column)) for column in table.columns]
         rows.append([*map(_coordinate, row), *(_cell(value, notes) for value in values)])
-    for quoted in table.quoted:
-        place = [_coordinate(str(quoted.at.get(axis, ""))) for axis in table.row_axes]
-        place[-1] = f"{place[-1]} ({quoted.source})"
-        rows.append([*place, *(f"({number(v, table)})" for v in quoted.values)])
+    rows += quotations(table)
     parts = [f"## {table.layout.title}", table.layout.caption]
     if table.constant:
         parts.append(", ".join(f"{axis}: {value}" for axis, value in table.constant.items()))
@@ -101,6 +98,21 @@ def comma_separated(table: Table) -> str:
     return out.getvalue()
 
 
+def quotations(table: Table) -> list[list[str]]:
+    """Rows of numbers that only others measured, in parentheses as every published number."""
+    rows = []
+    for quoted in table.layout.quoted:
+        place = [_coordinate(str(quoted.at.get(axis, FULL))) for axis in table.row_axes]
+        place[-1] = f"{place[-1]}, {quoted.source}"
+        for column in table.columns:
+            at = dict(zip(table.column_axes, column, strict=True))
+            picked = table.layout.published.pick(quoted.values, at) if table.layout.published else None
+            digits = (table.layout.cells or {})[column[-1]].digits
+            place.append("" if picked is None else f"({_number(picked, digits)})")
+        rows.append(place)
+    return rows
+
+
 def footnotes(table: Table) -> dict[str, str]:
     """What partial cells differ in, each distinct text with its letter."""
     found: dict[str, str] = {}
@@ -133,7 +145,8 @@ def claims(checked: Sequence[Checked]) -> list[str]:
     for claim in checked:
         counted = f"{claim.published[0]} of {claim.published[1]}"
         agrees = "as claimed" if claim.published == claim.claimed else f"claimed: {_of(claim.claimed)}"
-        ours = f"ours: {_of(claim.ours)}" if claim.ours[1] else "ours: no scenario run"
+        partly = ", partial cells among them" if claim.partial else ""
+        ours = f"ours: {_of(claim.ours)}{partly}" if claim.ours[1] else "ours: no scenario run"
         lines.append(f"Claim: {claim.says}. Published numbers: {counted} ({agrees}); {ours}.")
     return lines
 
@@ -156,40 +169,47 @@ def heading(table: Table, column: Sequence[str]) -> str:
     return " ".join(varying)
 
 
-def number(value: Any, table: Table, cell: str | None = None) -> str:
-    """A number in a cell's digits; anything else as it is."""
-    formula = (table.layout.cells or {})[cell or next(iter(table.layout.cells or {}))]
-    return _number(value, formula.digits)
-
-
 def _number(value: Any, digits: int) -> str:
     if value is None:
         return "–"
     return f"{value:,.{digits}f}" if isinstance(value, int | float) else str(value)
 
 
+def shown(value: Value, number: float | str | None) -> str:
+    """A number in the digits of its cell; a setting as it is written."""
+    if value.formula.setting is not None:
+        return f"{number:g}" if isinstance(number, float) else str(number)
+    return _number(number, value.formula.digits)
+
+
 def _cell(value: Value | None, notes: Mapping[str, str]) -> str:
     if value is None:
         return ""
-    digits = value.formula.digits
-    if value.formula.setting is not None:
-        digits = 4
-    published = None if value.published is None else _number(value.published, digits)
+    published = None if value.published is None else shown(value, value.published)
     if value.verdict == NOT_RUN:
         return "–" if published is None else f"({published})"
-    ours = _number(value.ours, digits)
+    ours = shown(value, value.ours)
     text = f"**{ours}**" if value.best else ours
     if value.stderr is not None:
-        text += f" ± {_number(value.stderr, digits)}"
+        text += f" ± {shown(value, value.stderr)}"
     if value.spread is not None:
-        text += f" (sd {_number(value.spread, digits)} over {len(value.found)} seeds)"
+        text += f" (sd {shown(value, value.spread)} over {len(value.found)} seeds)"
     text += " ~" if value.noise else ""
     if published is not None:
-        change = f"{value.difference:+,.{digits}f}, " if value.difference is not None else ""
-        text += f" ({published}, {change}{value.verdict})"
+        change = difference(value)
+        text += f" ({', '.join(part for part in (published, change, value.verdict) if part)})"
     marks = [notes[note]] if (note := difference_text(value)) else []
     marks += ["synthetic"] if value.synthetic else []
     return text + (f" [{', '.join(marks)}]" if marks else "")
+
+
+def difference(value: Value) -> str:
+    """Ours minus published with its sign; empty where the printed digits are the same or there is nothing to
+    subtract.
+    """
+    if value.difference is None or shown(value, value.ours) == shown(value, value.published):
+        return ""
+    return f"{value.difference:+,.{value.formula.digits}f}"
 
 
 def _legend(table: Table, notes: Mapping[str, str]) -> list[str]:
@@ -205,8 +225,10 @@ def _legend(table: Table, notes: Mapping[str, str]) -> list[str]:
     lines += limits(table)
     missing = [value for value in values if value.verdict == NOT_RUN]
     if missing:
+        known = any(value.published is not None for value in missing)
         lines.append(
-            f"not run: {len(missing)} of {len(values)} cells (a published number stands in parentheses); "
+            f"not run: {len(missing)} of {len(values)} cells"
+            f"{' (a published number stands in parentheses)' if known else ''}; "
             f"`python run.py experiments={table.name}` runs what is missing, `{command(missing[0])}` the first of them"
         )
     return lines + list(table.layout.notes)
@@ -217,20 +239,20 @@ def limits(table: Table) -> list[str]:
     found = {}
     for value in table.values.values():
         for one in value.found:
-            evals = zip(one.record.metrics.items(), one.record.data["run"]["evals"], strict=True)
-            for (name, measured), settings in evals:
-                if name in value.formula.evaluations() and (text := _limited(settings, measured["info"])):
+            for name, measured in one.record.metrics.items():
+                if name in value.formula.evaluations() and (text := _limited(measured["info"])):
                     found[f"{name}: {text}"] = None
     return [f"limited: {text}" for text in found]
 
 
-def _limited(settings: Mapping[str, Any], info: Mapping[str, Any]) -> str:
+def _limited(info: Mapping[str, Any]) -> str:
     parts = []
-    if settings.get("limit") is not None:
-        size = f"{info['windows']} windows of {info['context']} tokens" if "windows" in info else ""
-        parts.append(f"the first {size}" if size else f"{settings['limit']} documents, a seeded sample")
+    for what, how in (("windows", "the first"), ("documents", "a seeded draw of")):
+        if what in info and info[what] < info.get(f"available_{what}", 0):
+            size = f" of {info['context']} tokens" if "context" in info else ""
+            parts.append(f"{how} {info[what]} of {info[f'available_{what}']} {what}{size}")
     if info.get("partial"):
-        parts.append(f"from a part of the set ({info.get('rows', 'unknown')} rows)")
+        parts.append(f"from a mirror that holds {info['rows']} of {info['expected_rows']} rows")
     return ", ".join(parts)
 
 

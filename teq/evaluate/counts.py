@@ -1,0 +1,44 @@
+"""What TEQ trains, counted: the columns of the paper's Table 9.
+
+Counting is an evaluation like any other, on a model that needs no weights (`model.weights=none`): so it runs through
+the one command, leaves a record, and the table that shows it is a layout and nothing else.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from teq import arch
+from teq.evaluate import Metric
+from teq.spec import Runtime, Settings
+
+if TYPE_CHECKING:
+    from teq.models import LM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts(Settings):
+    """Reads shapes alone."""
+
+    name = "counts"
+
+    def provenance(self) -> None:
+        """Reads no text."""
+
+    def measure(self, lm: "LM", runtime: Runtime) -> Metric:
+        """Blocks, linears that a site's scale reaches, linears in all (with the output head), groups (sites),
+        trained numbers, and parameters, an output head that is tied to the embedding counted again.
+        """
+        from torch import nn
+
+        sites = arch.sites(lm.model, lm.arch)
+        total = sum(parameter.numel() for parameter in lm.model.parameters())
+        head, embedding = lm.model.get_output_embeddings().weight, lm.model.get_input_embeddings().weight
+        values: dict[str, Any] = {
+            "blocks": len(arch.blocks(lm.model, lm.arch)),
+            "applicable_linears": sum(len(site.targets) for site in sites),
+            "linears": sum(isinstance(module, nn.Linear) for module in lm.model.modules()),
+            "groups": len(sites),
+            "trained": sum(site.width for site in sites),
+            "total": total + (head.numel() if head is embedding else 0),
+        }
+        return Metric(values)
