@@ -1,9 +1,9 @@
 """Composing many configurations that differ in a few choices.
 
-Hydra composes one in 0.1 to 0.2 s, and a report expands hundreds. Here each option of a group is composed once, by
-Hydra, and a configuration is put together from those parts in the order of the defaults list: groups, then the
-experiment, then single values. What is not that simple (nested groups, additions, deletions, an experiment with
-defaults of its own) goes to Hydra as it is. A test holds both against each other.
+Hydra composes one in 0.1 to 0.2 s, and a report expands hundreds. Here each option of a group is composed
+once, by Hydra, and a configuration is put together from those parts in the order of the defaults list:
+groups, then the experiment, then single values. What is not that simple (nested groups, additions, deletions,
+an experiment with defaults of its own) goes to Hydra as it is. A test holds both against each other.
 """
 
 import copy
@@ -38,7 +38,9 @@ class Composer:
         self._option = functools.cache(self._composed_option)
 
     def __call__(self, overrides: Sequence[str]) -> Composed:
-        """The configuration of `overrides` without Hydra's own node, interpolations unresolved, and the choices."""
+        """The configuration of `overrides` without Hydra's own node, interpolations unresolved, and the
+        choices.
+        """
         parsed = [self._parse(line) for line in overrides]
         if all(self._simple(override) for override in parsed):
             chosen = {o.key_or_group: o.value() for o in parsed if o.key_or_group in self._folders}
@@ -83,7 +85,7 @@ class Composer:
         return OmegaConf.to_container(self._plain([f"{group}={name!r}"])[0])[group]
 
     def _plain(self, overrides: list[str]) -> Composed:
-        """As Hydra composes it; the choices in the order of the defaults list, which Hydra gives backwards."""
+        """As Hydra composes it; choices in the order of the defaults list, which Hydra gives backwards."""
         composed = self._hydra(overrides)
         choices = list(OmegaConf.to_container(composed.hydra.runtime.choices).items())
         kept = {key: value for key, value in reversed(choices) if key in self._folders}

@@ -133,7 +133,8 @@ def _source(model: DictConfig) -> Any:
     """Where the weights come from: `model.weights` and `model.path` come before the model's own source."""
     if model.weights not in (None, "none"):
         raise UserError(
-            f"model.weights={model.weights} is not allowed: it must be null (the model's own) or none (no weights)"
+            f"model.weights={model.weights} is not allowed: it must be null (the model's own) or none "
+            "(its architecture alone)"
         )
     if model.weights == "none":
         return {"_target_": "teq.models.Outline", "config": OmegaConf.to_container(model.config)}
@@ -148,7 +149,9 @@ def _check_weights(run: Run) -> None:
         raise UserError(f"method={run.method} needs weights: beside model.weights=none choose method=fp")
     for evaluation in run.evals:
         if not isinstance(evaluation, Counts):
-            raise UserError(f"evals={evaluation.name} needs weights: beside model.weights=none choose evals=[counts]")
+            raise UserError(
+                f"evals={evaluation.name} needs weights: beside model.weights=none choose evals=[counts]"
+            )
 
 
 def groups() -> dict[str, list[str]]:

@@ -27,10 +27,11 @@ ANY = "any"  # the value of an axis that a run does not depend on
 
 @dataclass(frozen=True, kw_only=True)
 class Cell(Settings):
-    """What is computed of a record: exactly one of `mean`, `sum`, `ratio` of metrics, or a `setting` of the run.
+    """What is computed of a record: exactly one of `mean`, `sum`, `ratio` of metrics, or a `setting` of the
+    run.
 
-    A metric is `<evaluation>.<name>`, or `seconds.<stage>` and `peak_bytes.<stage>`. `best` says which end is good
-    (null: neither, the cell is compared with the published number for equality).
+    A metric is `<evaluation>.<name>`, or `seconds.<stage>` and `peak_bytes.<stage>`. `best` says which end is
+    good (null: neither, the cell is compared with the published number for equality).
     """
 
     label: str
@@ -91,9 +92,11 @@ class Published(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Claim(Settings):
-    """A sentence of the paper that its numbers decide: in how many scenarios the best winner beats the best loser.
+    """A sentence of the paper that its numbers decide: in how many scenarios the best winner beats the best
+    loser.
 
-    A scenario is one cell position without its method. `tables` are the experiments it spans (null: this one).
+    A scenario is one cell position without its method. `tables` are the experiments it spans (null: this
+    one).
     """
 
     says: str
@@ -134,7 +137,9 @@ class Layout(Settings):
 
 
 def parse(name: str, raw: Mapping[str, Any] | None) -> Layout:
-    """The layout of experiments/<name>.yaml. Raises UserError that names the file, the key, the value, the way out."""
+    """The layout of experiments/<name>.yaml. Raises UserError that names the file, the key, the value, the
+    way out.
+    """
     where = f"experiments/{name}.yaml: layout"
     if raw is None:
         raise UserError(
@@ -197,7 +202,8 @@ def _check_cells(layout: Layout, where: str) -> None:
         for name in cell.names:
             if not all(name.rpartition(".")):
                 raise UserError(
-                    f"{where}.cells.{key}.{given[0]}={name!r} is not allowed: a metric is <evaluation>.<name>, "
+                    f"{where}.cells.{key}.{given[0]}={name!r} is not allowed: a metric is "
+                    "<evaluation>.<name>, "
                     "such as wikitext2.ppl, or seconds.<stage>"
                 )
         if cell.ratio is not None and len(cell.ratio) != 2:
@@ -211,11 +217,13 @@ def _check_published(layout: Layout, published: Published, where: str) -> None:
     for axis, values in published.across.items():
         if axis not in allowed or not isinstance(values, list):
             raise UserError(
-                f"{where}.across.{axis}={values!r} is not allowed: it must be a list for one of {', '.join(allowed)}"
+                f"{where}.across.{axis}={values!r} is not allowed: it must be a list for one of "
+                f"{', '.join(allowed)}"
             )
         if axis == CELL and (unknown := [value for value in values if value not in (layout.cells or {})]):
             raise UserError(
-                f"{where}.across.cell={unknown[0]!r} is not allowed: it must be one of {', '.join(layout.cells or {})}"
+                f"{where}.across.cell={unknown[0]!r} is not allowed: it must be one of "
+                f"{', '.join(layout.cells or {})}"
             )
     if len(layout.cells or {}) > 1 and CELL not in published.across:
         raise UserError(f"{where}.across must name `cell`: the table has {len(layout.cells or {})} of them")
@@ -234,7 +242,8 @@ def _check_published(layout: Layout, published: Published, where: str) -> None:
             )
         if len(leaf) != length:
             raise UserError(
-                f"{at} has {len(leaf)} numbers: it must have {length}, one for each of {_product(published.across)}"
+                f"{at} has {len(leaf)} numbers: it must have {length}, one for each of "
+                f"{_product(published.across)}"
             )
         if wrong := [v for v in leaf if not isinstance(v, int | float | str | None) or isinstance(v, bool)]:
             raise UserError(f"{at} holds {wrong[0]!r}: it must be numbers, texts or null")

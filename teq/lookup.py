@@ -17,7 +17,9 @@ MISSING = "nothing"
 
 @dataclass(frozen=True)
 class Found:
-    """A record that answers for a run. `differences` maps a setting to (wanted, the record's); empty when exact."""
+    """A record that answers for a run. `differences` maps a setting to (wanted, the record's); empty when
+    exact.
+    """
 
     record: Record
     own: bool
@@ -54,8 +56,8 @@ class Library:
     def find(self, run: "Run", evaluations: set[str], synthetic: bool = False) -> Found | None:
         """The record for `run`'s part that `evaluations` (by name) measure, exact before nearest, or None.
 
-        Settings of evaluations that are not asked for do not count. A record of synthetic weights is only considered
-        where `synthetic` allows it.
+        Settings of evaluations that are not asked for do not count. A record of synthetic weights is only
+        considered where `synthetic` allows it.
         """
         plain = run.plain()
         best: Found | None = None

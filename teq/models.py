@@ -204,8 +204,8 @@ class Random(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Outline(Settings):
-    """A model without weights, for counting: its architecture on PyTorch's meta device, from the dimensions in
-    conf/model, so that nothing is fetched or allocated whatever its size. It has no tokenizer and computes
+    """A model without weights, for counting: its architecture on PyTorch's meta device, from the dimensions
+    in conf/model, so that nothing is fetched or allocated whatever its size. It has no tokenizer and computes
     nothing.
     """
 

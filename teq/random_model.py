@@ -30,7 +30,7 @@ def build(settings: Random) -> "PreTrainedModel":
 
 
 def architecture(config: Mapping[str, Any]) -> "PreTrainedModel":
-    """The causal LM of `model_type` and its dimensions as transformers makes it, on the current default device."""
+    """The causal LM of `model_type` and its dimensions as transformers makes it, on the default device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = dict(config)

@@ -69,11 +69,13 @@ def _flat(values: Values) -> np.ndarray:
 def combined_bootstrap(
     pairs: Sequence[tuple[Values, Values, str]], resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """The ends of the 95 % interval of the sum over `pairs` (a, b, statistic) of `statistic(a) - statistic(b)`.
+    """The ends of the 95 % interval of the sum over `pairs` (a, b, statistic) of `statistic(a) -
+    statistic(b)`.
 
-    Each pair is resampled by itself, as in `paired_bootstrap`: its values belong to the same documents or windows,
-    those of different pairs to different ones. For `mean` a resample of n documents is drawn as the counts of their
-    distinct differences, which has the same distribution and costs nothing for a test set of ten thousand.
+    Each pair is resampled by itself, as in `paired_bootstrap`: its values belong to the same documents or
+    windows, those of different pairs to different ones. For `mean` a resample of n documents is drawn as the
+    counts of their distinct differences, which has the same distribution and costs nothing for a test set of
+    ten thousand.
     """
     draw = np.random.default_rng(seed)
     total = np.zeros(resamples)

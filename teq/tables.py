@@ -206,7 +206,8 @@ def _coordinate(name: str, job: "Job", axis: str) -> str:
     overrides = dict(override.partition("=")[::2] for override in job.overrides)
     if axis not in overrides:
         raise UserError(
-            f"experiments/{name}.yaml: layout names the axis {axis!r}, which the sweep does not vary: it must be "
+            f"experiments/{name}.yaml: layout names the axis {axis!r}, which the sweep does not vary: it "
+            "must be "
             f"model, method, grid or one of {', '.join(overrides)}"
         )
     return overrides[axis].strip("'\"")
@@ -224,7 +225,8 @@ def _value(
         names = {evaluation.name for evaluation in job.run.evals}
         if unknown := formula.evaluations() - names:
             raise UserError(
-                f"experiments/{name}.yaml: layout.cells.{at[CELL]} reads {sorted(unknown)[0]!r}, which no run of the "
+                f"experiments/{name}.yaml: layout.cells.{at[CELL]} reads {sorted(unknown)[0]!r}, which no "
+                "run of the "
                 f"experiment measures: it must be one of {', '.join([*sorted(names), *COSTS])}"
             )
     synthetic = not formula.evaluations()
@@ -242,7 +244,7 @@ def _value(
 
 
 def metric(record: Record, name: str, experiment: str, cell: str) -> float:
-    """A record's number by `<evaluation>.<metric>` or `<cost>.<stage>`. Raises UserError where it has none."""
+    """A record's number by `<evaluation>.<metric>` or `<cost>.<stage>`. Raises UserError without one."""
     part, _, key = name.rpartition(".")
     if part in COSTS:
         values = {stage: entry["cost"][part] for stage, entry in record.data["stages"].items()}
@@ -250,14 +252,15 @@ def metric(record: Record, name: str, experiment: str, cell: str) -> float:
         values = record.metrics[part]["values"]
     if values.get(key) is None:
         raise UserError(
-            f"experiments/{experiment}.yaml: layout.cells.{cell} reads {name!r}, which {record.file.name} does not "
+            f"experiments/{experiment}.yaml: layout.cells.{cell} reads {name!r}, which {record.file.name} "
+            "does not "
             f"have: it must be one of {', '.join(f'{part}.{known}' for known in values)}"
         )
     return float(values[key])
 
 
 def stderr(record: Record, name: str) -> float | None:
-    """The standard error of a record's metric, from the packed losses or correctness it keeps; None without."""
+    """The standard error of a record's metric, from its packed losses or correctness; None without."""
     evaluation, _, key = name.rpartition(".")
     array, statistic = ARRAYS.get(key, (None, None))
     if evaluation in COSTS or array not in record.metrics[evaluation]["arrays"]:
@@ -294,7 +297,8 @@ def _setting(name: str, job: "Job", path: str) -> Any:
     for key in path.split("."):
         if not isinstance(node, Mapping) or key not in node:
             raise UserError(
-                f"experiments/{name}.yaml: a cell reads the setting {path!r}, which {job.run.title()} does not have"
+                f"experiments/{name}.yaml: a cell reads the setting {path!r}, which {job.run.title()} does "
+                "not have"
             )
         node = node[key]
     return node

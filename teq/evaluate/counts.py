@@ -1,7 +1,7 @@
 """What TEQ trains, counted: the columns of the paper's Table 9.
 
-Counting is an evaluation like any other, on a model that needs no weights (`model.weights=none`): so it runs through
-the one command, leaves a record, and the table that shows it is a layout and nothing else.
+Counting is an evaluation like any other, on a model that needs no weights (`model.weights=none`): so it runs
+through the one command, leaves a record, and the table that shows it is a layout and nothing else.
 """
 
 from dataclasses import dataclass

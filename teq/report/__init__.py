@@ -57,7 +57,8 @@ def read(name: str, overrides: Sequence[str], library: Library) -> Shown:
 def read_all(
     names: Sequence[str], overrides: Sequence[str], library: Library
 ) -> tuple[dict[str, Shown], dict[str, str]]:
-    """The experiments of `names` by name with their claims counted, and the problem of each that cannot be shown.
+    """The experiments of `names` by name with their claims counted, and the problem of each that cannot be
+    shown.
 
     A problem of one experiment never hides the others.
     """
@@ -110,7 +111,9 @@ def report(argv: Sequence[str]) -> int:
 
 
 def publish(argv: Sequence[str]) -> int:
-    """`publish <experiment> ...`: copy the records that its cells use to results/records, and render results/."""
+    """`publish <experiment> ...`: copy the records that its cells use to results/records, and render
+    results/.
+    """
     names, overrides = _split(argv)
     if overrides:
         raise UserError(

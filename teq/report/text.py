@@ -10,7 +10,8 @@ from teq.layout import ANY, CELL, FULL
 from teq.tables import BASELINE, NOT_RUN, PARTIAL, Checked, Table, Value, aligned
 
 LEGEND = (
-    "A cell: ours ± standard error (published, ours − published, verdict). match: within the noise band, 95 % of the "
+    "A cell: ours ± standard error (published, ours − published, verdict). match: within the noise band, 95 "
+    "% of the "
     "standard error and of the spread over seeds, or equal in the printed digits."
 )
 NOISE = f"~ not distinguishable from {BASELINE} on the same documents or windows (paired bootstrap, 95 %)"
@@ -229,7 +230,8 @@ def _legend(table: Table, notes: Mapping[str, str]) -> list[str]:
         lines.append(
             f"not run: {len(missing)} of {len(values)} cells"
             f"{' (a published number stands in parentheses)' if known else ''}; "
-            f"`python run.py experiments={table.name}` runs what is missing, `{command(missing[0])}` the first of them"
+            f"`python run.py experiments={table.name}` runs what is missing, `{command(missing[0])}` the "
+            "first of them"
         )
     return lines + list(table.layout.notes)
 
