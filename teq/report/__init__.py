@@ -5,13 +5,15 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from teq import config, tables
+from teq import config, figures, tables
 from teq.config import Job
+from teq.figures import Figure
 from teq.layout import Layout, parse
 from teq.lookup import Library
-from teq.report import text
+from teq.report import figure_text, text
 from teq.spec import UserError
 from teq.tables import Table
 
@@ -26,24 +28,36 @@ class Shown:
     name: str
     layout: Layout
     jobs: Sequence[Job]
-    table: Table
+    body: Table | Figure
 
     @property
     def own(self) -> bool:
-        """Whether some cell shows a record that is not published."""
-        return any(found.own for found in self.table.used())
+        """Whether something in it shows a record that is not published."""
+        return any(found.own for found in self.body.used())
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        module = text if isinstance(self.body, Table) else figure_text
+        return module.markdown(self.body)
+
+    @cached_property
+    def drawings(self) -> dict[str, bytes]:
+        """A figure's `svg` and `png`; none of a table, or where nothing has run."""
+        return {} if isinstance(self.body, Table) else figures.draw(self.body)
 
     def write(self, folder: Path) -> list[Path]:
-        """Render under `folder`; returns the files."""
+        """Render under `folder`; returns the files, the Markdown first."""
+        module = text if isinstance(self.body, Table) else figure_text
         outputs = {
-            f"tables/{self.name}.md": text.markdown(self.table),
-            f"tables/{self.name}.tex": text.latex(self.table),
-            f"tables/{self.name}.csv": text.comma_separated(self.table),
+            f"tables/{self.name}.md": self.markdown().encode(),
+            f"tables/{self.name}.tex": module.latex(self.body).encode(),
+            f"tables/{self.name}.csv": module.comma_separated(self.body).encode(),
+            **{f"figures/{self.name}.{kind}": content for kind, content in self.drawings.items()},
         }
         for name, content in outputs.items():
             file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(content, encoding="utf-8")
+            file.write_bytes(content)
         return [folder / name for name in outputs]
 
 
@@ -51,7 +65,8 @@ def read(name: str, overrides: Sequence[str], library: Library) -> Shown:
     """One experiment, its sweep narrowed by `overrides`, filled from the records of `library`."""
     jobs = config.jobs([f"experiments={name}", *overrides])
     layout = parse(name, jobs[0].layout)
-    return Shown(name, layout, jobs, tables.fill(name, layout, jobs, library))
+    fill = tables.fill if layout.kind == "table" else figures.fill
+    return Shown(name, layout, jobs, fill(name, layout, jobs, library))
 
 
 def read_all(
@@ -79,9 +94,9 @@ def read_all(
 
     for name in names:
         add(name)
-    filled = {name: one.table for name, one in shown.items()}
+    filled = {name: one.body for name, one in shown.items() if isinstance(one.body, Table)}
     for name in names:
-        if name not in shown:
+        if name not in filled:
             continue
         needed = {t for claim in shown[name].layout.claims for t in claim.tables or (name,)}
         if lacking := needed - set(filled):
@@ -90,7 +105,7 @@ def read_all(
             )
             continue
         checked = tables.check_claims({name: filled[name], **{t: filled[t] for t in needed}})[name]
-        shown[name] = replace(shown[name], table=replace(filled[name], claims=checked))
+        shown[name] = replace(shown[name], body=replace(filled[name], claims=checked))
     return {name: shown[name] for name in names if name in shown}, problems
 
 
@@ -102,7 +117,7 @@ def report(argv: Sequence[str]) -> int:
     for one in shown.values():
         mixed = one.own or bool(overrides)
         files = one.write(config.home() / "report" if mixed else RESULTS)
-        print(text.markdown(one.table))
+        print(one.markdown())
         why = (
             "shows records of your own" if one.own else "narrowed" if overrides else "published records alone"
         )
@@ -122,7 +137,7 @@ def publish(argv: Sequence[str]) -> int:
     shown, problems = read_all(names, (), Library(RESULTS / "records", config.home() / "records"))
     (RESULTS / "records").mkdir(parents=True, exist_ok=True)
     for one in shown.values():
-        new = [found.record.file for found in one.table.used() if found.own]
+        new = [found.record.file for found in one.body.used() if found.own]
         for file in new:
             shutil.copyfile(file, RESULTS / "records" / file.name)
         log.info("%s: %d records copied to %s", one.name, len(new), RESULTS / "records")

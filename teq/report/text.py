@@ -4,15 +4,18 @@ import csv
 import io
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teq.layout import ANY, CELL, FULL
 from teq.tables import BASELINE, NOT_RUN, PARTIAL, Checked, Table, Value, aligned
 
+if TYPE_CHECKING:
+    from teq.config import Job
+
 LEGEND = (
     "A cell: ours ± standard error (published, ours − published, verdict). match: within the noise band, 95 "
-    "% of the "
-    "standard error and of the spread over seeds, or equal in the printed digits."
+    "% "
+    "of the standard error and of the spread over seeds, or equal in the printed digits."
 )
 NOISE = f"~ not distinguishable from {BASELINE} on the same documents or windows (paired bootstrap, 95 %)"
 
@@ -49,11 +52,11 @@ def latex(table: Table) -> str:
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{_tex(table.layout.caption)}}}",
+        rf"\caption{{{escaped(table.layout.caption)}}}",
         rf"\label{{tab:{table.name}}}",
         rf"\begin{{tabular}}{{{'l' * len(table.row_axes)}{'r' * len(table.columns)}}}",
         r"\toprule",
-        " & ".join(map(_tex, header)) + r" \\",
+        " & ".join(map(escaped, header)) + r" \\",
         r"\midrule",
     ]
     block = None
@@ -62,9 +65,9 @@ def latex(table: Table) -> str:
             lines.append(r"\midrule")
         block = row[0]
         cells = [_tex_cell(table.values.get((row, column)), notes) for column in table.columns]
-        lines.append(" & ".join([*(_tex(_coordinate(part)) for part in row), *cells]) + r" \\")
+        lines.append(" & ".join([*(escaped(_coordinate(part)) for part in row), *cells]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    lines += [rf"\par\footnotesize {_tex(line)}" for line in _legend(table, notes)]
+    lines += [rf"\par\footnotesize {escaped(line)}" for line in _legend(table, notes)]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
@@ -121,10 +124,14 @@ def footnotes(table: Table) -> dict[str, str]:
         for column in table.columns:
             value = table.values.get((row, column))
             if value is not None and (text := difference_text(value)) and text not in found:
-                index = len(found)
-                letters = string.ascii_lowercase
-                found[text] = (letters[index // 26 - 1] if index >= 26 else "") + letters[index % 26]
+                found[text] = letter(len(found))
     return found
+
+
+def letter(index: int) -> str:
+    """a, b, ..., z, aa, ab, ..."""
+    letters = string.ascii_lowercase
+    return (letters[index // 26 - 1] if index >= 26 else "") + letters[index % 26]
 
 
 def difference_text(value: Value) -> str:
@@ -132,12 +139,17 @@ def difference_text(value: Value) -> str:
     if value.verdict != PARTIAL:
         return ""
     missing = len({job.run.key() for job in value.jobs}) - len(value.found)
-    parts = [
-        f"{key} {_plain(had)} instead of {_plain(wanted)}" for key, (wanted, had) in value.differences.items()
-    ]
+    parts = [settings_text(value.differences)] if value.differences else []
     if missing > 0:
         parts.append(f"{missing} of {missing + len(value.found)} seeds are missing")
     return "; ".join(parts)
+
+
+def settings_text(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """Settings that differ, each with the record's value and the wanted one."""
+    return "; ".join(
+        f"{key} {_plain(had)} instead of {_plain(wanted)}" for key, (wanted, had) in differences.items()
+    )
 
 
 def claims(checked: Sequence[Checked]) -> list[str]:
@@ -152,9 +164,9 @@ def claims(checked: Sequence[Checked]) -> list[str]:
     return lines
 
 
-def command(value: Value) -> str:
-    """The command that runs a cell's runs."""
-    return f"python run.py {' '.join(value.jobs[0].overrides)}"
+def command(jobs: Sequence["Job"]) -> str:
+    """The command that runs the first of some runs."""
+    return f"python run.py {' '.join(jobs[0].overrides)}"
 
 
 def heading(table: Table, column: Sequence[str]) -> str:
@@ -220,7 +232,7 @@ def _legend(table: Table, notes: Mapping[str, str]) -> list[str]:
         lines.append(NOISE)
     if any(value.best for value in values):
         lines.append("bold: our best of a grid in its column")
-    lines += [f"[{letter}] partial: {text}" for text, letter in notes.items()]
+    lines += [f"[{mark}] partial: {text}" for text, mark in notes.items()]
     if any(value.synthetic for value in values):
         lines.append("[synthetic] time and memory on made-up weights of the true sizes")
     lines += limits(table)
@@ -230,7 +242,8 @@ def _legend(table: Table, notes: Mapping[str, str]) -> list[str]:
         lines.append(
             f"not run: {len(missing)} of {len(values)} cells"
             f"{' (a published number stands in parentheses)' if known else ''}; "
-            f"`python run.py experiments={table.name}` runs what is missing, `{command(missing[0])}` the "
+            f"`python run.py experiments={table.name}` runs what is missing, `{command(missing[0].jobs)}` "
+            "the "
             "first of them"
         )
     return lines + list(table.layout.notes)
@@ -274,7 +287,8 @@ def _of(pair: tuple[int, int]) -> str:
     return f"{pair[0]} of {pair[1]}"
 
 
-def _tex(text: str) -> str:
+def escaped(text: str) -> str:
+    """Plain text for LaTeX."""
     special = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "~": r"$\sim$", "±": r"$\pm$"}
     special |= {"−": "$-$", "–": "--", "{": r"\{", "}": r"\}", "<": "$<$", ">": "$>$", "^": r"\^{}"}
     return "".join(special.get(letter, letter) for letter in text)
@@ -282,5 +296,7 @@ def _tex(text: str) -> str:
 
 def _tex_cell(value: Value | None, notes: Mapping[str, str]) -> str:
     text = _cell(value, notes)
-    bold = value is not None and value.best
-    return rf"\textbf{{{_tex(text.split('**')[1])}}}{_tex(text.split('**')[2])}" if bold else _tex(text)
+    if value is None or not value.best:
+        return escaped(text)
+    _, ours, rest = text.split("**")
+    return rf"\textbf{{{escaped(ours)}}}{escaped(rest)}"
