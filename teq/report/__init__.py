@@ -1,6 +1,5 @@
 """Reading: experiments and records in, tables and figures out. Imports no torch and loads no model."""
 
-import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -13,11 +12,10 @@ from teq.config import Job
 from teq.figures import Figure
 from teq.layout import Layout, parse
 from teq.lookup import Library
-from teq.report import figure_text, text
+from teq.report import figure_text, page, text
 from teq.spec import UserError
 from teq.tables import Table
 
-log = logging.getLogger(__name__)
 RESULTS = config.ROOT / "results"
 
 
@@ -111,25 +109,29 @@ def read_all(
 
 def report(argv: Sequence[str]) -> int:
     """`report [experiment ...|all] [overrides]`: render and print; returns the exit status."""
-    names, overrides = _split(argv)
+    names, overrides, whole = _split(argv)
     library = Library(RESULTS / "records", config.home() / "records")
     shown, problems = read_all(names, overrides, library)
+    own = config.home() / "report"
     for one in shown.values():
-        mixed = one.own or bool(overrides)
-        files = one.write(config.home() / "report" if mixed else RESULTS)
-        print(one.markdown())
+        files = one.write(own if one.own or overrides else RESULTS)
         why = (
-            "shows records of your own" if one.own else "narrowed" if overrides else "published records alone"
+            "with records of your own" if one.own else "narrowed" if overrides else "published records alone"
         )
-        print(f"{one.name}: {files[0]} ({why})\n")
+        print(f"{one.markdown()}\n{one.name}: {files[0]} ({why})\n")
+    if whole:
+        mixed = overrides or any(one.own for one in shown.values())
+        print(f"report: {_write_page(shown, problems, own if mixed else RESULTS / 'report')}")
     return _said(problems)
 
 
 def publish(argv: Sequence[str]) -> int:
     """`publish <experiment> ...`: copy the records that its cells use to results/records, and render
-    results/.
+    results/: the experiment's files and the page of all.
     """
-    names, overrides = _split(argv)
+    names, overrides, _ = _split(argv)
+    if not argv:
+        raise UserError(f"publish needs an experiment: all or some of {', '.join(names)}")
     if overrides:
         raise UserError(
             f"publish takes no overrides, {overrides[0]} is one: an experiment is published as it stands"
@@ -140,22 +142,32 @@ def publish(argv: Sequence[str]) -> int:
         new = [found.record.file for found in one.body.used() if found.own]
         for file in new:
             shutil.copyfile(file, RESULTS / "records" / file.name)
-        log.info("%s: %d records copied to %s", one.name, len(new), RESULTS / "records")
-    published, more = read_all(list(shown), (), Library(RESULTS / "records"))
-    for one in published.values():
-        print(f"{one.name}: {one.write(RESULTS)[0]}")
-    return _said(problems | more)
+        print(f"{one.name}: {len(new)} records copied to {RESULTS / 'records'}")
+    experiments = config.options(config.ROOT / "experiments")
+    published, elsewhere = read_all(experiments, (), Library(RESULTS / "records"))
+    for name in shown:
+        print(f"{name}: {published[name].write(RESULTS)[0]}")
+    print(f"report: {_write_page(published, elsewhere, RESULTS / 'report')}")
+    return _said(problems)
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names of experiments and overrides. No name, or `all`, means every experiment."""
+def _write_page(shown: dict[str, Shown], problems: dict[str, str], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "index.html"
+    file.write_text(page.render(shown, problems), encoding="utf-8")
+    return file
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str], bool]:
+    """Names of experiments, overrides, and whether all are meant: no name, or `all`."""
     overrides = [word for word in argv if "=" in word or word.startswith("~")]
     names = [word for word in argv if word not in overrides]
     known = config.options(config.ROOT / "experiments")
     for name in names:
         if name not in (*known, "all"):
             raise UserError(f"there is no experiment {name!r}: it must be all or some of {', '.join(known)}")
-    return (known if not names or "all" in names else list(dict.fromkeys(names))), overrides
+    whole = not names or "all" in names
+    return known if whole else list(dict.fromkeys(names)), overrides, whole
 
 
 def _said(problems: dict[str, str]) -> int:

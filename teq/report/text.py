@@ -24,20 +24,20 @@ def markdown(table: Table) -> str:
     """The table with caption, legend, claims and footnotes."""
     notes = footnotes(table)
     header = [
-        *(_axis(axis) for axis in table.row_axes),
+        *(axis_title(axis) for axis in table.row_axes),
         *(heading(table, column) for column in table.columns),
     ]
     rows = [header]
     for row in table.rows:
         values = [table.values.get((row, column)) for column in table.columns]
-        rows.append([*map(_coordinate, row), *(_cell(value, notes) for value in values)])
+        rows.append([*map(coordinate, row), *(_cell(value, notes) for value in values)])
     rows += quotations(table)
     parts = [f"## {table.layout.title}", table.layout.caption]
     if table.constant:
         parts.append(", ".join(f"{axis}: {value}" for axis, value in table.constant.items()))
     parts.append(aligned(rows))
     parts += [
-        "\n".join(f"- {line}" for line in lines) for lines in (_legend(table, notes), claims(table.claims))
+        "\n".join(f"- {line}" for line in lines) for lines in (legend(table, notes), claims(table.claims))
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -46,7 +46,7 @@ def latex(table: Table) -> str:
     """The table as a `table` environment for booktabs."""
     notes = footnotes(table)
     header = [
-        *(_axis(axis) for axis in table.row_axes),
+        *(axis_title(axis) for axis in table.row_axes),
         *(heading(table, column) for column in table.columns),
     ]
     lines = [
@@ -65,9 +65,9 @@ def latex(table: Table) -> str:
             lines.append(r"\midrule")
         block = row[0]
         cells = [_tex_cell(table.values.get((row, column)), notes) for column in table.columns]
-        lines.append(" & ".join([*(escaped(_coordinate(part)) for part in row), *cells]) + r" \\")
+        lines.append(" & ".join([*(escaped(coordinate(part)) for part in row), *cells]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    lines += [rf"\par\footnotesize {escaped(line)}" for line in _legend(table, notes)]
+    lines += [rf"\par\footnotesize {escaped(line)}" for line in legend(table, notes)]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
@@ -106,7 +106,7 @@ def quotations(table: Table) -> list[list[str]]:
     """Rows of numbers that only others measured, in parentheses as every published number."""
     rows = []
     for quoted in table.layout.quoted:
-        place = [_coordinate(str(quoted.at.get(axis, FULL))) for axis in table.row_axes]
+        place = [coordinate(str(quoted.at.get(axis, FULL))) for axis in table.row_axes]
         place[-1] = f"{place[-1]}, {quoted.source}"
         for column in table.columns:
             at = dict(zip(table.column_axes, column, strict=True))
@@ -172,7 +172,7 @@ def command(jobs: Sequence["Job"]) -> str:
 def heading(table: Table, column: Sequence[str]) -> str:
     """A column's heading: its coordinates that vary, then the cell's label where there are several cells."""
     varying = [
-        _coordinate(part)
+        coordinate(part)
         for axis, part in zip(table.column_axes, column, strict=True)
         if axis != CELL and axis not in table.constant
     ]
@@ -225,9 +225,10 @@ def difference(value: Value) -> str:
     return f"{value.difference:+,.{value.formula.digits}f}"
 
 
-def _legend(table: Table, notes: Mapping[str, str]) -> list[str]:
+def legend(table: Table, notes: Mapping[str, str]) -> list[str]:
+    """What the signs in the table mean, what its partial cells differ in, what is limited or missing."""
     values = list(table.values.values())
-    lines = [LEGEND] if any(v.published is not None and v.found for v in values) else []
+    lines = [LEGEND] if explains(table) else []
     if any(value.noise for value in values):
         lines.append(NOISE)
     if any(value.best for value in values):
@@ -247,6 +248,11 @@ def _legend(table: Table, notes: Mapping[str, str]) -> list[str]:
             "first of them"
         )
     return lines + list(table.layout.notes)
+
+
+def explains(table: Table) -> bool:
+    """Whether some cell shows ours beside a published number."""
+    return any(value.published is not None and value.found for value in table.values.values())
 
 
 def limits(table: Table) -> list[str]:
@@ -271,11 +277,13 @@ def _limited(info: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _axis(axis: str) -> str:
+def axis_title(axis: str) -> str:
+    """The last part of a dotted name."""
     return axis.rpartition(".")[2]
 
 
-def _coordinate(value: str) -> str:
+def coordinate(value: str) -> str:
+    """A row's or a column's value as it is shown."""
     return "–" if value in (ANY, FULL) else value
 
 

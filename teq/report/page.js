@@ -1,0 +1,142 @@
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const details = document.getElementById("details");
+const pair = { a: null, b: null };
+
+function element(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  node.append(...children);
+  return node;
+}
+
+// Sorting: numbers before texts, what is empty last, rows that compare equal stay in their order.
+function key(row, index) {
+  const text = row.cells[index]?.dataset.sort ?? "";
+  const number = text === "" ? NaN : Number(text);
+  return Number.isNaN(number) ? (text === "" ? [2, ""] : [1, text]) : [0, number];
+}
+function sort(header) {
+  const table = header.closest("table");
+  const index = [...header.parentNode.children].indexOf(header);
+  const descending = header.getAttribute("aria-sort") === "ascending";
+  for (const other of table.querySelectorAll("thead th")) other.setAttribute("aria-sort", "none");
+  header.setAttribute("aria-sort", descending ? "descending" : "ascending");
+  const rows = [...table.tBodies[0].rows].map((row) => [key(row, index), row]);
+  rows.sort(([one], [two]) => {
+    if (one[0] !== two[0]) return one[0] - two[0];
+    const order = one[1] < two[1] ? -1 : one[1] > two[1] ? 1 : 0;
+    return descending ? -order : order;
+  });
+  table.tBodies[0].append(...rows.map(([, row]) => row));
+}
+
+// Filtering: a model is a column of some tables and a row of others.
+function filter(model) {
+  for (const node of document.querySelectorAll("[data-model]")) {
+    node.hidden = model !== "" && node.dataset.model !== "" && node.dataset.model !== model;
+  }
+}
+
+function listing(title, rows) {
+  const table = element("table", {}, element("caption", {}, title));
+  for (const row of rows) table.append(element("tr", {}, ...row.map((text) => element("td", {}, String(text)))));
+  return table;
+}
+
+function curve(loss) {
+  const low = Math.min(...loss);
+  const high = Math.max(...loss);
+  const points = loss.map((value, i) =>
+    `${(1000 * i) / Math.max(loss.length - 1, 1)},${95 - (90 * (value - low)) / (high - low || 1)}`);
+  const space = "http://www.w3.org/2000/svg";
+  const svg = document.createElementNS(space, "svg");
+  const line = document.createElementNS(space, "polyline");
+  svg.setAttribute("class", "loss");
+  svg.setAttribute("viewBox", "0 0 1000 100");
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", `training loss from ${loss[0].toFixed(3)} to ${loss.at(-1).toFixed(3)}`);
+  line.setAttribute("points", points.join(" "));
+  svg.append(line);
+  const caption = `Training loss over ${loss.length} steps: first ${loss[0].toFixed(3)}, last ${loss.at(-1).toFixed(3)}, `
+    + `lowest ${low.toFixed(3)}, highest ${high.toFixed(3)}`;
+  return element("div", {}, svg, element("p", {}, element("small", {}, caption)));
+}
+
+function open(title, ...children) {
+  document.getElementById("details-title").textContent = title;
+  document.getElementById("details-body").replaceChildren(...children);
+  if (!details.open) details.showModal();
+  details.scrollTop = 0;
+}
+
+function showCell(index) {
+  const cell = data.cells[index];
+  const parts = [listing(`Verdict: ${cell.verdict}`, cell.numbers)];
+  if (cell.differences) parts.push(element("p", {}, element("b", {}, "Partial: "), cell.differences));
+  parts.push(element("p", {}, "Run it: ", element("code", {}, cell.command)));
+  if (cell.records.length) {
+    const picks = element("div", { class: "picks" });
+    for (const side of ["a", "b"]) {
+      const pick = element("button", { type: "button", class: "pick", "data-pick": side }, `Compare as ${side.toUpperCase()}`);
+      pick.addEventListener("click", () => choose(side, index));
+      picks.append(pick);
+    }
+    parts.push(picks);
+  }
+  for (const name of cell.records) {
+    const record = data.records[name];
+    parts.push(element("p", {}, `Record ${name}, ${record.created}`));
+    if (record.loss.length) parts.push(curve(record.loss));
+    for (const [title, facts] of Object.entries(record.facts)) {
+      const rows = Object.entries(facts);
+      if (!rows.length) continue;
+      const block = element("details", {}, element("summary", {}, title), listing("", rows));
+      if (title === "results" || title === "cost") block.open = true;
+      parts.push(block);
+    }
+  }
+  open(cell.title, ...parts);
+}
+
+function choose(side, index) {
+  pair[side] = index;
+  showPair();
+  details.close();
+}
+
+function showPair() {
+  for (const side of ["a", "b"]) {
+    document.getElementById(`pair-${side}`).textContent = pair[side] === null ? "–" : data.cells[pair[side]].title;
+  }
+  document.getElementById("pair").hidden = pair.a === null && pair.b === null;
+  document.getElementById("pair-show").disabled = pair.a === null || pair.b === null;
+}
+
+function showDifference() {
+  const [one, two] = [pair.a, pair.b].map((index) => data.cells[index]);
+  const facts = [one, two].map((cell) => data.records[cell.records[0]].facts);
+  const parts = [element("p", {}, `A: ${one.title}`), element("p", {}, `B: ${two.title}`)];
+  for (const title of Object.keys(facts[0])) {
+    const keys = new Set([...Object.keys(facts[0][title]), ...Object.keys(facts[1][title])]);
+    const rows = [...keys]
+      .map((name) => [name, facts[0][title][name] ?? "–", facts[1][title][name] ?? "–"])
+      .filter(([, a, b]) => a !== b);
+    parts.push(rows.length ? listing(title, [["", "A", "B"], ...rows]) : element("p", {}, `${title}: the same`));
+  }
+  open("What differs between these two cells", ...parts);
+}
+
+document.addEventListener("click", (event) => {
+  const cell = event.target.closest("[data-cell]");
+  const header = event.target.closest("thead th");
+  if (cell) showCell(Number(cell.dataset.cell));
+  else if (header && !details.contains(header)) sort(header);
+});
+document.getElementById("model").addEventListener("change", (event) => filter(event.target.value));
+document.getElementById("pair-show").addEventListener("click", showDifference);
+document.getElementById("pair-clear").addEventListener("click", () => {
+  pair.a = pair.b = null;
+  showPair();
+});
