@@ -1,6 +1,5 @@
 """Run experiments: `python run.py [-m] key=value ...`. `python run.py --help` lists what there is."""
 
-import logging
 import sys
 
 import hydra
@@ -10,10 +9,8 @@ from omegaconf import DictConfig
 from teq import cli, config
 from teq.spec import UserError
 
-log = logging.getLogger("teq")
 
-
-@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+@hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")
 def launch(cfg: DictConfig) -> None:
     """One job, in whatever process Hydra's launcher put it."""
     config.prepare_environment()

@@ -122,17 +122,15 @@ class Folding:
         )
 
     def weight(self, name: str, linear: "nn.Linear") -> "Tensor":
-        """The folded weight `[out, in]` of a linear: in fp32, or fp64 where the model is fp64; never cast
-        down.
-        """
+        """A folded copy of a linear's weight `[out, in]`: in fp32, or fp64 where the model is; never less."""
         import torch
 
         exact = torch.promote_types(linear.weight.dtype, torch.float32)
-        weight = linear.weight.detach().to(exact)
+        weight = linear.weight.detach().to(exact, copy=True)
         if name in self.columns:
-            weight = weight * self.columns[name].to(weight)
+            weight.mul_(self.columns[name].to(weight))
         if name in self.rows:
-            weight = weight / self.rows[name].to(weight)[:, None]
+            weight.div_(self.rows[name].to(weight)[:, None])
         return weight
 
     def divided(self, name: str, module: "nn.Module") -> dict[str, "Tensor"]:

@@ -44,13 +44,16 @@ def checked_jobs(argv: list[str]) -> list[Job]:
     """
     found = config.jobs(argv)
     Store(config.home() / "store")
-    problems = []
-    for job in {job.run.key(): job for job in found}.values():
-        try:
-            pipeline.check(job.run)
-            pipeline.resolve_device(job.options.device)
-        except UserError as error:
-            problems.append(f"{job.run.title()}: {error}")
+    pipeline.resolve_device(found[0].options.device)
+    problems, passed = [], set()
+    for job in found:
+        for name, check in pipeline.checks(job.run).items():
+            if name not in passed:
+                passed.add(name)
+                try:
+                    check()
+                except UserError as error:
+                    problems.append(f"model={job.run.model.name}: {error}")
     if problems:
         raise UserError("\n".join(problems))
     return found

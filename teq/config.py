@@ -20,10 +20,10 @@ from hydra.errors import (
     MissingConfigException,
 )
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from teq.composition import Composer
+from teq.composition import Composer, resolved, without
 from teq.evaluate.counts import Counts
 from teq.models import Checkpoint, Outline
 from teq.pipeline import Run
@@ -51,8 +51,8 @@ def prepare_environment() -> None:
 def quoted(argv: Sequence[str]) -> list[str]:
     """The command line as Hydra wants it: `-m` first, and the values of `bits` and `group_size` quoted.
 
-    Hydra's parser takes no flag between overrides. The two are config groups whose options are called `4`, `-1`,
-    ...; Hydra reads a bare 4 as a number and refuses it as the name of an option.
+    Hydra's parser takes no flag between overrides. The two are config groups whose options are called `4`,
+    `-1`, ...; Hydra reads a bare 4 as a number and refuses it as the name of an option.
     """
     out = []
     argv = sorted(argv, key=lambda word: word not in ("-m", "--multirun"))
@@ -106,39 +106,43 @@ def jobs(argv: Sequence[str]) -> list[Job]:
     return found
 
 
-def job(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str] = ()) -> Job:
-    """The job of one composed configuration. `choices` are Hydra's: which option of each group was taken."""
-    if "hydra" in cfg or LAYOUT in cfg:
-        cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in ("hydra", LAYOUT)])
-    with open_dict(cfg):
-        _fill_from_recipe(cfg, str(choices["model"]))
-        cfg.evaluations = [_evaluation(name) for name in _names(cfg.evals)]
-        source = _source(cfg.model)
-        run = Run(
-            model=Checkpoint(name=str(choices["model"]), source=_make(source), arch=_make(cfg.model.arch)),
-            dtype=cfg.dtype,
-            method=str(choices["method"]),
-            transform=_make(cfg.method.transform),
-            quantizer=_make(cfg.method.quantizer),
-            evals=tuple(_make(evaluation) for evaluation in cfg.evaluations),
-        )
+def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides: Sequence[str] = ()) -> Job:
+    """The job of one composed configuration. `choices` are Hydra's: which option of each group was taken.
+
+    From here on a configuration is plain data, which is filled in place.
+    """
+    cfg = without(cfg, ("hydra", LAYOUT)) if isinstance(cfg, DictConfig) else cfg
+    name = str(choices["model"])
+    _fill_from_recipe(cfg, name)
+    run = Run(
+        model=Checkpoint(
+            name=name, source=_make(_source(cfg["model"]), cfg), arch=_make(cfg["model"]["arch"], cfg)
+        ),
+        dtype=cfg["dtype"],
+        method=str(choices["method"]),
+        transform=_make(cfg["method"]["transform"], cfg),
+        quantizer=_make(cfg["method"]["quantizer"], cfg),
+        evals=tuple(_make(_file(CONF / "eval" / f"{e}.yaml"), cfg) for e in _names(cfg["evals"])),
+    )
     _check_weights(run)
-    options = Options(device=cfg.device, checkpoint=cfg.train.checkpoint, batch_size=cfg.tasks.batch_size)
+    options = Options(
+        device=cfg["device"], checkpoint=cfg["train"]["checkpoint"], batch_size=cfg["tasks"]["batch_size"]
+    )
     experiment = choices.get("experiments")
     layout = None if experiment is None else _experiment(str(experiment)).get(LAYOUT)
-    return Job(list(overrides), run, options, _make(cfg.logger), layout)
+    return Job(list(overrides), run, options, _make(cfg["logger"], cfg), layout)
 
 
-def _source(model: DictConfig) -> Any:
+def _source(model: Mapping[str, Any]) -> Any:
     """Where the weights come from: `model.weights` and `model.path` come before the model's own source."""
-    if model.weights not in (None, "none"):
+    if model["weights"] not in (None, "none"):
         raise UserError(
-            f"model.weights={model.weights} is not allowed: it must be null (the model's own) or none "
+            f"model.weights={model['weights']} is not allowed: it must be null (the model's own) or none "
             "(its architecture alone)"
         )
-    if model.weights == "none":
-        return {"_target_": "teq.models.Outline", "config": OmegaConf.to_container(model.config)}
-    return {"_target_": "teq.models.Folder", "path": model.path} if model.path else model.source
+    if model["weights"] == "none":
+        return {"_target_": "teq.models.Outline", "config": model["config"]}
+    return {"_target_": "teq.models.Folder", "path": model["path"]} if model["path"] else model["source"]
 
 
 def _check_weights(run: Run) -> None:
@@ -208,7 +212,7 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ConfigCompositionException) and "Could not override" in text:
         key = text.split("'")[1]
-        close = difflib.get_close_matches(key, list(_flat(compose("config"))) + list(groups()), 1)
+        close = difflib.get_close_matches(key, list(_flat(_composer()([])[0])) + list(groups()), 1)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"there is no option {key!r}: {hint}`python run.py --help` lists them all"
     return f"{' '.join(overrides)}: {text}"
@@ -224,7 +228,7 @@ def _check_choices(choices: Mapping[str, Any], overrides: Sequence[str]) -> None
             )
 
 
-def _check_keys(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
+def _check_keys(cfg: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Refuse a key that only an experiment file knows: Hydra merges those in without a word."""
     name = choices.get("experiments")
     if name is None or (name, choices["model"]) in _checked:
@@ -247,36 +251,33 @@ def _experiment(name: str) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(ROOT / "experiments" / f"{name}.yaml"))
 
 
-def _flat(node: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of a configuration's leaves, without Hydra's own."""
-    for key, value in node.items_ex(resolve=False) if isinstance(node, DictConfig) else node.items():
-        if f"{prefix}{key}" == "hydra":
-            continue
-        if isinstance(value, DictConfig) and not value._is_none():
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of a configuration's leaves."""
+    for key, value in node.items():
+        if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
 
 
-def _fill_from_recipe(cfg: DictConfig, model: str) -> None:
+def _fill_from_recipe(cfg: dict[str, Any], model: str) -> None:
     """Put the recipe's values where the user left null; the recipe's exceptions for this cell come first."""
-    recipe = cfg.recipe  # the content of conf/recipe/<name>.yaml, or a name
-    if not OmegaConf.is_config(recipe):
-        name, known = cfg.model.recipe if recipe == "auto" else recipe, options(CONF / "recipe")
+    recipe = cfg["recipe"]  # the content of conf/recipe/<name>.yaml, or a name
+    if not isinstance(recipe, dict):
+        name, known = cfg["model"]["recipe"] if recipe == "auto" else recipe, options(CONF / "recipe")
         if name not in known:
             raise UserError(f"recipe={name} is not allowed: it must be one of {', '.join(known)}")
         recipe = _file(CONF / "recipe" / f"{name}.yaml")
-    recipe = recipe.copy()
-    cell = {"model": model, "bits": cfg.bits, "group_size": cfg.group_size}
-    for exception in recipe.pop("exceptions", []):
-        if exception.pop("when") == cell:
-            _fill(cfg, exception)
-    _fill(cfg, recipe)
+    cell = {"model": model, "bits": cfg["bits"], "group_size": cfg["group_size"]}
+    for exception in recipe.get("exceptions", []):
+        if exception["when"] == cell:
+            _fill(cfg, {key: value for key, value in exception.items() if key != "when"})
+    _fill(cfg, {key: value for key, value in recipe.items() if key != "exceptions"})
 
 
-def _fill(node: DictConfig, values: DictConfig) -> None:
+def _fill(node: dict[str, Any], values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        if isinstance(value, DictConfig):
+        if isinstance(value, dict):
             _fill(node[key], value)
         elif node[key] is None:
             node[key] = value
@@ -293,20 +294,15 @@ def _names(evals: Any) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _evaluation(name: str) -> DictConfig:
-    return _file(CONF / "eval" / f"{name}.yaml").copy()
-
-
 @functools.cache
-def _file(path: Path) -> DictConfig:
-    return OmegaConf.load(path)
+def _file(path: Path) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
-def _make(node: Any) -> Any:
+def _make(node: Any, cfg: dict[str, Any]) -> Any:
     """The settings object of a node with `_target_`; equal nodes give one object, which is frozen."""
     try:
-        plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-        return _made(json.dumps(plain))
+        return _made(json.dumps(resolved(node, cfg)))
     except InstantiationException as error:
         cause = error.__cause__
         while cause is not None and not isinstance(cause, UserError):

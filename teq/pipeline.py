@@ -1,7 +1,9 @@
 """The whole chain: configuration -> scales -> quantized weights -> metrics -> record."""
 
 import datetime
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -47,13 +49,15 @@ class Run(Settings):
         return f"model={self.model.name} method={self.method}{cut}"
 
 
-def check(spec: Run) -> None:
-    """Everything that can be known to be wrong before any heavy work. Raises UserError."""
-    spec.model.source.identity()
+def checks(spec: Run) -> dict[str, Callable[[], Any]]:
+    """What can be known to be wrong before any heavy work: named calls that raise UserError.
+
+    Equal names are equal checks, so that a sweep asks for each model and each text once.
+    """
+    found: dict[str, Callable[[], Any]] = {spec.model.source.key(): spec.model.source.identity}
     for reader in (spec.transform, spec.quantizer):
-        _text(reader)
-    for evaluation in spec.evals:
-        evaluation.provenance()
+        found[f"text {reader.corpus()}"] = functools.partial(_text, reader)
+    return found | {evaluation.key(): evaluation.provenance for evaluation in spec.evals}
 
 
 def resolve_device(wanted: str) -> str:

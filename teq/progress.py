@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -30,7 +30,16 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
 
 
 class Console(logging.StreamHandler):
-    """A log handler that leaves a progress bar on the terminal whole."""
+    """A log handler that leaves a progress bar on the terminal whole, and follows a redirected stderr."""
+
+    @property
+    def stream(self) -> Any:
+        """Where standard error goes at this moment."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        """Given once by the base class; not kept."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line above the bars."""

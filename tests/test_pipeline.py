@@ -1,0 +1,282 @@
+"""The chain: what is shared, what is cached, what is stored is what is evaluated, and no silent no-op."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from teq import cli, config, pipeline, record
+from teq.grid import Grid
+from teq.quantizers import restore
+from teq.quantizers.rtn import Rtn
+from teq.spec import Runtime, UserError
+from teq.store import Store
+from teq.transforms import Diverged, NothingDone
+from teq.transforms.teq import Teq
+
+QUICK = ["model=tiny-llama", "train.steps=2", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
+GPTQ = ["gptq.samples=4", "gptq.length=64"]
+
+
+def run(home, *overrides, **changes):
+    (job,) = config.jobs([*QUICK, *GPTQ, *overrides])
+    spec = dataclasses.replace(job.run, **changes)
+    store = Store(home / "store")
+    logger = job.logger.start("", {}, str(home))
+    return pipeline.run(spec, store, home, Runtime(device="cpu"), logger)
+
+
+def cached(finished):
+    return {name: stage["cached"] for name, stage in finished.data["stages"].items()}
+
+
+def test_teq_and_teq_gptq_train_once(own_home):
+    first = run(own_home, "method=teq")
+    second = run(own_home, "method=teq+gptq")
+    assert cached(first) == {"scales": False, "weights": False, "python-docs": False}
+    assert cached(second) == {"scales": True, "weights": False, "python-docs": False}
+    assert first.data["stages"]["scales"]["key"] == second.data["stages"]["scales"]["key"]
+    assert first.id != second.id
+
+
+def test_the_baseline_does_not_depend_on_the_grid(own_home):
+    first = run(own_home, "method=fp", "bits=3")
+    second = run(own_home, "method=fp", "bits=4", "group_size=-1")
+    assert first.id == second.id and first.file == second.file
+
+
+def test_rerun_computes_and_loads_nothing(own_home, monkeypatch):
+    first = run(own_home, "method=teq+gptq")
+
+    def never(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(pipeline.Bench, "pristine", never)
+    second = run(own_home, "method=teq+gptq")
+    assert second.data == first.data  # a record is written once
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "teq", "teq+gptq"])
+def test_metric_recomputed_from_the_stored_file_alone_is_bit_equal(own_home, method):
+    finished = run(own_home, f"method={method}", "dtype=bfloat16")
+    (job,) = config.jobs([*QUICK, *GPTQ, f"method={method}", "dtype=bfloat16"])
+    from safetensors.torch import load_file
+
+    lm = job.run.model.load("bfloat16", "cpu")
+    stage = finished.data["stages"]["weights"]["key"]
+    restore(
+        lm.model,
+        load_file(own_home / "store" / "weights" / stage / "data.safetensors"),
+        job.run.quantizer.grid,
+    )
+    metric = job.run.evals[0].measure(lm, Runtime())
+    assert metric.values["ppl"] == finished.metrics["python-docs"]["values"]["ppl"]
+    assert (metric.arrays["window_loss"] == finished.array("python-docs", "window_loss")).all()
+
+
+def test_codes_are_stored_with_their_bits_packed(own_home):
+    from safetensors.torch import load_file
+
+    finished = run(own_home, "method=rtn", "bits=3")
+    stage = own_home / "store" / "weights" / finished.data["stages"]["weights"]["key"]
+    tensors = load_file(stage / "data.safetensors")
+    assert tensors["model.layers.0.mlp.down_proj/codes"].numel() == 64 * 160 * 3 // 8
+
+
+def test_act_order_survives_storage(own_home):
+    finished = run(own_home, "method=gptq", "gptq.act_order=true", "group_size=32")
+    plain = run(own_home, "method=gptq", "group_size=32")
+    values = [r.metrics["python-docs"]["values"]["ppl"] for r in (finished, plain)]
+    assert values[0] != values[1] and max(values) < 2 * min(values)
+
+
+def test_record_holds_what_tables_need(own_home):
+    finished = run(own_home, "method=teq", "train.steps=3")
+    data = finished.data
+    assert data["run"]["transform"]["steps"] == 3 and len(data["training"]["loss"]) == 3
+    assert len(data["training"]["scales"]) == 4
+    site = data["training"]["scales"]["model.layers.0.input_layernorm"]
+    assert sum(site["s"]["counts"]) == site["channels"] == 64
+    assert data["metrics"]["python-docs"]["info"]["windows"] == 2
+    assert len(data["metrics"]["python-docs"]["info"]["tokens_sha256"]) == 64
+    assert data["stages"]["scales"]["cost"]["seconds"] > 0
+    assert data["stages"]["scales"]["cost"]["machine"]["versions"]["torch"].startswith("2.")
+    assert {"commit", "dirty"} == data["code"].keys()
+    assert json.loads(finished.file.read_text()) == data
+
+
+def test_records_as_a_frame(own_home):
+    for method in ("fp", "rtn"):
+        run(own_home, f"method={method}")
+    table = record.frame(record.load(own_home / "records"))
+    assert list(table["method"]) == ["fp", "rtn"] and table["bits"].tolist()[1] == 3
+    assert table["python-docs.ppl"].notna().all() and (table["seconds.python-docs"] > 0).all()
+
+
+def test_broken_and_foreign_records_never_hide_the_others(own_home, caplog):
+    finished = run(own_home, "method=fp")
+    folder = finished.file.parent
+    (folder / "a.json").write_text("{")
+    (folder / "b.json").write_text(json.dumps({**finished.data, "schema": 0}))
+    (folder / "c.json").write_text(json.dumps({"schema": record.SCHEMA}))
+    assert [r.id for r in record.load(folder)] == [finished.id]
+    assert all(name in caplog.text for name in ("a.json", "b.json", "c.json", "schema 0"))
+
+
+def test_rounding_that_changes_nothing_is_an_error(own_home, tiny):
+    lm = tiny("llama")
+    grid = Grid(bits=8, group_size=64)
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            if parameter.ndim == 2:
+                parameter.fill_(0)
+    with pytest.raises(NothingDone, match="rounding changed no weight"):
+        Rtn(grid=grid).quantize(lambda: lm, {}, Runtime())
+
+
+def test_gptq_that_equals_rounding_is_an_error(own_home, tiny, monkeypatch):
+    from teq.quantizers import gptq_solver
+
+    lm = tiny("llama")
+    (job,) = config.jobs([*QUICK, *GPTQ, "method=gptq"])
+    monkeypatch.setattr(gptq_solver.Hessian, "mean", lambda self: torch.eye(self.total.shape[0]))
+    with pytest.raises(NothingDone, match="GPTQ's codes equal plain rounding's"):
+        job.run.quantizer.quantize(lambda: lm, {}, Runtime())
+
+
+def test_gptq_blocks_equal_a_plain_walk(tiny, family):
+    """Shared Hessians and block inputs, against one Hessian per linear measured by whole-model forward passes."""
+    from teq import corpora
+    from teq.arch import blocks, linears
+    from teq.quantizers import linear_from
+    from teq.quantizers.gptq_solver import Hessian, solve
+
+    (job,) = config.jobs([f"model=tiny-{family}", *GPTQ, "method=gptq", "group_size=32"])
+    settings, grid = job.run.quantizer, job.run.quantizer.grid
+    lm, plain = tiny(family), tiny(family)
+    tensors, _ = settings.quantize(lambda: lm, {}, Runtime())
+    windows = corpora.calibration(settings.calib, plain.tokenizer, settings.samples, settings.length)
+    for block_name, block in blocks(plain.model, plain.arch).items():
+        inside, inputs = linears(block_name, block), {}
+        handles = [
+            linear.register_forward_pre_hook(
+                lambda _, args, name=name: inputs.setdefault(name, []).append(args[0])
+            )
+            for name, linear in inside.items()
+        ]
+        with torch.no_grad():
+            for window in windows:
+                plain.model(window[None])
+        for handle in handles:
+            handle.remove()
+        for name, linear in inside.items():
+            hessian = Hessian(linear.in_features, torch.device("cpu"))
+            for batch in inputs[name]:
+                hessian.add(batch.reshape(1, -1, linear.in_features))
+            expected = solve(linear.weight, hessian.mean(), settings).quantized
+            ours = linear_from(tensors, name, grid, tuple(linear.weight.shape))
+            assert (ours.codes != expected.codes).float().mean() < 1e-3, name
+            with torch.no_grad():
+                linear.weight.copy_(expected.dequantize(grid))
+
+
+def test_true_sequential_differs_and_stays_close(own_home):
+    a = run(own_home, "method=gptq")
+    b = run(own_home, "method=gptq", "gptq.true_sequential=true")
+    values = [r.metrics["python-docs"]["values"]["ppl"] for r in (a, b)]
+    assert values[0] != values[1] and max(values) < 1.5 * min(values)
+
+
+def test_divergence_keeps_the_scales_and_stores_no_stage(own_home, monkeypatch):
+    def diverge(*_):
+        raise Diverged("training stopped: the loss is nan at step 7", {"site": torch.ones(3)})
+
+    monkeypatch.setattr(Teq, "fit", diverge)
+    with pytest.raises(Diverged, match=r"at step 7; the scales so far are in .*\.safetensors"):
+        run(own_home, "method=teq")
+    assert len(list((own_home / "failed").glob("*.safetensors"))) == 1
+    assert not [p for p in (own_home / "store" / "scales").iterdir() if p.is_dir()]
+
+
+def test_edited_artefact_is_found_and_made_again(own_home, caplog):
+    finished = run(own_home, "method=rtn")
+    weights = own_home / "store" / "weights" / finished.data["stages"]["weights"]["key"] / "data.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    again = run(own_home, "method=rtn", "ppl.limit=1")
+    assert "does not match its digest" in caplog.text and "computed again" in caplog.text
+    assert cached(again) == {"scales": True, "weights": False, "python-docs": False}
+
+
+def test_a_corpus_of_another_text_is_other_work(own_home, monkeypatch):
+    """python-docs differs between Python versions: the text's digest is in the keys of what read it."""
+    first = run(own_home, "method=teq")
+    from teq import corpora
+    from teq.corpora import embedded
+
+    original = embedded.python_docs()
+    for module in (embedded, corpora):
+        monkeypatch.setattr(module, "python_docs", lambda: "A new topic. " * 30 + original)
+    second = run(own_home, "method=teq")
+    assert second.id == first.id and second.file != first.file
+    assert cached(second)["scales"] is False
+
+
+def test_unknown_device_is_refused():
+    for device in ("cuda:9", "tpu", "mps"):
+        with pytest.raises(UserError, match=f"device={device}"):
+            pipeline.resolve_device(device)
+
+
+def start(home, *argv, **environment):
+    root = pathlib.Path(__file__).resolve().parent.parent
+    command = [sys.executable, str(root / "run.py"), *QUICK, *GPTQ, *argv]
+    variables = {**os.environ, "TEQ_HOME": str(home), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, env=variables, cwd=home.parent, stdout=-1, stderr=-2, text=True)
+
+
+def test_second_process_loads_no_model_and_two_at_once_compute_each_stage_once(own_home):
+    own_home.mkdir()
+    both = [start(own_home, "-m", "method=rtn,teq") for _ in range(2)]
+    logs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], logs
+    together = "".join(logs)
+    # stages: scales of identity and of teq, weights of rtn and teq, one metric each
+    assert together.count(": computing") == 6 and together.count(": done in") == 6
+    third = start(own_home, "-m", "method=rtn,teq")
+    log = third.communicate(timeout=300)[0]
+    assert third.returncode == 0 and log.count(": cached") == 6 and "loading" not in log
+    assert len(list((own_home / "records").glob("*.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"), [("scales", "scales"), ("weights", "weights"), ("metrics", "metrics")]
+)
+def test_interrupt_in_every_stage_is_one_line_and_loses_nothing(own_home, monkeypatch, capsys, stage, said):
+    original = Store.get
+
+    def interrupted(self, name, settings, make, device):
+        def stop():
+            raise KeyboardInterrupt
+
+        return original(self, name, settings, stop if name == stage else make, device)
+
+    import run as entry
+
+    argv = [*QUICK, *GPTQ, "method=teq"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "get", interrupted)
+        assert entry.main(argv) == 130
+    printed = capsys.readouterr()
+    assert cli.INTERRUPTED in printed.err and "Traceback" not in printed.err + printed.out
+    finished = {"scales": 0, "weights": 1, "metrics": 2}[stage]
+    store = own_home / "store"
+    kept = [p for s in ("scales", "weights", "metrics") for p in (store / s).glob("*") if p.is_dir()]
+    assert len(kept) == finished
+    assert entry.main(argv) == 0

@@ -1,0 +1,245 @@
+"""The command line: what it runs, what it refuses before any work, what it says when a job fails."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import run as entry
+from teq import cli, config, models, pipeline, record
+from teq.spec import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = [
+    "train.steps=2",
+    "gptq.samples=4",
+    "gptq.length=64",
+    "ppl.limit=2",
+    "ppl.context=64",
+    "evals=[python-docs]",
+]
+
+
+def refused(argv, capsys):
+    """The single line with which a command line is refused before any work."""
+    assert entry.main(argv) == 2
+    printed = capsys.readouterr()
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), printed.err
+    assert "Traceback" not in printed.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["model=gpt5"], ["model=gpt5", "opt-6.7b", "smollm2-135m"]),
+        (["method=awesome"], ["method=awesome", "teq+gptq"]),
+        (["trian.lr=1"], ["'trian.lr'", "did you mean train.lr"]),
+        (["train.learning_rate=1"], ["'train.learning_rate'", "--help"]),
+        (["bits=0"], ["bits=0", "2, 3, 4"]),
+        (["bits=99"], ["bits=99", "2, 3, 4"]),
+        (["bits=x"], ["bits=x", "2, 3, 4"]),
+        (["group_size=0"], ["group_size=0", "-1, 16, 32"]),
+        (["group_size=7.5"], ["group_size=7.5", "-1, 16, 32"]),
+        (["train.lr=0"], ["train.lr=0", "a number above 0"]),
+        (["train.lr=-0.1"], ["train.lr=-0.1", "a number above 0"]),
+        (["train.lr=abc"], ["train.lr='abc'", "a number above 0"]),
+        (["train.steps=-1"], ["train.steps=-1", "at least 0"]),
+        (["train.parameter=exp"], ["train.parameter='exp'", "clip, log"]),
+        (["seed=-1"], ["seed=-1", "at least 0"]),
+        (["dtype=int8"], ["dtype='int8'", "float32"]),
+        (["device=cuda:77"], ["device=cuda:77", "does not exist"]),
+        (["device=tpu"], ["device=tpu", "cuda:<n>"]),
+        (["gptq.damping=0", "method=gptq"], ["gptq.damping=0", "above 0"]),
+        (["evals=[nothing]"], ["evals=nothing", "python-docs"]),
+        (["evals=[]"], ["evals is empty", "python-docs"]),
+        (["recipe=best"], ["recipe=best", "paper", "quick"]),
+        (["init=twos"], ["init=twos", "inv_sqrt"]),
+        (["logger=print"], ["logger=print", "wandb"]),
+        (["experiments=none"], ["experiments=none", "quickstart"]),
+        (["method=rtn,teq"], ["method=rtn,teq", "-m"]),
+        (["--nonsense"], ["--nonsense", "--help"]),
+        (["model.path=/nowhere/at/all"], ["/nowhere/at/all", "is not a folder"]),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(argv, said, capsys, monkeypatch):
+    monkeypatch.setattr(models.Checkpoint, "load", lambda *_: pytest.fail("a model was loaded"))
+    line = refused(argv if argv[0].startswith(("model", "--")) else ["model=tiny-llama", *argv], capsys)
+    for part in said:
+        assert part in line
+
+
+def test_an_empty_folder_is_refused(tmp_path, capsys):
+    assert "holds no config.json" in refused(["model=opt-6.7b", "recipe=quick", f"model.path={tmp_path}"], capsys)
+
+
+def test_every_job_of_a_sweep_is_checked_before_the_first_starts(capsys, monkeypatch, own_home):
+    monkeypatch.setattr(cli, "run_job", lambda *_: pytest.fail("a job was started"))
+    line = refused(["-m", "model=tiny-llama", "method=rtn,teq", "train.lr=1e-3,-1"], capsys)
+    assert "train.lr=-1" in line
+
+
+def test_hub_models_without_hub_end_in_one_line_each(capsys, monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert entry.main(["-m", "model=opt-6.7b,bloom-3b", "method=teq,teq+gptq", "recipe=quick"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    for repo in ("facebook/opt-6.7b", "bigscience/bloom-3b"):
+        mine = [line for line in lines if repo in line]
+        assert len(mine) == 1 and "model.path=<folder>" in mine[0] and "HF_ENDPOINT" in mine[0]
+    assert len(lines) == 2
+
+
+def test_the_papers_sweep_runs_as_four_jobs_from_a_hub_cache(tmp_path, own_home):
+    """The literal command of the README, tiny weights standing in for the hub's."""
+    import hashlib
+
+    from teq.random_model import build, byte_tokenizer
+
+    for repo, tiny in (("facebook/opt-6.7b", "tiny-opt"), ("bigscience/bloom-3b", "tiny-bloom")):
+        (job,) = config.jobs([f"model={tiny}"])
+        base = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+        commit = hashlib.sha1(repo.encode()).hexdigest()
+        (base / "refs").mkdir(parents=True)
+        (base / "refs" / "main").write_text(commit)
+        build(job.run.model.source).save_pretrained(base / "snapshots" / commit)
+        byte_tokenizer(job.run.model.source.bos).save_pretrained(base / "snapshots" / commit)
+    command = [sys.executable, str(ROOT / "run.py"), "-m", "model=opt-6.7b,bloom-3b", "method=teq,teq+gptq"]
+    short = [*TINY, "train.length=64", "calib.corpus=python-docs", "recipe=paper"]
+    environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "TEQ_HOME": str(own_home)}
+    done = subprocess.run(
+        [*command, *short], env={**os.environ, **environment}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = record.load(own_home / "records")
+    assert sorted((r.data["run"]["model"]["name"], r.data["run"]["method"]) for r in found) == [
+        ("bloom-3b", "teq"),
+        ("bloom-3b", "teq+gptq"),
+        ("opt-6.7b", "teq"),
+        ("opt-6.7b", "teq+gptq"),
+    ]
+    assert all(r.data["identity"].partition("@")[2] for r in found)
+    # Table 8: bloom-3b starts at 1 / sqrt(max) on whole rows only, not on this run's default grid
+    assert {r.data["run"]["transform"]["init"] for r in found} == {"ones"}
+
+
+def test_sweep_writes_one_record_per_run_and_nothing_into_the_working_folder(
+    own_home, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    assert (
+        entry.main(["-m", "model=tiny-llama", "method=fp,rtn", "bits=3,4", "group_size=-1,128", *TINY]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "tiny-llama" in printed and str(own_home / "records") in printed
+    assert len(record.load(own_home / "records")) == 1 + 4  # one baseline for all grids
+    assert set(tmp_path.iterdir()) - before <= {own_home}
+
+
+def test_one_failing_job_does_not_stop_the_others(own_home, monkeypatch, capsys):
+    original = pipeline.run
+
+    def fail_rtn(spec, *rest):
+        if spec.method == "rtn":
+            raise RuntimeError("disk on fire")
+        return original(spec, *rest)
+
+    monkeypatch.setattr(pipeline, "run", fail_rtn)
+    assert entry.main(["-m", "model=tiny-llama", "method=rtn,fp", *TINY]) == 1
+    printed = capsys.readouterr()
+    assert (
+        "failed: model=tiny-llama method=rtn bits=3 group_size=64: RuntimeError: disk on fire" in printed.out
+    )
+    assert "Traceback" not in printed.out + printed.err
+    assert [r.data["run"]["method"] for r in record.load(own_home / "records")] == ["fp"]
+    logs = "".join(file.read_text() for file in (own_home / "hydra").rglob("run.log"))
+    assert "Traceback" in logs and "disk on fire" in logs
+
+
+def test_unwritable_cache_is_refused_before_any_work(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TEQ_HOME", str(tmp_path / "file" / "home"))
+    assert "set TEQ_HOME to a folder you own" in refused(["model=tiny-llama"], capsys)
+
+
+def test_window_longer_than_the_model_is_one_line(capsys, own_home):
+    argv = ["model=tiny-llama", "method=rtn", *TINY, "ppl.context=100000000"]
+    assert entry.main(argv) == 1
+    assert "ppl.context=100000000 is not allowed: the model has 2048 positions" in capsys.readouterr().out
+
+
+def test_a_value_by_hand_and_the_same_value_from_the_recipe_are_one_run():
+    by_recipe, by_hand = (
+        config.jobs(["model=tiny-opt", *extra])[0].run.key()
+        for extra in ([], ["train.lr=0.01", "train.steps=100", "init=ones", "recipe=quick"])
+    )
+    assert by_recipe == by_hand
+
+
+def test_recipes_exceptions_are_the_papers_table_8():
+    def of(model, *grid):
+        (job,) = config.jobs([f"model={model}", "method=teq", *grid])
+        return job.run.transform.init, job.run.transform.lr
+
+    w4, g128 = ("bits=4", "group_size=-1"), ("bits=4", "group_size=128")
+    assert of("opt-13b", *w4) == of("bloom-3b", *w4) == of("bloom-7b1", *w4) == ("inv_sqrt", 1e-3)
+    assert of("opt-6.7b", *g128) == of("opt-13b", "bits=3", "group_size=128") == ("inv_sqrt", 1e-3)
+    assert of("llama-7b", *w4) == ("ones", 4e-4) and of("llama-13b", *g128) == ("ones", 2e-4)
+    assert of("opt-6.7b", *w4) == of("llama-7b", *g128) == ("ones", 1e-3)
+    (job,) = config.jobs(["model=llama-7b", "method=teq", *w4, "train.lr=0.5"])
+    assert job.run.transform.lr == 0.5  # the user's word is the last
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("bits=4", "bits='4'"),
+        ("bits=3,4", "bits='3','4'"),
+        ("group_size=-1,128", "group_size='-1','128'"),
+        ("bits='4'", "bits='4'"),
+        ("train.steps=4", "train.steps=4"),
+    ],
+)
+def test_integers_of_config_groups_are_quoted(word, expected):
+    assert config.quoted([word]) == [expected]
+
+
+def test_flags_may_stand_anywhere():
+    assert config.quoted(["a=1", "-m", "b=2"]) == ["-m", "a=1", "b=2"]
+
+
+def test_help_lists_groups_options_experiments_and_examples(capsys):
+    assert entry.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for part in ("opt-6.7b", "teq+gptq", "inv_sqrt", "quickstart", "train:", "python run.py -m", "TEQ_HOME"):
+        assert part in text
+
+
+def test_every_group_option_composes():
+    for group, names in config.groups().items():
+        for name in names if group not in ("experiments", "evals") else []:
+            base = [] if group == "model" else ["model=tiny-llama"]
+            (job,) = config.jobs([*base, f"{group}={name}"])
+            assert job.run.key()
+
+
+def test_unknown_key_in_an_experiment_file_is_named(tmp_path, monkeypatch):
+    for name in ("conf", "experiments"):
+        (tmp_path / name).symlink_to(ROOT / name) if name == "conf" else (tmp_path / name).mkdir()
+    (tmp_path / "experiments" / "odd.yaml").write_text(
+        "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {model: tiny-llama}}}\ntrain: {stepz: 3}\n"
+    )
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    config._composer.cache_clear()
+    try:
+        with pytest.raises(
+            UserError, match=r"experiments/odd\.yaml sets 'train\.stepz'.*did you mean train\.steps"
+        ):
+            config.jobs(["experiments=odd"])
+    finally:
+        config._composer.cache_clear()
