@@ -8,6 +8,7 @@ an experiment with defaults of its own) goes to Hydra as it is. A test holds bot
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from teq.spec import UserError
+
 GLOBAL = "# @package _global_"
-Composed = tuple[DictConfig, dict[str, Any]]
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+Composed = tuple[dict[str, Any], dict[str, Any]]
 
 
 class Composer:
@@ -47,13 +51,12 @@ class Composer:
             values = {o.key_or_group: o.value() for o in parsed if o.key_or_group not in self._folders}
             node = self._assembled(chosen)
             if all(_assign(node, key.split("."), value) for key, value in values.items()):
-                return OmegaConf.create(node), self._defaults[1] | chosen
+                return node, self._defaults[1] | chosen
         return self._plain(list(overrides))
 
     @functools.cached_property
     def _defaults(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        composed, choices = self._plain([])
-        return OmegaConf.to_container(composed), choices
+        return self._plain([])
 
     def _simple(self, override: Override) -> bool:
         key = override.key_or_group
@@ -82,14 +85,41 @@ class Composer:
         return node
 
     def _composed_option(self, group: str, name: str) -> dict[str, Any]:
-        return OmegaConf.to_container(self._plain([f"{group}={name!r}"])[0])[group]
+        return self._plain([f"{group}={name!r}"])[0][group]
 
     def _plain(self, overrides: list[str]) -> Composed:
         """As Hydra composes it; choices in the order of the defaults list, which Hydra gives backwards."""
         composed = self._hydra(overrides)
         choices = list(OmegaConf.to_container(composed.hydra.runtime.choices).items())
         kept = {key: value for key, value in reversed(choices) if key in self._folders}
-        return OmegaConf.masked_copy(composed, [key for key in composed if key not in self._left_out]), kept
+        return without(composed, self._left_out), kept
+
+
+def without(cfg: DictConfig, keys: Sequence[str]) -> dict[str, Any]:
+    """A configuration as plain data, interpolations unresolved, without some of its top keys."""
+    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key not in keys]))
+
+
+def resolved(part: Any, root: dict[str, Any]) -> Any:
+    """`part` of the plain configuration `root` with its interpolations replaced.
+
+    A text that is one reference, such as `${train.steps}`, takes the value there; OmegaConf sees to anything
+    else.
+    """
+    if isinstance(part, dict):
+        return {key: resolved(value, root) for key, value in part.items()}
+    if isinstance(part, list):
+        return [resolved(value, root) for value in part]
+    if not isinstance(part, str) or "${" not in part:
+        return part
+    if (reference := REFERENCE.fullmatch(part)) is None:
+        return OmegaConf.to_container(OmegaConf.create({**root, "_part": part}), resolve=True)["_part"]
+    value: Any = root
+    for key in reference.group(1).split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise UserError(f"{part} in conf/ refers to a key that is not there")
+        value = value[key]
+    return resolved(value, root)
 
 
 def _read(file: Path) -> tuple[bool, dict[str, Any]]:
