@@ -112,7 +112,9 @@ def fill(name: str, layout: Layout, jobs: Sequence["Job"], library: Library) -> 
     if not panels:
         wanted = ", ".join(f"{model} at {grid}" for model, grid in chosen.items())
         raise UserError(f"experiments/{name}.yaml: no run of the sweep is one of its panels: {wanted}")
-    found = {place: library.find(alike[0].run, set()) for place, alike in panels.items()}
+    found = {
+        place: library.find(alike[0].run, set(), fixed=("transform.init",)) for place, alike in panels.items()
+    }
     return Figure(
         name,
         layout,

@@ -1,6 +1,6 @@
 """Which record answers for a run: the one with exactly its settings, else the nearest, with what differs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,19 +50,21 @@ class Library:
     def _by_cell(self) -> dict[tuple[Any, ...], list[tuple[Record, bool]]]:
         found: dict[tuple[Any, ...], list[tuple[Record, bool]]] = {}
         for entry in self._all:
-            found.setdefault(_cell(entry[0].data["run"]), []).append(entry)
+            found.setdefault(place(entry[0].data["run"]), []).append(entry)
         return found
 
-    def find(self, run: "Run", evaluations: set[str], synthetic: bool = False) -> Found | None:
+    def find(
+        self, run: "Run", evaluations: set[str], synthetic: bool = False, fixed: Collection[str] = ()
+    ) -> Found | None:
         """The record for `run`'s part that `evaluations` (by name) measure, exact before nearest, or None.
 
         Settings of evaluations that are not asked for do not count. A record of synthetic weights is only
-        considered where `synthetic` allows it.
+        considered where `synthetic` allows it, one that differs in a setting of `fixed` never.
         """
         plain = run.plain()
         best: Found | None = None
         wanted = {name: e for e, name in zip(plain["evals"], (e.name for e in run.evals), strict=True)}
-        for candidate, own in self._by_cell.get(_cell(plain), []):
+        for candidate, own in self._by_cell.get(place(plain), []):
             if (candidate.synthetic and not synthetic) or not evaluations <= set(candidate.metrics):
                 continue
             had = dict(zip(candidate.metrics, candidate.data["run"]["evals"], strict=True))
@@ -71,14 +73,25 @@ class Library:
                     _relevant(plain, wanted, evaluations), _relevant(candidate.data["run"], had, evaluations)
                 )
             )
+            if not differences.keys().isdisjoint(fixed):
+                continue
             if best is None or len(differences) < len(best.differences):
                 best = Found(candidate, own, differences)
         return best
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The leaves by dotted name in which two nested mappings differ."""
-    return dict(_differences(one, other))
+def varying(runs: Iterable["Run"]) -> dict[tuple[Any, ...], set[str]]:
+    """By model, method and grid: the settings in which the runs of one such place differ from each other.
+
+    These tell the cells of a table apart, so that a record which differs in one belongs to another cell.
+    """
+    first: dict[tuple[Any, ...], dict[str, Any]] = {}
+    found: dict[tuple[Any, ...], set[str]] = {}
+    for run in runs:
+        plain = {key: value for key, value in run.plain().items() if key != "evals"}
+        one = first.setdefault(place(plain), plain)
+        found.setdefault(place(plain), set()).update(dict(_differences(one, plain)))
+    return found
 
 
 def _relevant(run: Mapping[str, Any], evals: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
@@ -86,7 +99,8 @@ def _relevant(run: Mapping[str, Any], evals: Mapping[str, Any], names: set[str])
     return parts | {name: evals.get(name, MISSING) for name in sorted(names)}
 
 
-def _cell(run: Mapping[str, Any]) -> tuple[Any, ...]:
+def place(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a record must share with a run to stand in for it: model, method and grid."""
     grid = run["quantizer"].get("grid") or {}
     return run["model"]["name"], run["method"], *(grid.get(k) for k in ("bits", "group_size", "symmetric"))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from teq import statistics
+from teq import lookup, statistics
 from teq.layout import ANY, CELL, COSTS, FULL, Cell, Claim, Layout
 from teq.lookup import Found, Library
 from teq.record import Record
@@ -102,13 +102,13 @@ def fill(name: str, layout: Layout, jobs: Sequence["Job"], library: Library) -> 
     """The table of `layout` for the runs of `jobs`, from the records in `library`."""
     row_axes, column_axes = list(layout.rows), [*layout.columns, CELL]
     groups = _groups(name, [*layout.rows, *layout.columns], jobs)
-    cells = layout.cells or {}
+    cells, fixed = layout.cells or {}, lookup.varying(job.run for job in jobs)
     values: dict[tuple[Place, Place], Value] = {}
     for place, alike in groups.items():
         for cell_name, formula in cells.items():
             at = dict(zip([*row_axes, *column_axes], (*place, cell_name), strict=True))
             row, column = tuple(at[a] for a in row_axes), tuple(at[a] for a in column_axes)
-            values[row, column] = _value(name, layout, at, formula, alike, library)
+            values[row, column] = _value(name, layout, at, formula, alike, library, fixed)
     values = _with_best(_with_noise(values), column_axes)
     rows = _in_order([row for row, _ in values])
     columns = _in_order([column for _, column in values])
@@ -214,7 +214,13 @@ def _coordinate(name: str, job: "Job", axis: str) -> str:
 
 
 def _value(
-    name: str, layout: Layout, at: dict[str, str], formula: Cell, jobs: list["Job"], library: Library
+    name: str,
+    layout: Layout,
+    at: dict[str, str],
+    formula: Cell,
+    jobs: list["Job"],
+    library: Library,
+    fixed: Mapping[Place, set[str]],
 ) -> Value:
     published = layout.published.at(at, layout.rows) if layout.published else None
     if formula.setting is not None:
@@ -229,9 +235,10 @@ def _value(
                 "run of the "
                 f"experiment measures: it must be one of {', '.join([*sorted(names), *COSTS])}"
             )
-    synthetic = not formula.evaluations()
-    found = [f for job in jobs if (f := library.find(job.run, formula.evaluations(), synthetic)) is not None]
-    found = list({f.record.file: f for f in found}.values())
+    wanted = formula.evaluations()
+    apart = [fixed[lookup.place(job.run.plain())] for job in jobs]
+    answers = [library.find(job.run, wanted, not wanted, keys) for job, keys in zip(jobs, apart, strict=True)]
+    found = list({f.record.file: f for f in answers if f is not None}.values())
     if not found:
         return Value(at, formula, jobs, (), None, None, None, published, NOT_RUN)
     numbers = [formula.apply([metric(f.record, n, name, at[CELL]) for n in formula.names]) for f in found]
@@ -306,14 +313,18 @@ def _setting(name: str, job: "Job", path: str) -> Any:
 
 def _with_noise(values: dict[tuple[Place, Place], Value]) -> dict[tuple[Place, Place], Value]:
     """Mark the differences to the baseline that its own documents or windows cannot tell from chance."""
-    at = {frozenset(value.at.items()): value for value in values.values()}
+    baselines = [value for value in values.values() if value.at.get("method") == BASELINE]
     out = {}
     for place, value in values.items():
-        baseline = at.get(frozenset({**value.at, "method": BASELINE}.items()))
-        if baseline is not None and baseline is not value and value.at.get("grid") != FULL:
-            value = dataclasses.replace(value, noise=_indistinct(value, baseline))
+        beside = [one for one in baselines if one is not value and _same_but_method(value, one)]
+        if beside:
+            value = dataclasses.replace(value, noise=_indistinct(value, beside[0]))
         out[place] = value
     return out
+
+
+def _same_but_method(value: Value, baseline: Value) -> bool:
+    return all(axis == "method" or wanted in (value.at[axis], ANY) for axis, wanted in baseline.at.items())
 
 
 def _indistinct(value: Value, baseline: Value) -> bool:

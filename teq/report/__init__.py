@@ -59,6 +59,15 @@ class Shown:
         return [folder / name for name in outputs]
 
 
+def experiments() -> list[str]:
+    """Every experiment: the paper's tables and figures first."""
+    order = ("table", "figure")
+    names = config.options(config.ROOT / "experiments")
+    return sorted(
+        names, key=lambda name: next((i for i, o in enumerate(order) if name.startswith(o)), len(order))
+    )
+
+
 def read(name: str, overrides: Sequence[str], library: Library) -> Shown:
     """One experiment, its sweep narrowed by `overrides`, filled from the records of `library`."""
     jobs = config.jobs([f"experiments={name}", *overrides])
@@ -143,8 +152,7 @@ def publish(argv: Sequence[str]) -> int:
         for file in new:
             shutil.copyfile(file, RESULTS / "records" / file.name)
         print(f"{one.name}: {len(new)} records copied to {RESULTS / 'records'}")
-    experiments = config.options(config.ROOT / "experiments")
-    published, elsewhere = read_all(experiments, (), Library(RESULTS / "records"))
+    published, elsewhere = read_all(experiments(), (), Library(RESULTS / "records"))
     for name in shown:
         print(f"{name}: {published[name].write(RESULTS)[0]}")
     print(f"report: {_write_page(published, elsewhere, RESULTS / 'report')}")
@@ -162,7 +170,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str], bool]:
     """Names of experiments, overrides, and whether all are meant: no name, or `all`."""
     overrides = [word for word in argv if "=" in word or word.startswith("~")]
     names = [word for word in argv if word not in overrides]
-    known = config.options(config.ROOT / "experiments")
+    known = experiments()
     for name in names:
         if name not in (*known, "all"):
             raise UserError(f"there is no experiment {name!r}: it must be all or some of {', '.join(known)}")

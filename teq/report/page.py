@@ -96,7 +96,7 @@ def _table(table: Table, cells: list[dict[str, Any]]) -> dict[str, Any]:
         "columns": columns,
         "rows": rows + quoted,
         "constant": constant,
-        "notes": text.legend(table, notes)[1:] if text.explains(table) else text.legend(table, notes),
+        "notes": [_coded(line) for line in text.legend(table, notes) if line != text.LEGEND],
         "claims": text.claims(table.claims),
         "counts": _counts([value.verdict for value in table.values.values()]),
     }
@@ -128,7 +128,7 @@ def _figure(figure: Figure, drawings: Mapping[str, bytes], cells: list[dict[str,
         "columns": [{"title": title, "model": ""} for title in rows[0]],
         "rows": body,
         "constant": "",
-        "notes": notes,
+        "notes": [_coded(line) for line in notes],
         "claims": [],
         "counts": _counts([cell["verdict"] for cell in cells[-len(body) :]]),
         "figure": Markup(svg[svg.index("<svg") :]) if svg else None,
@@ -234,6 +234,14 @@ def _model(table: Table, row: Place | None = None, column: Place | None = None) 
     """The model that a row or a column stands for; empty where it stands for none."""
     axes, place = (table.row_axes, row) if row is not None else (table.column_axes, column or ())
     return dict(zip(axes, place, strict=True)).get("model", "")
+
+
+def _coded(line: str) -> Markup:
+    """A note with what stands in backticks as code."""
+    parts = line.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts)
+    )
 
 
 def _counts(verdicts: Sequence[str]) -> list[tuple[str, str, int]]:

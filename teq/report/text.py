@@ -228,7 +228,7 @@ def difference(value: Value) -> str:
 def legend(table: Table, notes: Mapping[str, str]) -> list[str]:
     """What the signs in the table mean, what its partial cells differ in, what is limited or missing."""
     values = list(table.values.values())
-    lines = [LEGEND] if explains(table) else []
+    lines = [LEGEND] if any(value.published is not None and value.found for value in values) else []
     if any(value.noise for value in values):
         lines.append(NOISE)
     if any(value.best for value in values):
@@ -248,11 +248,6 @@ def legend(table: Table, notes: Mapping[str, str]) -> list[str]:
             "first of them"
         )
     return lines + list(table.layout.notes)
-
-
-def explains(table: Table) -> bool:
-    """Whether some cell shows ours beside a published number."""
-    return any(value.published is not None and value.found for value in table.values.values())
 
 
 def limits(table: Table) -> list[str]:
