@@ -1,5 +1,6 @@
 """Records written by hand for the runs of an experiment: no model, no torch."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from teq import record
 def made(folder: Path, job, *, evals=None, change=None, seconds=10.0, scales=None, created="2026-01-01"):
     """Write the record that `job`'s run would leave, with the metrics of `evals` by evaluation name.
 
-    A perplexity is given as its per-window losses, an accuracy as its per-document correctness, counts as a dict.
-    `change(data)` alters the record before it is written.
+    A perplexity is given as its per-window losses, an accuracy as its per-document correctness, counts as a
+    dict. `change(data)` alters the record before it is written.
     """
     metrics = {}
     for evaluation in job.run.evals:
@@ -35,7 +36,11 @@ def made(folder: Path, job, *, evals=None, change=None, seconds=10.0, scales=Non
         }
     plain = json.loads(json.dumps(job.run.plain()))
     kept = [p for p, e in zip(plain["evals"], job.run.evals, strict=True) if e.name in metrics]
-    cost = {"seconds": seconds, "peak_bytes": 2**20, "machine": {"device": "cpu", "name": "hand", "versions": {}}}
+    cost = {
+        "seconds": seconds,
+        "peak_bytes": 2**20,
+        "machine": {"device": "cpu", "name": "hand", "versions": {}},
+    }
     data = {
         "id": job.run.key(),
         "created": created,
@@ -50,8 +55,29 @@ def made(folder: Path, job, *, evals=None, change=None, seconds=10.0, scales=Non
             for name in ("scales", "weights", *metrics)
         },
         "code": {"commit": None, "dirty": None},
-        "machine": {"device": "cpu", "name": "hand", "cpus": 2, "threads": 1, "python": "3", "versions": {"torch": "0"}},
+        "machine": {
+            "device": "cpu",
+            "name": "hand",
+            "cpus": 2,
+            "threads": 1,
+            "python": "3",
+            "versions": {"torch": "0"},
+        },
     }
     if change is not None:
         change(data)
     return record.write(data, folder)
+
+
+def add_experiment(monkeypatch, root: Path, name: str, text: str) -> None:
+    """Let the project's experiments be `root`/experiments, with experiments/<name>.yaml among them."""
+    from teq import config, report
+
+    file = root / "experiments" / f"{name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"# @package _global_\n{text}")
+    monkeypatch.setattr(config, "ROOT", root)
+    monkeypatch.setattr(report, "RESULTS", root / "results")
+    monkeypatch.setattr(config, "_checked", set())
+    for cached in ("_composer", "_experiment"):  # what they remember is of other files
+        monkeypatch.setattr(config, cached, functools.cache(getattr(config, cached).__wrapped__))

@@ -1,0 +1,377 @@
+"""Layouts, verdicts, claims and the rendered text, on records written by hand."""
+
+import copy
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from made import add_experiment, made
+
+from teq import config, lookup, record, statistics, tables
+from teq.layout import parse
+from teq.lookup import Library
+from teq.report import text
+from teq.spec import UserError
+
+GOLDEN = """\
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    params: {model: "tiny-opt,tiny-llama", method: "fp,rtn,teq", grid: w3_g64, recipe: quick}
+evals: [python-docs, lastword-python-docs]
+layout:
+  title: A table
+  caption: Made by hand.
+  rows: [grid, method]
+  columns: [model]
+  cells:
+    ppl: {label: perplexity, mean: [python-docs.ppl], best: lowest}
+    seconds: {label: seconds, sum: [seconds.scales, seconds.weights], digits: 0, best: lowest}
+  published:
+    across: {model: [tiny-opt], cell: [ppl, seconds]}
+    numbers:
+      full: {fp: [7.0, null]}
+      w3_g64: {rtn: [9.0, null], teq: [8.0, 30]}
+  claims:
+    - {says: TEQ beats RTN, winners: [teq], losers: [rtn], count: 1, of: 1}
+"""
+LOSSES = np.log(8) + np.array([0.01, -0.02, 0.03, -0.01, 0.0, 0.02, -0.03, 0.0])
+
+
+def filled(name, records, overrides=()):
+    """The table of an experiment from the records of a folder."""
+    jobs = config.jobs([f"experiments={name}", *overrides])
+    return tables.fill(name, parse(name, jobs[0].layout), jobs, Library(records))
+
+
+def of(jobs, model, method):
+    """The run of a model and a method."""
+    return next(j for j in jobs if (j.run.model.name, j.run.method) == (model, method))
+
+
+@pytest.fixture
+def golden(monkeypatch, tmp_path):
+    """Records for GOLDEN: exact, partial, synthetic and missing cells."""
+    add_experiment(monkeypatch, tmp_path, "golden", GOLDEN)
+    jobs, folder = config.jobs(["experiments=golden"]), tmp_path / "records"
+    made(folder, of(jobs, "tiny-opt", "fp"), evals={"python-docs": LOSSES - 0.12}, seconds=0.25)
+    made(folder, of(jobs, "tiny-opt", "rtn"), evals={"python-docs": LOSSES + 0.5}, seconds=2)
+
+    def shorter(data):
+        data["run"]["transform"]["steps"] = 50
+
+    made(folder, of(jobs, "tiny-opt", "teq"), evals={"python-docs": LOSSES}, seconds=20, change=shorter)
+
+    def synthetic(data):
+        data["run"]["model"]["source"]["kind"] = "Synthetic"
+
+    made(folder, of(jobs, "tiny-llama", "rtn"), evals={"python-docs": LOSSES}, seconds=3, change=synthetic)
+    return folder
+
+
+def test_a_table_with_a_missing_a_partial_and_a_synthetic_cell_is_the_golden_one(golden):
+    shown = text.markdown(filled("golden", golden))
+    assert shown == (pathlib.Path(__file__).parent / "golden_table.md").read_text(encoding="utf-8")
+
+
+def test_synthetic_weights_never_enter_an_accuracy(golden):
+    table = filled("golden", golden)
+    row, column = ("w3_g64", "rtn"), ("tiny-llama",)
+    assert table.values[row, (*column, "ppl")].verdict == tables.NOT_RUN
+    assert table.values[row, (*column, "seconds")].synthetic
+
+
+def test_narrowed_by_overrides(golden):
+    table = filled("golden", golden, ["model=tiny-opt", "method=fp,teq"])
+    assert table.rows == [("full", "fp"), ("w3_g64", "teq")]
+    assert table.constant == {"model": "tiny-opt"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "published", "best", "verdict"),
+    [
+        (10.004, 10.0, "lowest", tables.MATCH),  # the printed digits
+        (10.09, 10.0, "lowest", tables.MATCH),  # 1.96 x 0.05 and half a digit
+        (10.2, 10.0, "lowest", tables.WORSE),
+        (9.8, 10.0, "lowest", tables.BETTER),
+        (10.2, 10.0, "highest", tables.BETTER),
+        (9.8, 10.0, "highest", tables.WORSE),
+        (9.8, 10.0, None, tables.DIFFERS),
+        (9.8, None, "highest", tables.OURS),
+    ],
+)
+def test_verdicts(ours, published, best, verdict):
+    formula = tables.Cell(label="x", mean=("a.ppl",), best=best)
+    assert tables._verdict(ours, published, 0.05, None, formula) == verdict
+
+
+def test_a_spread_over_seeds_widens_the_noise_band(monkeypatch, tmp_path):
+    add_experiment(monkeypatch, tmp_path, "three", GOLDEN.replace("recipe: quick", 'seed: "0,1,2"'))
+    jobs = [j for j in config.jobs(["experiments=three"]) if j.run.model.name == "tiny-opt"]
+    teq = [j for j in jobs if j.run.method == "teq"]
+    for job, shift in zip(teq, (0.0, 0.1, 0.2), strict=True):
+        made(tmp_path / "records", job, evals={"python-docs": LOSSES + shift})
+    values = filled("three", tmp_path / "records").values
+    value = values[("w3_g64", "teq"), ("tiny-opt", "ppl")]
+    numbers = 8 * np.exp([0.0, 0.1, 0.2])
+    assert value.ours == pytest.approx(numbers.mean())
+    assert value.spread == pytest.approx(numbers.std(ddof=1))
+    assert value.verdict == tables.MATCH  # 8.86 against 8.0: outside its own error, inside the spread
+    made(tmp_path / "records", of(jobs, "tiny-opt", "rtn"), evals={"python-docs": LOSSES})
+    assert "sd 0.89 over 3 seeds" in text.markdown(filled("three", tmp_path / "records"))
+
+
+def test_a_missing_seed_makes_the_cell_partial(monkeypatch, tmp_path):
+    add_experiment(monkeypatch, tmp_path, "two", GOLDEN.replace("recipe: quick", 'seed: "0,1"'))
+    (first, _) = [j for j in config.jobs(["experiments=two", "model=tiny-opt"]) if j.run.method == "teq"]
+    made(tmp_path / "records", first, evals={"python-docs": LOSSES})
+    value = filled("two", tmp_path / "records").values[("w3_g64", "teq"), ("tiny-opt", "ppl")]
+    assert (value.verdict, text.difference_text(value)) == (tables.PARTIAL, "1 of 2 seeds are missing")
+
+
+def test_a_difference_to_rtn_within_chance_is_marked_and_only_on_the_same_tokens(golden):
+    noise = np.array([0.3, -0.3, 0.2, -0.2, 0.1, -0.1, 0.25, -0.24])
+    jobs = config.jobs(["experiments=golden"])
+    for file in golden.iterdir():
+        file.unlink()
+    made(golden, of(jobs, "tiny-opt", "rtn"), evals={"python-docs": LOSSES})
+    made(golden, of(jobs, "tiny-opt", "teq"), evals={"python-docs": LOSSES + noise})
+    place = ("w3_g64", "teq"), ("tiny-opt", "ppl")
+    assert filled("golden", golden).values[place].noise
+    made(
+        golden,
+        of(jobs, "tiny-opt", "teq"),
+        evals={"python-docs": LOSSES - 0.1},
+        created="2027",
+        change=_again,
+    )
+    assert not filled("golden", golden).values[place].noise
+
+    def other_tokens(data):
+        _again(data)
+        data["stages"]["weights"]["key"] = "third"
+        data["metrics"]["python-docs"]["info"]["tokens_sha256"] = "1" * 64
+
+    made(
+        golden,
+        of(jobs, "tiny-opt", "teq"),
+        evals={"python-docs": LOSSES + noise},
+        created="2028",
+        change=other_tokens,
+    )
+    assert not filled("golden", golden).values[place].noise
+
+
+def _again(data):
+    data["stages"]["weights"]["key"] = "again"
+
+
+def test_the_combined_bootstrap_agrees_with_the_plain_one():
+    draw = np.random.default_rng(1)
+    a, b = draw.random(500) < 0.6, draw.random(500) < 0.5
+    _, low, high = statistics.paired_bootstrap(a, b, "mean")
+    both = statistics.combined_bootstrap([(a, b, "mean")])
+    assert both == pytest.approx((low, high), abs=0.01)
+    losses = draw.normal(2, 0.1, (2, 50))
+    _, low, high = statistics.paired_bootstrap(*losses, "ppl")
+    assert statistics.combined_bootstrap([(*losses, "ppl")]) == pytest.approx((low, high), abs=0.05)
+
+
+def test_claims_from_published_numbers_and_ours(golden):
+    table = filled("golden", golden)
+    (claim,) = tables.check_claims({"golden": table})["golden"]
+    assert (claim.published, claim.ours, claim.partial) == ((1, 1), (1, 2), True)  # seconds: 40 against 4
+
+
+@pytest.mark.parametrize(("name", "counts"), [("table1", [11, 6, 5, 8]), ("table4", [12, 8])])
+def test_the_papers_claims_hold_on_its_own_numbers(name, counts):
+    layouts = {n: parse(n, config._experiment(n)["layout"]) for n in ("table1", "table3", "table4")}
+    found = _claims(name, layouts)
+    assert [c.published for c in found] == [(count, 12) for count in counts]
+    assert all(c.published == c.claimed for c in found)
+
+
+def test_a_changed_published_cell_changes_the_count():
+    raw = copy.deepcopy(config._experiment("table1")["layout"])
+    raw["published"]["numbers"]["w4"]["teq"][0] = 62.0  # opt-6.7b: below RTN's 62.99
+    found = _claims("table1", {"table1": parse("table1", raw)})
+    assert [c.published[0] for c in found] == [10, 5, 5, 8]
+
+
+def _claims(name, layouts):
+    """The claims of a table, its layout given, without any record."""
+    nothing = Library(config.ROOT / "no-such-folder")
+    filled_tables = {}
+    for each, layout in layouts.items():
+        jobs = config.jobs([f"experiments={each}"])
+        filled_tables[each] = tables.fill(each, layout, jobs, nothing)
+    return tables.check_claims(filled_tables)[name]
+
+
+def test_a_metric_that_no_run_measures(monkeypatch, tmp_path):
+    add_experiment(monkeypatch, tmp_path, "bad", GOLDEN.replace("python-docs.ppl", "wikitext3.ppl"))
+    with pytest.raises(
+        UserError, match=r"experiments/bad.yaml: layout.cells.ppl reads 'wikitext3'.*python-docs"
+    ):
+        filled("bad", tmp_path)
+
+
+def test_a_metric_that_the_record_does_not_have(golden, monkeypatch, tmp_path):
+    add_experiment(monkeypatch, tmp_path, "golden", GOLDEN.replace("python-docs.ppl", "python-docs.bits"))
+    with pytest.raises(
+        UserError, match=r"cells.ppl reads 'python-docs.bits'.*must be one of python-docs.ppl"
+    ):
+        filled("golden", golden)
+
+
+def test_runs_that_the_axes_do_not_tell_apart(monkeypatch, tmp_path):
+    add_experiment(monkeypatch, tmp_path, "bad", GOLDEN.replace("recipe: quick", 'train.steps: "1,2"'))
+    with pytest.raises(
+        UserError, match=r"2 runs fall into one cell \(w3_g64, teq, tiny-opt\): name train.steps"
+    ):
+        filled("bad", tmp_path)
+
+
+def test_an_axis_that_the_sweep_does_not_vary(monkeypatch, tmp_path):
+    add_experiment(monkeypatch, tmp_path, "bad", GOLDEN.replace("[grid, method]", "[grid, init]"))
+    with pytest.raises(UserError, match="names the axis 'init', which the sweep does not vary"):
+        filled("bad", tmp_path)
+
+
+GOOD = {
+    "title": "t",
+    "caption": "c",
+    "rows": ["grid", "method"],
+    "columns": ["model"],
+    "cells": {"ppl": {"label": "x", "mean": ["a.ppl"]}},
+    "published": {"across": {"model": ["m", "n"]}, "numbers": {"w4": {"rtn": [1, 2]}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["colums"], ["model"], "layout.colums is not known: did you mean columns?"),
+        (["title"], 3, "layout.title=3 is not allowed: it must be a text"),
+        (["cells", "ppl", "digitz"], 2, "layout.cells.ppl.digitz is not known: did you mean digits?"),
+        (
+            ["cells", "ppl", "best"],
+            "high",
+            "layout.cells.ppl.best='high' is not allowed: it must be one of lowest",
+        ),
+        (["cells", "ppl", "sum"], ["a.b"], "layout.cells.ppl has mean and sum: it must have exactly one"),
+        (["cells", "ppl", "mean"], ["ppl"], "layout.cells.ppl.mean='ppl' is not allowed: a metric is"),
+        (["cells"], {}, "layout.cells is empty"),
+        (["cells"], [1], "layout.cells=.1. is not allowed: it must be a mapping"),
+        (
+            ["published", "across"],
+            {"method": ["rtn"]},
+            "published.across.method=.*must be a list for one of model",
+        ),
+        (
+            ["published", "numbers", "w4", "rtn"],
+            [1],
+            r"numbers.w4.rtn has 1 numbers: it must have 2.*model .m, n",
+        ),
+        (["published", "numbers", "w4"], [1, 2], "numbers.w4=.*the numbers nest by grid, method"),
+        (["published", "numbers", "w4", "rtn"], [1, [2]], "holds .2.: it must be numbers, texts or null"),
+        (["claims"], [{"says": "s", "winners": ["a"]}], r"layout.claims\[0\].losers is missing"),
+        (
+            ["quoted"],
+            [{"at": {}, "source": "s", "values": [1]}],
+            r"quoted\[0\] is not allowed.*have 2 numbers",
+        ),
+        (["kind"], "tabel", "layout.kind='tabel' is not allowed: it must be one of table, figure"),
+    ],
+)
+def test_a_wrong_layout_is_one_line_that_names_file_key_and_way_out(path, value, message):
+    raw = copy.deepcopy(GOOD)
+    node = raw
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    with pytest.raises(UserError, match=message) as error:
+        parse("mine", raw)
+    assert str(error.value).startswith("experiments/mine.yaml: layout")
+    assert "\n" not in str(error.value)
+
+
+def test_an_experiment_without_layout():
+    with pytest.raises(UserError, match=r"experiments/mine.yaml: layout is missing"):
+        parse("mine", None)
+
+
+def test_the_nearest_record_is_the_one_with_fewest_differences(golden):
+    teq = of(config.jobs(["experiments=golden"]), "tiny-opt", "teq")
+
+    def further(data):
+        data["run"]["transform"] |= {"steps": 60, "lr": 0.5}
+        data["stages"]["weights"]["key"] = "further"
+
+    made(golden, teq, evals={"python-docs": LOSSES}, created="2030", change=further)
+    found = Library(golden).find(teq.run, {"python-docs"})
+    assert dict(found.differences) == {"transform.steps": (100, 50)}
+    assert Library(golden).find(teq.run, {"python-docs"}, fixed=("transform.steps",)) is None
+    made(golden, teq, evals={"python-docs": LOSSES}, created="2020", change=_again)
+    assert Library(golden).find(teq.run, {"python-docs"}).differences == {}
+
+
+def test_settings_of_other_evaluations_do_not_count(golden):
+    teq = of(config.jobs(["experiments=golden", "ppl.limit=3", "tasks.limit=5"]), "tiny-opt", "fp")
+    assert dict(Library(golden).find(teq.run, {"python-docs"}).differences) == {"python-docs.limit": (3, 16)}
+    assert Library(golden).find(teq.run, {"lastword-python-docs"}) is None
+    assert Library(golden).find(teq.run, set()).differences == {}
+
+
+def test_own_records_come_first_unless_they_are_the_published_ones(golden, tmp_path):
+    fp = of(config.jobs(["experiments=golden"]), "tiny-opt", "fp")
+    own = tmp_path / "own"
+    mine = made(own, fp, evals={"python-docs": LOSSES - 0.12}, seconds=0.25)
+    found = Library(golden, own).find(fp.run, {"python-docs"})
+    assert not found.own
+    mine.file.write_text(mine.file.read_text().replace("0.25", "0.75"))
+    found = Library(golden, own).find(fp.run, {"python-docs"})
+    assert found.own
+    assert found.record.data["stages"]["scales"]["cost"]["seconds"] == 0.75
+
+
+def test_a_broken_record_and_one_of_another_schema_are_named_and_hide_nothing(golden, caplog):
+    (golden / "a.json").write_text("{")
+    old = json.loads(next(golden.glob("*-*.json")).read_text()) | {"schema": 0}
+    (golden / "b.json").write_text(json.dumps(old))
+    assert len(record.load(golden)) == 4
+    assert "a.json is left out" in caplog.text
+    assert "b.json is left out: schema 0, this version reads 1" in caplog.text
+
+
+def test_latex_and_csv(golden):
+    table = filled("golden", golden)
+    latex = text.latex(table)
+    assert (
+        r"w3\_g64 & rtn & 13.19 $\pm$ 0.09 (9.00, +4.19, worse) & \textbf{4} & -- & 6 [a, synthetic] \\"
+        in latex
+    )
+    assert latex.count(r"\begin{") == latex.count(r"\end{") == 2
+    rows = text.comma_separated(table).splitlines()
+    assert rows[0].startswith("grid,method,model,cell,ours,stderr,seed_sd,published,difference,verdict")
+    assert any(
+        r.startswith("w3_g64,teq,tiny-opt,ppl,8,0.0565685") and r.endswith("transform.steps=50") for r in rows
+    )
+    assert len(rows) == 1 + 12
+
+
+def test_plain_shows_standard_errors_beside_accuracies_alone(golden, tmp_path):
+    fp = of(config.jobs(["experiments=golden"]), "tiny-opt", "fp")
+    right = np.array([1, 0, 1, 1])
+    one = made(tmp_path / "r", fp, evals={"python-docs": LOSSES, "lastword-python-docs": right})
+    row = tables.plain([one]).splitlines()[2]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "tiny-opt", "fp", "", "", "8.000", "0.75 ± 0.25",
+    ]  # fmt: skip
+
+
+def test_what_varies_within_a_place_belongs_to_the_cell():
+    jobs = config.jobs(["-m", "model=tiny-opt", "method=rtn,teq", "train.steps=1,2", "init=ones,inv_sqrt"])
+    found = lookup.varying(job.run for job in jobs)
+    assert sorted(map(sorted, found.values())) == [[], ["transform.init", "transform.steps"]]
