@@ -34,3 +34,21 @@ def tiny():
         return job.run.model.load(dtype, "cpu")
 
     return make
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a file of a mirror: `write("c4/validation", text=[...])` -> its path."""
+    import pyarrow.parquet
+
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    monkeypatch.setenv("TEQ_DATA", str(folder))
+
+    def written(file, **columns):
+        path = folder / f"{file}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        return path
+
+    return written

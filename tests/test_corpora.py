@@ -22,22 +22,6 @@ from teq.spec import UserError
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
-    """Write a file of a mirror: `write("c4/validation", text=[...])` -> its path."""
-    folder = tmp_path / "mirror"
-    folder.mkdir()
-    monkeypatch.setenv("TEQ_DATA", str(folder))
-
-    def written(file, **columns):
-        path = folder / f"{file}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.table(columns), path)
-        return path
-
-    return written
-
-
-@pytest.fixture
 def unplugged(tmp_path, monkeypatch):
     """No cache, and every attempt to reach a network fails the test."""
     from huggingface_hub import constants

@@ -83,13 +83,14 @@ def items() -> list[tuple[str, str]]:
     start = text.index("\n\n", START)
     before = " ".join(text[:start].split())
     paragraphs = dict.fromkeys(" ".join(part.split()) for part in text[start:].split("\n\n"))
-    found = [
-        item
+    passages = [
+        passage
         for paragraph in paragraphs
         if not NOT_PROSE.search(paragraph)
-        for item in _passages(paragraph.split(" "))
-        if item[0] not in before
+        for passage in _passages(paragraph.split(" "))
+        if passage[0] not in before
     ]
+    found = list(dict.fromkeys(passages))
     return [found[i * len(found) // ITEMS] for i in range(ITEMS)]
 
 

@@ -66,6 +66,10 @@ class Task(Settings):
         data = {"custom_dataset": functools.partial(_split, split, self.task), "training_split": None}
         group = {"group": "teq", "task": [{"task": self.task, "num_fewshot": 0, **data}]}
         task = manager.load([group])["tasks"][self.task]
+        if (
+            task.config.process_docs is not None
+        ):  # lm-eval would process all documents whenever it looks at them
+            task.config.process_docs = lambda _: task.task_docs
         return score(task, self.limit, self.seed, self.provenance(), lm, runtime)
 
 
@@ -91,7 +95,7 @@ def score(
 
     from teq.evaluate.scoring import SharedContextLM
 
-    name, total = task.config.task, len(task.eval_docs)
+    name, total = task.config.task, len(task.task_docs)
     documents = drawn(total, limit, seed)
     scorer = SharedContextLM(lm.model, lm.tokenizer, runtime.batch_size)
     found = evaluate(

@@ -1,0 +1,142 @@
+"""Perplexity against plain loops, and the token windows of each protocol against GPTQ's code."""
+
+import dataclasses
+import hashlib
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from test_corpora import documents
+
+from teq import corpora
+from teq.corpora.sources import SOURCES
+from teq.evaluate.perplexity import Perplexity, window_loss
+from teq.random_model import byte_tokenizer
+from teq.spec import Runtime, UserError
+
+
+@pytest.fixture
+def small_shard(monkeypatch):
+    """C4's shard made smaller, so that a mirror of it is not a part: its number of documents."""
+    monkeypatch.setitem(SOURCES, "c4", dataclasses.replace(SOURCES["c4"], rows=600))
+    return 600
+
+
+def plain_loop(model, tokens, context):
+    """The usual script: exp of the mean of the model's own losses."""
+    losses = []
+    for i in range(len(tokens) // context):
+        x = torch.tensor([tokens[i * context : (i + 1) * context]])
+        with torch.no_grad():
+            losses.append(model(x, labels=x).loss.item())
+    return math.exp(sum(losses) / len(losses)), losses
+
+
+def test_perplexity_is_the_plain_loop(write, tiny, family):
+    texts = documents(200, words=6)
+    write("ptb_text_only/test", sentence=texts)
+    lm = tiny(family)
+    tokens = lm.tokenizer(" ".join(texts)).input_ids
+    expected, losses = plain_loop(lm.model, tokens, 128)
+    metric = Perplexity(corpus="ptb-new", context=128).measure(lm, Runtime())
+    assert metric.values["ppl"] == pytest.approx(expected, rel=1e-6)
+    assert metric.arrays["window_loss"] == pytest.approx(np.array(losses), rel=1e-6)
+    assert metric.info["windows"] == metric.info["available_windows"] == len(tokens) // 128 == len(losses)
+    assert metric.info["partial"] is True
+    used = np.array(tokens[: len(losses) * 128], dtype=np.int64)
+    assert metric.info["tokens_sha256"] == hashlib.sha256(used.tobytes()).hexdigest()
+
+
+def test_a_limit_takes_the_first_windows(write, tiny):
+    write("ptb_text_only/test", sentence=documents(200, words=6))
+    lm = tiny("opt")
+    whole = Perplexity(corpus="ptb-new", context=128).measure(lm, Runtime())
+    few = Perplexity(corpus="ptb-new", context=128, limit=5).measure(lm, Runtime())
+    assert few.arrays["window_loss"].tolist() == whole.arrays["window_loss"][:5].tolist()
+    assert (few.info["windows"], few.info["available_windows"]) == (5, whole.info["windows"])
+    assert few.info["tokens_sha256"] != whole.info["tokens_sha256"]
+
+
+def test_losses_are_fp32_whatever_the_model_is(tiny):
+    lm = tiny("llama", dtype="bfloat16")
+    window = torch.arange(2, 66)[None]
+    loss = window_loss(lm.model, window)
+    assert loss.dtype == torch.float32
+    logits = lm.model(window).logits[0, :-1].double()
+    picked = logits.log_softmax(-1).gather(1, window[0, 1:, None])
+    assert loss.item() == pytest.approx(-picked.mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "column", "joint"),
+    [
+        ("wikitext2", "wikitext-2-raw-v1/test", "text", "\n\n"),
+        ("ptb", "ptb_text_only/validation", "sentence", "\n\n"),
+        ("ptb-new", "ptb_text_only/test", "sentence", " "),
+        ("c4-new", "c4/validation", "text", " "),
+    ],
+)
+def test_rows_are_joined_into_one_stream(write, name, file, column, joint):
+    texts = documents(60)
+    write(file, **{column: texts})
+    tokenizer = byte_tokenizer(bos=True)
+    stream = [tokenizer.bos_token_id, *tokenizer(joint.join(texts), add_special_tokens=False).input_ids]
+    windows, available = corpora.windows(name, tokenizer, 64)
+    assert available == len(stream) // 64
+    assert windows.tolist() == [stream[i * 64 : (i + 1) * 64] for i in range(available)]
+
+
+def test_c4_new_ends_at_256_windows(write):
+    write("c4/validation", text=documents(1100))
+    windows, available = corpora.windows("c4-new", byte_tokenizer(bos=False), 16)
+    assert (windows.shape, available) == ((256, 16), 256)
+
+
+def test_c4_draws_the_windows_of_gptq(write, small_shard):
+    shard = [f"{i:06d} " * (i % 12) for i in range(small_shard)]
+    write("c4/validation", text=shard)
+    tokenizer = byte_tokenizer(bos=True)
+    random.seed(0)  # from here on as IST-DASLab/gptq's datautils.get_c4 does
+    expected = []
+    for _ in range(256):
+        while True:
+            i = random.randint(0, len(shard) - 1)
+            tokens = tokenizer(shard[i]).input_ids
+            if len(tokens) > 64:
+                break
+        i = random.randint(0, len(tokens) - 64 - 1)
+        expected.append(tokens[i : i + 64])
+    windows, available = corpora.windows("c4", tokenizer, 64)
+    assert available == 256
+    assert windows.tolist() == expected
+    assert any(window[0] == tokenizer.bos_token_id for window in expected)
+    few, available = corpora.windows("c4", tokenizer, 64, limit=9)
+    assert (few.tolist(), available) == (expected[:9], 256)
+
+
+def test_texts_that_are_too_short(write, tiny, small_shard):
+    write("ptb_text_only/test", sentence=["a few words"])
+    with pytest.raises(UserError, match=r"ptb-new gives 12 tokens, one window of ppl\.context=64 needs more"):
+        Perplexity(corpus="ptb-new", context=64).measure(tiny("opt"), Runtime())
+    write("c4/validation", text=["short"] * small_shard)
+    with pytest.raises(UserError, match="drawn in a row have at most 64 tokens"):
+        corpora.windows("c4", byte_tokenizer(bos=True), 64)
+
+
+def test_bad_settings_are_named(tiny):
+    with pytest.raises(UserError, match=r"ppl\.limit=0 is not allowed"):
+        Perplexity(corpus="ptb", context=64, limit=0)
+    with pytest.raises(UserError, match="'ptb3' is not allowed: it must be one of python-docs, wikitext2"):
+        Perplexity(corpus="ptb3", context=64)
+    with pytest.raises(UserError, match=r"ppl\.context=4096 is not allowed: the model has 2048 positions"):
+        Perplexity(corpus="python-docs", context=4096).measure(tiny("opt"), Runtime())
+
+
+def test_python_docs_is_measured_behind_its_calibration_part(tiny):
+    lm = tiny("llama")
+    windows, available = corpora.windows("python-docs", lm.tokenizer, 512, 3)
+    stream = lm.tokenizer(corpora.python_docs()).input_ids
+    assert windows.flatten().tolist() == stream[60_000 : 60_000 + 3 * 512]
+    assert available == (len(stream) - 60_000) // 512
