@@ -1,15 +1,16 @@
 """One TEQ training step, ours against plain autograd and against the floor, side by side.
 
-    python benchmarks/teq_step.py [--tokens 512] [--model smollm2-135m] [--repeats 7] [--json FILE]
+    python benchmarks/teq_step.py [--tokens 512] [--repeats 7] [--json FILE] [overrides]
 
 Contenders share the model, the tokens, the loss and the optimizer; they differ in the quantized linear only:
   ours       closed-form gradient, Wq made again in the backward pass
   checkpoint ours, with gradient checkpointing per block
-  autograd   the same forward pass, left to autograd through a straight-through rounding: it keeps every Wq
-  floor      no quantization at all: forward and input gradient of the frozen model, plus the one more matmul per
-             trained linear that any gradient of s needs
-Seconds come from one process in which the contenders take turns, step by step. Memory comes from a process of its own
-for each: peak bytes of live tensors over the weights (from the profiler's allocation events) and resident memory.
+  autograd   the same forward pass, left to autograd through a straight-through rounding: keeps every Wq
+  floor      no quantization: forward and input gradient of the frozen model, plus the one more matmul per trained
+             linear that any gradient of s needs
+Seconds come from one process in which the contenders take turns, step by step. Memory comes from a process of
+its own for each: peak bytes of live tensors over the weights (from the profiler's allocation events) and resident
+memory.
 """
 
 import argparse
@@ -198,9 +199,9 @@ def main() -> None:
             **json.loads(done.stdout.splitlines()[-1]),
         }
     print(f"{arguments.overrides}, {arguments.tokens} tokens, {arguments.repeats} steps each, taking turns")
-    print(
-        f"{'':<12}{'s/step':>8}{'min':>8}{'max':>8}{'/autograd':>11}{'live MB':>9}{'/autograd':>11}{'resident MB':>13}"
-    )
+    columns = [("s/step", 8), ("min", 8), ("max", 8), ("/autograd", 11)]
+    columns += [("live MB", 9), ("/autograd", 11), ("resident MB", 13)]
+    print(" " * 12 + "".join(f"{title:>{width}}" for title, width in columns))
     base = rows.get("autograd", {}).get("live_bytes")
     for name, row in rows.items():
         spent, relative = row["seconds"], row["seconds_over_autograd"]

@@ -73,7 +73,8 @@ def test_bad_input_is_one_line_before_any_work(argv, said, capsys, monkeypatch):
 
 
 def test_an_empty_folder_is_refused(tmp_path, capsys):
-    assert "holds no config.json" in refused(["model=opt-6.7b", "recipe=quick", f"model.path={tmp_path}"], capsys)
+    line = refused(["model=opt-6.7b", "recipe=quick", f"model.path={tmp_path}"], capsys)
+    assert "holds no config.json" in line
 
 
 def test_every_job_of_a_sweep_is_checked_before_the_first_starts(capsys, monkeypatch, own_home):
@@ -232,7 +233,8 @@ def test_unknown_key_in_an_experiment_file_is_named(tmp_path, monkeypatch):
     for name in ("conf", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name) if name == "conf" else (tmp_path / name).mkdir()
     (tmp_path / "experiments" / "odd.yaml").write_text(
-        "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {model: tiny-llama}}}\ntrain: {stepz: 3}\n"
+        "# @package _global_\ntrain: {stepz: 3}\n"
+        "hydra: {mode: MULTIRUN, sweeper: {params: {model: tiny-llama}}}\n"
     )
     monkeypatch.setattr(config, "ROOT", tmp_path)
     config._composer.cache_clear()

@@ -1,0 +1,64 @@
+"""Weights & Biases: an offline run holds every loss, the metrics and the scales; its failures stop no run."""
+
+import json
+import struct
+
+import pytest
+
+import run as entry
+from teq import record
+from teq.loggers import Silent, Wandb
+
+TINY = ["model=tiny-llama", "train.steps=3", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
+
+
+def history(folder):
+    """What an offline run logged: one dict per `log` call.
+
+    The file is a LevelDB log: a header of 7 bytes, then blocks of 32 KiB holding chunks of (checksum 4,
+    length 2, type 1, data), where types 1 and 4 end a record.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = folder.rglob("run-*.wandb")
+    content, at, parts, rows = file.read_bytes(), 7, [], []
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:  # too short for another chunk: the block's padding
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        parts.append(content[at + 7 : at + 7 + length])
+        at += 7 + length
+        if kind in (1, 4):
+            message = wandb_internal_pb2.Record()
+            message.ParseFromString(b"".join(parts))
+            parts = []
+            if message.WhichOneof("record_type") == "history":
+                items = message.history.item
+                rows.append({item.key or "/".join(item.nested_key): item.value_json for item in items})
+    return rows
+
+
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_offline_run_holds_losses_metrics_and_histograms(own_home, trained_before):
+    if trained_before:  # then the loss curve comes from the cache
+        assert entry.main([*TINY, "method=teq+gptq", "gptq.samples=4", "gptq.length=64"]) == 0
+    assert entry.main([*TINY, "method=teq", "logger=wandb"]) == 0
+    finished = next(r for r in record.load(own_home / "records") if r.data["run"]["method"] == "teq")
+    rows = history(own_home / "wandb")
+    losses = [json.loads(row["train/loss"]) for row in rows if "train/loss" in row]
+    assert losses == pytest.approx(finished.data["training"]["loss"])
+    values = [json.loads(row["python-docs/ppl"]) for row in rows if "python-docs/ppl" in row]
+    assert values == pytest.approx([finished.metrics["python-docs"]["values"]["ppl"]])
+    assert sum("input_layernorm" in key for row in rows for key in row) >= 2
+
+
+def test_a_failing_start_is_said_and_the_run_goes_on(monkeypatch, caplog, tmp_path):
+    import wandb
+
+    def refuse(**_):
+        raise wandb.errors.CommError("no network\nat all")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    assert isinstance(Wandb(project="teq").start("run", {}, str(tmp_path)), Silent)
+    assert "no network" in caplog.text and "not logged" in caplog.text
