@@ -1,0 +1,253 @@
+"""The verbs `report` and `publish`, the page in a browser, and the notebook."""
+
+import json
+import re
+import subprocess
+import sys
+
+import browser
+import numpy as np
+import pytest
+from made import add_experiment, made
+
+from teq import __main__ as verbs
+from teq import config, report
+from teq.lookup import Library
+
+TABLE = """\
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    params: {model: "tiny-opt,tiny-llama", method: "fp,rtn,teq", grid: "w4,w3_g64", recipe: quick}
+evals: [python-docs]
+layout:
+  title: "Added: <one> file & no code"
+  caption: Made by a test.
+  rows: [grid, method]
+  columns: [model]
+  cells:
+    ppl: {label: perplexity, mean: [python-docs.ppl], best: lowest}
+  published:
+    across: {model: [tiny-opt]}
+    numbers: {w4: {rtn: [9.0], teq: [8.0]}}
+"""
+
+
+@pytest.fixture
+def added(monkeypatch, tmp_path):
+    """A project with one experiment, which a test adds as one YAML file."""
+    add_experiment(monkeypatch, tmp_path, "added", TABLE)
+    return tmp_path
+
+
+def run_some(folder, methods=("fp", "rtn", "teq"), seconds=1.0):
+    """Records of tiny-opt's runs."""
+    for i, job in enumerate(config.jobs(["experiments=added", "model=tiny-opt"])):
+        if job.run.method in methods:
+            losses = 2 + 0.1 * i + 0.01 * np.arange(6)
+            made(folder, job, evals={"python-docs": losses}, seconds=seconds)
+
+
+def test_a_table_is_one_file(added, own_home, capsys):
+    run_some(own_home / "records")
+    assert verbs.main(["report", "added"]) == 0
+    out = capsys.readouterr().out
+    assert "## Added: <one> file & no code" in out
+    assert "**9.25** ± 0.07 (9.00, +0.25, worse)" in out
+    assert f"added: {own_home}/report/tables/added.md (with records of your own)" in out
+    assert not (added / "results").exists()
+
+
+def test_without_any_record_a_page_of_commands(added, capsys):
+    assert verbs.main(["report"]) == 0
+    out = capsys.readouterr().out
+    assert "not run: 10 of 10 cells" in out
+    page = (added / "results" / "report" / "index.html").read_text()
+    assert "python run.py model=tiny-opt method=fp grid=w4 recipe=quick experiments=added" in page
+    assert f"report: {added}/results/report/index.html" in out
+
+
+def test_publish_copies_what_the_cells_use_and_renders_it(added, own_home, capsys):
+    run_some(own_home / "records")
+    (stranger,) = config.jobs(["model=tiny-bloom", "method=fp", "evals=[python-docs]"])
+    made(own_home / "records", stranger, evals={"python-docs": [2.0, 2.1]})
+    assert verbs.main(["publish", "added"]) == 0
+    results = added / "results"
+    copied = {file.name for file in (results / "records").iterdir()}
+    assert len(copied) == 5
+    assert not any(file.startswith(stranger.run.key()) for file in copied)
+    rendered = contents(results)
+    assert {str(name) for name in rendered} >= {"tables/added.md", "tables/added.tex", "tables/added.csv"}
+    assert "report/index.html" in map(str, rendered)
+    for file in (*results.glob("tables/*"), *results.glob("report/*")):
+        file.unlink()
+    assert verbs.main(["report", "all"]) == 0  # the user's records are the published ones
+    assert contents(results) == rendered
+    assert not (own_home / "report").exists()
+
+
+def contents(folder):
+    """The bytes of every file below a folder."""
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_own_records_and_overrides_never_change_results(added, own_home, capsys):
+    run_some(added / "results" / "records")
+    assert verbs.main(["report", "added"]) == 0
+    before = contents(added / "results")
+    run_some(own_home / "records", seconds=2.0)
+    assert verbs.main(["report", "all"]) == 0
+    assert verbs.main(["report", "added", "model=tiny-llama"]) == 0
+    assert "(narrowed)" in capsys.readouterr().out
+    assert contents(added / "results") == before
+    assert (own_home / "report" / "index.html").is_file()
+
+
+def test_a_broken_experiment_does_not_hide_the_others(added, monkeypatch, own_home, capsys):
+    run_some(own_home / "records")
+    add_experiment(monkeypatch, added, "broken", TABLE.replace("mean:", "meen:"))
+    assert verbs.main(["report"]) == 2
+    out, err = capsys.readouterr()
+    assert "## Added" in out
+    assert "error: experiments/broken.yaml: layout.cells.ppl.meen is not known: did you mean mean?" in err
+    page = (own_home / "report" / "index.html").read_text()
+    assert "broken cannot be shown" in page
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["report", "tabel1"], "there is no experiment 'tabel1': it must be all or some of added"),
+        (["report", "added", "modle=x"], "there is no option 'modle': did you mean model?"),
+        (["publish", "added", "model=tiny-opt"], "publish takes no overrides"),
+        (["publish"], "publish needs an experiment: all or some of added"),
+        (["raport"], "there is no verb 'raport'"),
+    ],
+)
+def test_wrong_words(added, capsys, argv, message):
+    assert verbs.main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_report_imports_no_torch(own_home):
+    run_some_paper_records(own_home / "records")
+    blocked = (
+        "import sys; sys.modules['torch'] = None; from teq.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["report", "table1", "table9", "figure2", "model=opt-6.7b"]
+    done = subprocess.run(
+        [sys.executable, "-c", blocked, *words], cwd=config.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "75.00 ± " in done.stdout
+
+
+def run_some_paper_records(folder):
+    """One cell of Table 1, 75 % right."""
+    job = next(j for j in config.jobs(["experiments=table1", "model=opt-6.7b"]) if j.run.method == "rtn")
+    made(folder, job, evals={evaluation.name: [1, 1, 0, 1] * 5 for evaluation in job.run.evals})
+
+
+def test_the_page_needs_nothing_from_elsewhere(added, own_home):
+    run_some(own_home / "records")
+    shown, problems = report.read_all(["added"], (), Library(own_home / "records"))
+    page = report.page.render(shown, problems)
+    assert not re.search(r'(?:src|href)="(?!#|data:)', page)
+    assert "@import" not in page
+    assert "url(" not in page
+    assert "<one> file" not in page.replace("\\u003c", "<").split("<script")[0]
+    assert page == report.page.render(shown, problems)
+
+
+@pytest.fixture
+def opened(added, own_home, tmp_path):
+    """The page of all in a browser."""
+    if browser.PROGRAM is None:
+        pytest.skip("needs chromium (Debian: apt-get install chromium)")
+    run_some(own_home / "records")
+    assert verbs.main(["report", "all"]) == 0
+    one = browser.Browser(tmp_path / "profile")
+    try:
+        yield one, own_home / "report" / "index.html"
+    finally:
+        one.close()
+
+
+ROWS = """[...document.querySelectorAll('#added tbody tr')].map(
+    row => [...row.cells].slice(0, 3).map(cell => cell.innerText.trim().split(/\\s/)[0]))"""
+HEADINGS = """[...document.querySelectorAll('#added thead th')]
+    .filter(heading => !heading.hidden).map(heading => heading.innerText.trim())"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_a_browser(opened, width):
+    page, file = opened
+    page.open(file, width=width)
+    assert page.run("document.querySelectorAll('table').length") == 1
+    assert page.run("document.documentElement.scrollWidth") <= width  # wide tables scroll in their own box
+    assert [url for url in page.requested() if not url.startswith(("file:", "data:"))] == []
+    verdicts = page.run("[...document.querySelectorAll('.cell .verdict')].map(v => v.innerText)")
+    assert {"○ not run", "▼ worse"} <= set(verdicts)  # a sign and a word, not a colour alone
+
+    before = page.run(ROWS)
+    page.run("document.querySelectorAll('#added thead th button')[2].click()")
+    ascending = [float(row[2]) for row in page.run(ROWS)]
+    assert ascending == sorted(ascending)
+    page.run("document.querySelectorAll('#added thead th button')[2].click()")
+    assert [float(row[2]) for row in page.run(ROWS)] == ascending[::-1]
+    assert (
+        page.run("document.querySelectorAll('#added thead th')[2].getAttribute('aria-sort')") == "descending"
+    )
+    assert sorted(page.run(ROWS)) == sorted(before)
+
+    page.run(
+        "document.getElementById('model').value = 'tiny-opt';"
+        "document.getElementById('model').dispatchEvent(new Event('change'))"
+    )
+    assert [h.split()[0] for h in page.run(HEADINGS)] == ["grid", "method", "tiny-opt"]
+    assert page.errors == []
+
+
+def test_a_cell_opens_its_record_and_two_cells_their_differences(opened):
+    page, file = opened
+    page.open(file)
+    data = json.loads(page.run("document.getElementById('data').textContent"))
+    titles = [cell["title"] for cell in data["cells"]]
+    rtn, teq = (
+        titles.index(f"Added: <one> file & no code: {at}, tiny-opt") for at in ("w4, rtn", "w3_g64, teq")
+    )
+    page.run(f"document.querySelector('[data-cell=\"{teq}\"]').click()")
+    details = page.run("document.getElementById('details').innerText")
+    assert "python run.py model=tiny-opt method=teq grid=w3_g64 recipe=quick experiments=added" in details
+    assert "Training loss over 3 steps: first 3.000, last 2.000" in details
+    opened_record = page.run("document.getElementById('details').textContent")
+    for fact in ("transform.steps", "scales seconds", "torch", "python-docs.tokens_sha256"):
+        assert fact in opened_record
+    page.run("document.querySelector('[data-pick=a]').click()")
+    page.run(f"document.querySelector('[data-cell=\"{rtn}\"]').click()")
+    page.run("document.querySelector('[data-pick=b]').click()")
+    assert page.run("document.getElementById('pair').hidden") is False
+    page.run("document.getElementById('pair-show').click()")
+    rows = page.run(
+        "[...document.querySelectorAll('#details-body tr')].map(r => [...r.cells].map(c => c.innerText))"
+    )
+    assert ["method", "teq", "rtn"] in rows
+    assert ["quantizer.grid.bits", "3", "4"] in rows
+    assert ["transform.steps", "100", "–"] in rows
+    assert not any(row[0] == "model.name" for row in rows)
+    assert "versions: the same" in page.run("document.getElementById('details').innerText")
+    assert page.errors == []
+
+
+def test_the_notebook_runs(monkeypatch):
+    nbformat = pytest.importorskip("nbformat", reason="needs the notebook extra: pip install 'teq[notebook]'")
+    nbclient = pytest.importorskip("nbclient", reason="needs the notebook extra: pip install 'teq[notebook]'")
+    pytest.importorskip("ipykernel", reason="needs the notebook extra: pip install 'teq[notebook]'")
+    notebook = nbformat.read(config.ROOT / "notebooks" / "tour.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    monkeypatch.setenv("PYTHONPATH", str(config.ROOT), prepend=":")
+    folder = {"metadata": {"path": str(config.ROOT / "notebooks")}}
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=folder).execute()
+    shown = json.dumps([cell.get("outputs") for cell in notebook.cells])
+    assert "Table 2: WikiText-2 perplexity at 4 bits" in shown
+    assert "12.10" in shown
