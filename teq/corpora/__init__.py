@@ -20,12 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CALIBRATION = (embedded.NAME, "pile-10k")
-JOINED = {
-    "wikitext2": "\n\n",
-    "ptb": "\n\n",
-    "ptb-new": " ",
-    "c4-new": " ",
-}  # what GPTQ's code joins rows with
+# what GPTQ's code joins the rows of each protocol with
+JOINED = {"wikitext2": "\n\n", "ptb": "\n\n", "ptb-new": " ", "c4-new": " "}
 PERPLEXITY = (embedded.NAME, *JOINED, "c4")
 C4_WINDOWS = 256  # both C4 protocols stop here
 
@@ -34,8 +30,9 @@ C4_WINDOWS = 256  # both C4 protocols stop here
 class Calibration(Settings):
     """Which text calibrates, and which draw of it.
 
-    python-docs is one stream and seed 0 starts at its beginning. The documents of pile-10k are shuffled with
-    the seed; `pack` joins them into one stream, otherwise those shorter than a window are skipped.
+    python-docs is one stream, whatever `pack` says, and seed 0 starts at its beginning. The documents of
+    pile-10k are shuffled with the seed; `pack` joins them into one stream, otherwise those shorter than a
+    window are skipped.
     """
 
     group = "calib"
