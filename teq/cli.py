@@ -6,6 +6,8 @@ from pathlib import Path
 
 from teq import config, pipeline, record, tables
 from teq.config import Job
+from teq.loggers import Silent
+from teq.lookup import Library
 from teq.spec import Runtime, UserError
 from teq.store import Store
 
@@ -70,7 +72,7 @@ def run_job(job: Job) -> None:
             checkpoint=job.options.checkpoint,
             batch_size=job.options.batch_size,
         )
-        logger = job.logger.start(job.run.title(), job.run.plain(), str(home))
+        logger = job.logger.start(job.run.title(), job.run.plain(), str(home), job.experiment)
         pipeline.run(job.run, Store(home / "store"), home, runtime, logger)
     except Exception as error:  # the other jobs of a sweep go on; this one is reported at the end
         line = " ".join(str(error).split()) or type(error).__name__
@@ -92,9 +94,26 @@ def summary(jobs: list[Job]) -> int:
     if found:
         print(tables.plain(found))
         print(f"{len(found)} records in {config.home() / 'records'}")
+    _log_table(jobs)
     for job, note in failed:
         print(f"failed: {job.run.title()}: {note.read_text()}")
     return 1 if failed else 0
+
+
+def _log_table(jobs: list[Job]) -> None:
+    """Give the logger the table of the experiment that just ran; what is wrong with it stops nothing."""
+    name, logger, home = jobs[0].experiment, jobs[0].logger, config.home()
+    if name is None or isinstance(logger, Silent):
+        return
+    from teq import report
+
+    try:
+        shown = report.of(name, jobs, Library(report.RESULTS / "records", home / "records"))
+    except UserError as error:
+        log.warning("%s: its table is not logged: %s", name, error)
+        return
+    started = logger.start(f"{name}: table", {"experiment": name}, str(home), name)
+    started.table(shown.rows(), shown.drawings.get("png"))
 
 
 def _failure_note(job: Job) -> Path:

@@ -81,6 +81,7 @@ class Job:
     run: Run
     options: Options
     logger: Any
+    experiment: str | None
     layout: Mapping[str, Any] | None
 
 
@@ -130,18 +131,19 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     )
     experiment = choices.get("experiments")
     layout = None if experiment is None else _experiment(str(experiment)).get(LAYOUT)
-    return Job(list(overrides), run, options, _make(cfg["logger"], cfg), layout)
+    return Job(list(overrides), run, options, _make(cfg["logger"], cfg), experiment, layout)
 
 
 def _source(model: Mapping[str, Any]) -> Any:
     """Where the weights come from: `model.weights` and `model.path` come before the model's own source."""
-    if model["weights"] not in (None, "none"):
+    made_up = {"synthetic": "teq.models.Synthetic", "none": "teq.models.Outline"}
+    if model["weights"] in made_up:
+        return {"_target_": made_up[model["weights"]], "config": model["config"]}
+    if model["weights"] is not None:
         raise UserError(
-            f"model.weights={model['weights']} is not allowed: it must be null (the model's own) or none "
-            "(its architecture alone)"
+            f"model.weights={model['weights']} is not allowed: it must be null (the model's own), synthetic "
+            "(random ones of true size) or none (its architecture alone)"
         )
-    if model["weights"] == "none":
-        return {"_target_": "teq.models.Outline", "config": model["config"]}
     return {"_target_": "teq.models.Folder", "path": model["path"]} if model["path"] else model["source"]
 
 

@@ -1,7 +1,9 @@
 """Where a run reports while it goes on: nowhere, or Weights & Biases."""
 
 import contextlib
+import io
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,12 @@ log = logging.getLogger(__name__)
 class Silent(Settings):
     """Reports nothing."""
 
-    def start(self, title: str, run: dict[str, Any], folder: str) -> "Silent":
+    def start(self, title: str, run: dict[str, Any], folder: str, group: str | None = None) -> "Silent":
         """Nothing to start."""
         return self
+
+    def table(self, rows: Sequence[Sequence[str]], picture: bytes | None) -> None:
+        """Nothing."""
 
     def step(self, step: int, loss: float) -> None:
         """Nothing."""
@@ -36,8 +41,12 @@ class Wandb(Settings):
     project: str
     mode: str = option("offline", among=("offline", "online", "disabled"))
 
-    def start(self, title: str, run: dict[str, Any], folder: str) -> "WandbRun | Silent":
-        """Open a run; where that fails (no login, no network) say so and go on without."""
+    def start(
+        self, title: str, run: dict[str, Any], folder: str, group: str | None = None
+    ) -> "WandbRun | Silent":
+        """Open a run, in the group of its experiment; where that fails (no login, no network) say so and go
+        on without.
+        """
         import wandb
 
         try:
@@ -45,6 +54,7 @@ class Wandb(Settings):
             opened = wandb.init(
                 project=self.project,
                 name=title,
+                group=group,
                 config=run,
                 dir=folder,
                 mode=self.mode,
@@ -71,6 +81,20 @@ class WandbRun:
         self.stepped = True
         with contextlib.suppress(Exception):
             self.run.log({"train/loss": loss, "train/step": step})
+
+    def table(self, rows: Sequence[Sequence[str]], picture: bytes | None) -> None:
+        """An experiment's table, its header first, and its figure as a PNG; closes the run."""
+        import wandb
+
+        try:
+            self.run.log({"table": wandb.Table(columns=list(rows[0]), data=[list(row) for row in rows[1:]])})
+            if picture is not None:
+                from PIL import Image
+
+                self.run.log({"figure": wandb.Image(Image.open(io.BytesIO(picture)))})
+            self.run.finish()
+        except Exception as error:
+            log.warning("wandb could not take the table (%s)", str(error).splitlines()[0])
 
     def finish(self, finished: "Record") -> None:
         """The loss curve where it came from the cache, the metrics, and the scales' histogram."""

@@ -4,9 +4,10 @@ import json
 import struct
 
 import pytest
+from made import add_experiment
 
 import run as entry
-from teq import record
+from teq import cli, config, record
 from teq.loggers import Silent, Wandb
 
 TINY = ["model=tiny-llama", "train.steps=3", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
@@ -51,6 +52,29 @@ def test_offline_run_holds_losses_metrics_and_histograms(own_home, trained_befor
     values = [json.loads(row["python-docs/ppl"]) for row in rows if "python-docs/ppl" in row]
     assert values == pytest.approx([finished.metrics["python-docs"]["values"]["ppl"]])
     assert sum("input_layernorm" in key for row in rows for key in row) >= 2
+
+
+def test_an_experiment_ends_with_its_table_in_one_group(own_home, monkeypatch, tmp_path):
+    layout = """
+hydra: {mode: MULTIRUN, sweeper: {params: {model: tiny-llama, method: "fp,rtn", grid: w4}}}
+evals: [python-docs]
+ppl: {limit: 2, context: 64}
+layout:
+  {title: T, caption: C, rows: [grid, method], cells: {ppl: {label: perplexity, mean: [python-docs.ppl]}}}
+"""
+    add_experiment(monkeypatch, tmp_path, "logged", layout)
+    jobs = config.jobs(["experiments=logged", "logger=wandb"])
+    for job in jobs:
+        cli.run_job(job)
+    assert cli.summary(jobs) == 0
+    (table,) = (own_home / "wandb").rglob("*.table.json")
+    rows = json.loads(table.read_text())
+    assert rows["columns"][:5] == ["grid", "method", "cell", "ours", "stderr"]
+    assert [row[:3] for row in rows["data"]] == [["full", "fp", "ppl"], ["w4", "rtn", "ppl"]]
+    fp = next(r for r in record.load(own_home / "records") if r.data["run"]["method"] == "fp")
+    assert float(rows["data"][0][3]) == pytest.approx(fp.metrics["python-docs"]["values"]["ppl"], rel=1e-6)
+    groups = [b"logged" in file.read_bytes() for file in (own_home / "wandb").rglob("run-*.wandb")]
+    assert groups == [True] * 3
 
 
 def test_a_failing_start_is_said_and_the_run_goes_on(monkeypatch, caplog, tmp_path):

@@ -1,5 +1,7 @@
 """Reading: experiments and records in, tables and figures out. Imports no torch and loads no model."""
 
+import csv
+import io
 import shutil
 import sys
 from collections.abc import Sequence
@@ -43,6 +45,11 @@ class Shown:
         """A figure's `svg` and `png`; none of a table, or where nothing has run."""
         return {} if isinstance(self.body, Table) else figures.draw(self.body)
 
+    def rows(self) -> list[list[str]]:
+        """A header and a row for each cell, or for each layer of a figure's panels."""
+        module = text if isinstance(self.body, Table) else figure_text
+        return list(csv.reader(io.StringIO(module.comma_separated(self.body))))
+
     def write(self, folder: Path) -> list[Path]:
         """Render under `folder`; returns the files, the Markdown first."""
         module = text if isinstance(self.body, Table) else figure_text
@@ -70,7 +77,11 @@ def experiments() -> list[str]:
 
 def read(name: str, overrides: Sequence[str], library: Library) -> Shown:
     """One experiment, its sweep narrowed by `overrides`, filled from the records of `library`."""
-    jobs = config.jobs([f"experiments={name}", *overrides])
+    return of(name, config.jobs([f"experiments={name}", *overrides]), library)
+
+
+def of(name: str, jobs: Sequence[Job], library: Library) -> Shown:
+    """Some runs of an experiment, shown by its layout."""
     layout = parse(name, jobs[0].layout)
     fill = tables.fill if layout.kind == "table" else figures.fill
     return Shown(name, layout, jobs, fill(name, layout, jobs, library))
