@@ -1,5 +1,6 @@
 """The whole chain: configuration -> scales -> quantized weights -> metrics -> record."""
 
+import dataclasses
 import datetime
 import functools
 import logging
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from teq import corpora, measure, record
 from teq.models import Checkpoint
 from teq.record import Record
-from teq.spec import Runtime, Settings, UserError, option
+from teq.spec import Runtime, Settings, UserError, digest, option
 from teq.store import Artefact, Store
-from teq.transforms import Diverged, site_scales
+from teq.transforms import Diverged, folded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,21 +94,20 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
         from teq.transforms.histogram import summaries
 
         try:
-            tensors, info = spec.transform.fit(bench.pristine, runtime, logger.step)
+            resumable = dataclasses.replace(
+                runtime, partial=home / "partial" / f"{digest(transform)}.safetensors"
+            )
+            tensors, info = spec.transform.fit(bench.pristine, resumable, logger.step)
         except Diverged as error:
             raise _kept(error, home / "failed" / f"{spec.key()}.safetensors") from error
         return tensors, {**info, "scales": summaries(tensors)}
 
     def quantize() -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-        moved = {name: s.to(runtime.device) for name, s in site_scales(scales.tensors()).items()}
+        moved = {name: s.to(runtime.device) for name, s in folded(scales.tensors()).items()}
         return spec.quantizer.quantize(bench.to_use_up, moved, runtime)
 
-    scales = store.get(
-        "scales",
-        {**weights, "transform": spec.transform.plain(), "text": _text(spec.transform)},
-        fit,
-        runtime.device,
-    )
+    transform = {**weights, "transform": spec.transform.plain(), "text": _text(spec.transform)}
+    scales = store.get("scales", transform, fit, runtime.device)
     quantized = store.get(
         "weights",
         {**weights, "scales": scales.key, "quantizer": spec.quantizer.plain(), "text": _text(spec.quantizer)},

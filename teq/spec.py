@@ -7,6 +7,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 
@@ -73,6 +74,7 @@ class Runtime(Settings):
     device: str = "cpu"
     checkpoint: bool = False
     batch_size: int = option(8, at_least=1)
+    partial: Path | None = None  # where a long stage may keep its state, to go on after an interruption
 
 
 def digest(plain: Any) -> str:

@@ -226,3 +226,33 @@ def test_infinite_loss_stops_with_the_step_and_keeps_the_scales(tiny):
         train(teq(steps=3), lm.model, lm.arch, tokens, poison)
     assert any(name.startswith("best/") for name in caught.value.tensors)
     assert all(torch.isfinite(s).all() for s in caught.value.tensors.values())
+
+
+@pytest.mark.parametrize("profile", ["paper", "inc"])
+def test_interrupted_training_goes_on_to_the_very_same_scales(tiny, monkeypatch, tmp_path, profile):
+    from teq.transforms import partial
+
+    monkeypatch.setattr(partial, "SECONDS", 0)
+    lm, file = tiny("opt"), tmp_path / "partial.safetensors"
+    tokens = torch.randint(258, (6, 48), generator=torch.Generator().manual_seed(1))
+    settings, steps = teq(steps=6, profile=profile), []
+
+    def interrupt(step, _):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    expected, whole = train(settings, lm.model, lm.arch, tokens, lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, lm.model, lm.arch, tokens, interrupt, partial=file)
+    resumed, info = train(settings, lm.model, lm.arch, tokens, lambda k, _: steps.append(k), partial=file)
+    assert steps == [4, 5] and info["loss"] == whole["loss"]
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert not file.exists()
+
+
+def test_damaged_state_of_an_interrupted_training_is_left_aside(tiny, tmp_path, caplog):
+    lm, file = tiny("llama"), tmp_path / "partial.safetensors"
+    file.write_bytes(b"half a fi")
+    tokens = torch.randint(258, (2, 48), generator=torch.Generator().manual_seed(1))
+    _, info = train(teq(steps=2), lm.model, lm.arch, tokens, lambda *_: None, partial=file)
+    assert len(info["loss"]) == 2 and "training starts anew" in caplog.text

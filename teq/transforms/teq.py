@@ -48,4 +48,4 @@ class Teq(Settings):
 
         lm = load()
         windows = corpora.calibration(self.calib, lm.tokenizer, max(self.steps, 1) * self.batch, self.length)
-        return train(self, lm.model, lm.arch, windows, on_step, runtime.checkpoint)
+        return train(self, lm.model, lm.arch, windows, on_step, runtime.checkpoint, runtime.partial)

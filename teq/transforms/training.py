@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from teq.arch import Arch, Site
 from teq.grid import Grid, fake_quant
 from teq.progress import track
 from teq.transforms import Diverged, NothingDone, OnStep
+from teq.transforms.partial import Partial
 
 if TYPE_CHECKING:
     from teq.transforms.teq import Teq
@@ -67,7 +69,7 @@ def initial(site: Site, init: str) -> Tensor:
 
     The paper writes the second as 1.0/sqrt(w_cin); a channel whose weights are all zero starts at 1.
     """
-    largest = torch.stack([target.weight.abs().amax(0).float() for target in site.targets.values()]).amax(0)
+    largest = site.largest()
     if init == "ones":
         return torch.ones_like(largest)
     return torch.where(largest > 0, largest, 1.0).rsqrt_()
@@ -98,8 +100,11 @@ def train(
     windows: Tensor,
     on_step: OnStep,
     checkpointing: bool = False,
+    partial: Path | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train the scales of every site on `windows [steps * batch, token]`; the model is left as it was.
+
+    With `partial` the state is saved there about once a minute, and training goes on from what is there.
 
     Returns the last scales by site, with `start/<site>` and `best/<site>` (the step of the lowest loss)
     beside them, and the loss curve. Raises Diverged on a loss that is not finite, NothingDone when a site
@@ -125,10 +130,14 @@ def train(
     current: dict[str, Tensor] = {}
     device = model.get_input_embeddings().weight.device
     torch.manual_seed(settings.calib.seed)  # dropout of profile inc
+    unfinished = Partial(partial, free, optimizer)
+    if (found_state := unfinished.restore()) is not None:
+        losses, best = found_state
+        lowest = min(losses)
     model.train(settings.profile == "inc")
     try:
         with _through(model, arch, found, settings.grid, current.__getitem__, checkpointing):
-            for step in track(range(settings.steps), "training scales"):
+            for step in track(range(len(losses), settings.steps), "training scales"):
                 current.update({name: scale(name) for name in free})
                 tokens = windows[step * settings.batch : (step + 1) * settings.batch].to(device)
                 loss = causal_loss(model, tokens)
@@ -142,9 +151,11 @@ def train(
                     group["lr"] = learning_rate(settings, step)
                 optimizer.step()
                 optimizer.zero_grad()
+                unfinished.save(losses, best)
                 on_step(step, losses[-1])
     finally:
         model.eval()
+    unfinished.done()
     last = snapshot()
     still = [name for name, s in last.items() if torch.equal(s, start[name])]
     if settings.steps and still:
