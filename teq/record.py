@@ -90,7 +90,7 @@ def load(*folders: Path) -> list[Record]:
                 data = json.loads(file.read_text())
                 if data["schema"] != SCHEMA:
                     raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
-                data["id"], data["metrics"], data["stages"], data["run"], data["created"]
+                _check(data)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 reason = f"no {error} in it" if isinstance(error, KeyError) else error
                 log.warning("record %s is left out: %s", file, reason)
@@ -98,6 +98,17 @@ def load(*folders: Path) -> list[Record]:
             inside.append(Record(data, file))
         found += sorted(inside, key=lambda record: record.data["created"])
     return found
+
+
+def _check(data: dict[str, Any]) -> None:
+    """Raise KeyError or ValueError where a record lacks what its readers rely on."""
+    data["id"], data["created"], data["training"]["scales"], data["run"]["model"]["source"]["kind"]
+    for stage in data["stages"].values():
+        stage["cost"]["seconds"], stage["cost"]["peak_bytes"]
+    for metric in data["metrics"].values():
+        metric["values"], metric["arrays"], metric["info"]
+    if len(data["metrics"]) != len(data["run"]["evals"]):
+        raise ValueError(f"{len(data['metrics'])} metrics of {len(data['run']['evals'])} evaluations")
 
 
 def frame(records: Iterable[Record]) -> "pd.DataFrame":

@@ -350,7 +350,8 @@ def _paired(one: Record, other: Record, name: str) -> "tuple[np.ndarray, np.ndar
     both = [record.metrics[evaluation] for record in (one, other)]
     if any(array not in measured["arrays"] for measured in both) or len({_inputs(m) for m in both}) != 1:
         return None
-    return one.array(evaluation, array), other.array(evaluation, array), statistic
+    pair = one.array(evaluation, array), other.array(evaluation, array)
+    return (*pair, statistic) if len(pair[0]) == len(pair[1]) else None
 
 
 def _inputs(measured: Mapping[str, Any]) -> tuple[Any, ...]:

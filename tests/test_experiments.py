@@ -4,12 +4,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hydra import initialize_config_dir
 from made import add_experiment
 from omegaconf import OmegaConf
 
 from teq import config, tables
 from teq.evaluate.counts import Counts
+from teq.evaluate.overhead import Overhead
 from teq.layout import ANY, CELL, FULL, parse
 from teq.lookup import Library
 from teq.models import Checkpoint
@@ -201,3 +203,14 @@ def test_an_outline_is_a_checkpoint_of_its_own():
     )
     assert isinstance(outline.model, Checkpoint)
     assert real.key() != outline.key()
+
+
+def test_a_folded_model_is_its_original_architecture_and_an_altered_one_is_refused(tiny):
+    lm = tiny("llama")
+    measured = Overhead(length=8, repeats=3).measure(lm, Runtime())
+    assert measured.values["modules"] == measured.values["original_modules"] > 0
+    assert measured.values["parameters"] == measured.values["original_parameters"] == 119_360
+    assert measured.values["latency"] == sorted(measured.arrays["ratio"])[1] > 0
+    lm.model.model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"not of its original architecture.*extra"):
+        Overhead(length=8, repeats=3).measure(lm, Runtime())

@@ -340,7 +340,11 @@ def test_a_broken_record_and_one_of_another_schema_are_named_and_hide_nothing(go
     (golden / "a.json").write_text("{")
     old = json.loads(next(golden.glob("*-*.json")).read_text()) | {"schema": 0}
     (golden / "b.json").write_text(json.dumps(old))
+    half = json.loads(next(golden.glob("*-*.json")).read_text())
+    del half["stages"]["scales"]["cost"]["seconds"]
+    (golden / "c.json").write_text(json.dumps(half))
     assert len(record.load(golden)) == 4
+    assert "c.json is left out: no 'seconds' in it" in caplog.text
     assert "a.json is left out" in caplog.text
     assert "b.json is left out: schema 0, this version reads 1" in caplog.text
 
