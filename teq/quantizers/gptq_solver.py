@@ -77,16 +77,22 @@ def solve(weight: Tensor, hessian: Tensor, settings: "Gptq") -> Solution:
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper Cholesky factor of the inverse of the damped Hessian, and the damping that was needed."""
-    mean = hessian.diagonal().mean()
+    """Upper Cholesky factor of the inverse of the damped Hessian (fp32), and the damping that was needed.
+
+    Computed in fp64: a damped Hessian of a real model has condition numbers near 1e5, so that in fp32 the
+    factor carries errors of a percent, and the codes depend on the thread count. The codes of the golden
+    tensors are the official fp32 code's either way.
+    """
+    exact = hessian.double()
+    mean = exact.diagonal().mean()
     for step in range(LADDER + 1):
-        damped = hessian.clone()
+        damped = exact.clone()
         damped.diagonal().add_(damping * 10**step * mean)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed:
-                return inverse, damping * 10**step
+                return inverse.float(), damping * 10**step
     raise UserError(
         f"the Hessian is not positive definite even with gptq.damping={damping * 10**LADDER:g}: "
         "raise gptq.damping or gptq.samples"
