@@ -5,13 +5,15 @@ changes.
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from teq.spec import Settings, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+CLIP = "clip/"  # before a linear's name: the bounds of its folded weight, among the scales of the sites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,12 @@ class Site:
     def width(self) -> int:
         """Channels: the length of the site's scale vector."""
         return next(iter(self.targets.values())).in_features
+
+    def largest(self) -> "Tensor":
+        """The targets' largest weight by magnitude in each input channel, `[in]`, fp32."""
+        import torch
+
+        return torch.stack([target.weight.abs().amax(0).float() for target in self.targets.values()]).amax(0)
 
 
 def blocks(model: "nn.Module", arch: Arch) -> dict[str, "nn.Module"]:
@@ -105,24 +113,27 @@ def _site(name: str, block: int, source: "nn.Module", targets: dict[str, "nn.Lin
 
 @dataclass(frozen=True)
 class Folding:
-    """What a set of scales does to each parameter. Both maps hold fp32 vectors by full linear or norm
-    name.
-    """
+    """What a set of scales does to each parameter: fp32 tensors by full linear or norm name."""
 
     columns: dict[str, "Tensor"]  # linear -> s [in]: weight columns are multiplied
     rows: dict[str, "Tensor"]  # source -> s [out]: weight rows (or a norm's weight) and bias are divided
+    bounds: dict[str, "Tensor"] = field(default_factory=dict)  # linear -> [out, parts]: see `weight`
 
     @classmethod
     def of(cls, sites: list[Site], scales: Mapping[str, "Tensor"]) -> "Folding":
-        """Sites without scales stay as they are."""
+        """Sites without scales stay as they are; a tensor `clip/<linear>` bounds that linear's weight."""
         scaled = [site for site in sites if site.name in scales]
         return cls(
             columns={target: scales[site.name] for site in scaled for target in site.targets},
             rows={site.name: scales[site.name] for site in scaled},
+            bounds={name.removeprefix(CLIP): b for name, b in scales.items() if name.startswith(CLIP)},
         )
 
     def weight(self, name: str, linear: "nn.Linear") -> "Tensor":
-        """A folded copy of a linear's weight `[out, in]`: in fp32, or fp64 where the model is; never less."""
+        """A folded copy of a linear's weight `[out, in]`: in fp32, or fp64 where the model is; never less.
+
+        Where it has bounds `[out, parts]`, each of that many equal parts of a row is clamped to its own.
+        """
         import torch
 
         exact = torch.promote_types(linear.weight.dtype, torch.float32)
@@ -131,6 +142,9 @@ class Folding:
             weight.mul_(self.columns[name].to(weight))
         if name in self.rows:
             weight.div_(self.rows[name].to(weight)[:, None])
+        if name in self.bounds:
+            bound = self.bounds[name].to(weight)[..., None]  # [out, parts, 1]
+            weight.unflatten(1, (bound.shape[1], -1)).clamp_(-bound, bound)
         return weight
 
     def divided(self, name: str, module: "nn.Module") -> dict[str, "Tensor"]:
@@ -188,6 +202,17 @@ def block_inputs(model: "nn.Module", arch: Arch, tokens: "Tensor") -> tuple["Ten
     with _hook(first, catch), torch.no_grad(), contextlib.suppress(_Caught):
         model(tokens, use_cache=False)
     return caught["hidden"], caught["kwargs"]
+
+
+def first_inputs(model: "nn.Module", arch: Arch, windows: "Tensor") -> tuple[list["Tensor"], dict[str, Any]]:
+    """The first block's inputs for `windows [sample, token]`, one `[1, token, width]` each, and its keywords,
+    the same for all of them.
+    """
+    device, hidden = model.get_input_embeddings().weight.device, []
+    for window in windows:
+        one, kwargs = block_inputs(model, arch, window[None].to(device))
+        hidden.append(one)
+    return hidden, kwargs
 
 
 @contextlib.contextmanager

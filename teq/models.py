@@ -203,6 +203,25 @@ class Random(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Synthetic(Settings):
+    """An architecture of true size filled with seeded random weights, to measure time and memory on any
+    machine that holds it; never quality. `teq.random_model.fill` gives the distribution. The weights are made
+    on the device, so that a CPU's differ from a GPU's.
+    """
+
+    version = 1
+    config: dict[str, Any]
+    seed: int = option(0, at_least=0)
+
+    def identity(self) -> str:
+        """The settings themselves."""
+        return f"synthetic:{self.key()}"
+
+    def folder(self) -> None:
+        """There is no folder: the model is made in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outline(Settings):
     """A model without weights, for counting: its architecture on PyTorch's meta device, from the dimensions
     in conf/model, so that nothing is fetched or allocated whatever its size. It has no tokenizer and computes
@@ -225,7 +244,7 @@ class Checkpoint(Settings):
 
     group = "model"
     name: str
-    source: Hub | Folder | Wheel | Random | Outline
+    source: Hub | Folder | Wheel | Random | Synthetic | Outline
     arch: Arch
 
     def load(self, dtype: str, device: str) -> LM:
@@ -250,6 +269,10 @@ class Checkpoint(Settings):
             from teq.random_model import build, byte_tokenizer
 
             model, tokenizer = build(self.source).to(kind), byte_tokenizer(self.source.bos)
+        elif isinstance(self.source, Synthetic):
+            from teq.random_model import byte_tokenizer, filled
+
+            model, tokenizer = filled(self.source, kind, device), byte_tokenizer(bos=False)
         else:
             folder = self.source.folder()
             try:

@@ -1,11 +1,14 @@
 """Models made in memory: architectures, seeded random weights, and a byte-level tokenizer."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from teq.models import Random
+from teq.models import Random, Synthetic
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
@@ -29,12 +32,65 @@ def build(settings: Random) -> "PreTrainedModel":
     return model
 
 
-def architecture(config: Mapping[str, Any]) -> "PreTrainedModel":
+SPREAD = 0.3  # standard deviation of the logarithm of a row's and of a channel's size
+OUTLIERS = 128  # one channel in so many is an outlier
+OUTLIER = 4.0  # how many times larger it is
+
+
+def filled(settings: Synthetic, dtype: "torch.dtype", device: str) -> "PreTrainedModel":
+    """A causal LM of `settings.config` whose parameters are allocated on `device` in `dtype` and filled
+    there, one after another, so that nothing else of their size is held.
+    """
+    import torch
+    from transformers.initialization import no_init_weights
+
+    with torch.device(device), no_init_weights():
+        model = architecture(settings.config, dtype)
+    model.tie_weights()
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fill(parameter, name.endswith("bias"), generator)
+    return model
+
+
+def fill(parameter: "Tensor", bias: bool, generator: "torch.Generator") -> None:
+    """Random values in place, on the parameter's device and in its dtype.
+
+    A matrix `[out, in]` is `in ** -0.5 * a * b * n`: n standard normal for every weight, a for every row and
+    b for every input channel log-normal with `SPREAD`, b of one channel in `OUTLIERS` (at least one)
+    `OUTLIER` times larger. So weights are heavy-tailed (a normal's kurtosis of 3 times exp(8 SPREAD^2), about
+    6, and about 15 with the outliers) and some channels stand out, as in real models. A norm's weight is
+    drawn like b, which gives the activations outlier channels; a bias is 0.1 n.
+    """
+    import torch
+
+    def sizes(count: int) -> "Tensor":
+        noise = torch.empty(count, device=parameter.device).normal_(std=SPREAD, generator=generator)
+        return noise.exp_()
+
+    channels = parameter.shape[-1]
+    if bias:
+        parameter.normal_(std=0.1, generator=generator)
+        return
+    b = sizes(channels)
+    outliers = torch.randperm(channels, device=parameter.device, generator=generator)
+    b[outliers[: math.ceil(channels / OUTLIERS)]] *= OUTLIER
+    if parameter.ndim == 1:
+        parameter.copy_(b)
+    else:
+        parameter.normal_(std=channels**-0.5, generator=generator)
+        parameter.mul_(b.to(parameter.dtype)).mul_(sizes(len(parameter))[:, None].to(parameter.dtype))
+
+
+def architecture(config: Mapping[str, Any], dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
     """The causal LM of `model_type` and its dimensions as transformers makes it, on the default device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = dict(config)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(values.pop("model_type"), **values), dtype=dtype
+    )
 
 
 def byte_tokenizer(bos: bool) -> "PreTrainedTokenizerFast":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from teq.arch import Folding, block_inputs, blocks, linears, run_block, sites
+from teq.arch import Folding, blocks, first_inputs, linears, run_block, sites
 from teq.progress import track
 from teq.quantizers import Quantized, stored
 from teq.quantizers.gptq_solver import Hessian, Solution, solve
@@ -34,7 +34,7 @@ def quantize_blocks(
     by_block: dict[int, dict[str, nn.Module]] = {}
     for site in found:
         by_block.setdefault(site.block, {})[site.name] = site.source
-    hidden, kwargs = _inputs(lm, windows)
+    hidden, kwargs = first_inputs(lm.model, lm.arch, windows)
     quantized: dict[str, Quantized] = {}
     changed: dict[str, Tensor] = {}
     report: dict[str, dict[str, float]] = {}
@@ -70,17 +70,6 @@ def quantize_blocks(
     if raised:
         log.warning("the damping had to be raised for %d of %d linears", raised, len(report))
     return stored(quantized, changed, settings.grid), {"linears": len(quantized), "gptq": report}
-
-
-def _inputs(lm: "LM", windows: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
-    """The first block's inputs, one `[1, token, width]` a window, and its keywords, the same for all of
-    them.
-    """
-    hidden = []
-    for window in windows:
-        one, kwargs = block_inputs(lm.model, lm.arch, window[None].to(lm.device))
-        hidden.append(one)
-    return hidden, kwargs
 
 
 def _solve_block(

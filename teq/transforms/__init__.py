@@ -2,12 +2,13 @@
 
 A transform is frozen settings with `fit(load, runtime, on_step) -> (tensors, info)`: tensors hold a positive
 vector per site under the site's name (and, beside it, whatever else is worth keeping under a name with a
-prefix and a slash).
+prefix and a slash). Beside them `clip/<linear>` may bound the folded weights that are quantized.
 """
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from teq.arch import CLIP
 from teq.spec import Runtime, UserError
 
 if TYPE_CHECKING:
@@ -47,3 +48,8 @@ class Transform(Protocol):
 def site_scales(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """The scale vectors of a fitted transform by site, without what was kept beside them."""
     return {name: tensor for name, tensor in tensors.items() if "/" not in name}
+
+
+def folded(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """What a quantizer takes of a fitted transform: the scale vectors by site, and the bounds of weights."""
+    return site_scales(tensors) | {name: t for name, t in tensors.items() if name.startswith(CLIP)}

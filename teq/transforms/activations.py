@@ -1,0 +1,61 @@
+"""Float activations on calibration text: blocks run in order, watched at the inputs of their sites."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from teq.arch import Site, blocks, check_equivalence, first_inputs, linears, run_block, sites
+from teq.progress import track
+
+if TYPE_CHECKING:
+    from teq.models import LM
+
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]  # module, args, keywords, output
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder block with its sites and all its linears by full name."""
+
+    name: str
+    module: nn.Module
+    sites: list[Site]
+    linears: dict[str, nn.Linear]
+
+
+@torch.no_grad()
+def watched_blocks(
+    lm: "LM", windows: Tensor, watch: Callable[[Block], list[tuple[nn.Module, Hook]]], what: str
+) -> Iterator[Block]:
+    """Each block of the float model once it has run on all `windows [sample, token]`.
+
+    While it runs, one sample at a time, the hooks of `watch(block)` see the calls of their modules; `what`
+    names the work to the user. Raises UserError where folding a site would change the function.
+    """
+    check_equivalence(lm.model, lm.arch)
+    found = sites(lm.model, lm.arch)
+    hidden, kwargs = first_inputs(lm.model, lm.arch, windows)
+    for index, (name, module) in enumerate(track(blocks(lm.model, lm.arch).items(), what)):
+        here = [site for site in found if site.block == index]
+        block = Block(name, module, here, linears(name, module))
+        handles = [at.register_forward_hook(hook, with_kwargs=True) for at, hook in watch(block)]
+        try:
+            for i, sample in enumerate(hidden):
+                hidden[i] = run_block(module, sample, kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        yield block
+
+
+def reader(site: Site) -> nn.Linear:
+    """A linear whose input is the site's: its first target."""
+    return next(iter(site.targets.values()))
+
+
+def from_ones(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scales by site, with the ones that they started from beside them."""
+    return {**scales, **{f"start/{name}": torch.ones_like(s) for name, s in scales.items()}}

@@ -1,0 +1,63 @@
+"""SmoothQuant's scales (arXiv 2211.10438, equation 4) on our sites, for weights alone."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from teq.arch import Site
+from teq.corpora import Calibration
+from teq.spec import Runtime, Settings, option
+from teq.transforms import Load, OnStep
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from teq.transforms.activations import Block, Hook
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothQuant(Settings):
+    """`alpha` is the share of the activations' range that the weights take over."""
+
+    group = "smoothquant"
+    calib: Calibration
+    samples: int = option(at_least=1)
+    length: int = option(at_least=2)
+    alpha: float = option(0.5, at_least=0, at_most=1)
+
+    def corpus(self) -> str:
+        """The calibration text."""
+        return self.calib.corpus
+
+    def fit(
+        self, load: Load, runtime: Runtime, on_step: OnStep
+    ) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+        """The closed form, from the largest magnitude of each channel on the calibration windows."""
+        from teq import corpora
+        from teq.transforms.activations import from_ones, reader, watched_blocks
+
+        lm, largest, scales = load(), {}, {}
+        windows = corpora.calibration(self.calib, lm.tokenizer, self.samples, self.length)
+
+        def note(site: Site) -> "Hook":
+            def hook(_: "nn.Module", args: tuple["Tensor", ...], *__: Any) -> None:
+                found = args[0].abs().flatten(0, -2).amax(0).float()
+                largest[site.name] = found.maximum(largest.get(site.name, found))
+
+            return hook
+
+        def watch(block: "Block") -> "list[tuple[nn.Module, Hook]]":
+            return [(reader(site), note(site)) for site in block.sites]
+
+        for block in watched_blocks(lm, windows, watch, "activation ranges"):
+            scales |= {site.name: self.scale(largest[site.name], site.largest()) for site in block.sites}
+        return from_ones(scales), {"sites": list(scales)}
+
+    def scale(self, x: "Tensor", w: "Tensor") -> "Tensor":
+        """`s = max|X|^alpha / max|W|^(1 - alpha)` of each channel, `[in]`, fp32.
+
+        X is divided by s and W multiplied, as everywhere here. A channel whose maxima tell nothing, because
+        one of them is 0, keeps 1; the official code clamps it to 1e-5, which would round its weights away.
+        """
+        import torch
+
+        return torch.where((x > 0) & (w > 0), x**self.alpha / w ** (1 - self.alpha), 1.0)

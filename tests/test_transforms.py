@@ -1,0 +1,308 @@
+"""AWQ and SmoothQuant: searches against plain ones, the closed form by hand, and what must stay unchanged."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from teq import arch, config
+from teq.corpora import Calibration, calibration
+from teq.grid import Grid, fake_quant
+from teq.quantizers import restore
+from teq.quantizers.rtn import Rtn
+from teq.spec import Runtime, UserError
+from teq.transforms import NothingDone, folded, site_scales
+from teq.transforms.awq import Awq
+from teq.transforms.smoothquant import SmoothQuant
+
+GRID = Grid(bits=3, group_size=16)
+SMALL = {"calib": Calibration(corpus="python-docs"), "samples": 3, "length": 40}
+
+
+def awq(**changes):
+    return Awq(**{"grid": GRID, "clip": False, **SMALL, **changes})
+
+
+def fitted(transform, lm):
+    return transform.fit(lambda: lm, Runtime(), lambda *_: None)
+
+
+def windows_for(lm):
+    return calibration(SMALL["calib"], lm.tokenizer, SMALL["samples"], SMALL["length"])
+
+
+def inputs_by_linear(lm, windows):
+    """Every linear's inputs `[sample, token, in]`, from hooks on whole-model forward passes."""
+    found, handles = {}, []
+    for name, module in lm.model.named_modules():
+        if isinstance(module, nn.Linear):
+
+            def hook(_, args, name=name):
+                found.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]))
+
+            handles.append(module.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        for window in windows:
+            lm.model(window[None])
+    for handle in handles:
+        handle.remove()
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+def outputs_of(model, name, windows):
+    """The first output of a module of the model for each window."""
+    found = []
+
+    def hook(_, __, output):
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = model.get_submodule(name).register_forward_hook(hook)
+    with torch.no_grad():
+        for window in windows:
+            model(window[None])
+    handle.remove()
+    return torch.stack(found)
+
+
+# of the first block: the site's linears, and the module whose output AWQ compares
+FIRST_BLOCK = {
+    "opt": {
+        "self_attn_layer_norm": (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "self_attn"),
+        "final_layer_norm": (["fc1"], "fc1"),
+        "fc1": (["fc2"], "fc2"),
+    },
+    "bloom": {
+        "input_layernorm": (["self_attention.query_key_value"], "self_attention"),
+        "post_attention_layernorm": (["mlp.dense_h_to_4h"], "mlp"),
+    },
+    "llama": {
+        "input_layernorm": (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "self_attn"),
+        "post_attention_layernorm": (["mlp.gate_proj", "mlp.up_proj"], "mlp"),
+    },
+}
+
+
+def test_awq_chooses_what_a_brute_force_search_chooses(tiny, family):
+    """Whole-model forward passes with changed weights in the first block, whose inputs no change reaches."""
+    lm = tiny(family)
+    tensors, info = fitted(awq(ratios=5), lm)
+    windows, block = windows_for(lm), f"{lm.arch.blocks}.0"
+    inputs = inputs_by_linear(lm, windows)
+    for source, (targets, around) in FIRST_BLOCK[family].items():
+        x = inputs[f"{block}.{targets[0]}"].flatten(0, 1).abs().mean(0)
+        expected = outputs_of(lm.model, f"{block}.{around}", windows)
+        errors, scales = [], []
+        for ratio in (0, 0.2, 0.4, 0.6, 0.8):
+            s = x**ratio
+            s = s / (s.max() * s.min()) ** 0.5
+            other = copy.deepcopy(lm.model)
+            with torch.no_grad():
+                for target in targets:
+                    weight = other.get_parameter(f"{block}.{target}.weight")
+                    weight.copy_(fake_quant(weight * s, GRID) / s)
+            changed = outputs_of(other, f"{block}.{around}", windows)
+            errors.append(((changed - expected) ** 2).mean().item())
+            scales.append(s)
+        best = errors.index(min(errors))
+        name = f"{block}.{source}"
+        assert info["ratios"][name] == pytest.approx(best * 0.2)
+        torch.testing.assert_close(tensors[name], scales[best], rtol=1e-4, atol=1e-6)
+        assert info["errors"][name] == pytest.approx((errors[0], errors[best]), rel=1e-3)
+
+
+def test_awq_is_never_worse_than_no_scales_and_better_somewhere(tiny, family):
+    _, info = fitted(awq(ratios=6), tiny(family))
+    assert all(chosen <= unscaled for unscaled, chosen in info["errors"].values())
+    assert any(chosen < 0.95 * unscaled for unscaled, chosen in info["errors"].values())
+
+
+def test_awq_with_the_first_ratio_alone_is_rounding(tiny, family):
+    lm = tiny(family)
+    tensors, _ = fitted(awq(ratios=1), lm)
+    assert all((s == 1).all() for s in site_scales(tensors).values())
+    plain, _ = Rtn(grid=GRID).quantize(lambda: lm, {}, Runtime())
+    through, _ = Rtn(grid=GRID).quantize(lambda: lm, folded(tensors), Runtime())
+    assert all(torch.equal(plain[name], through[name]) for name in plain)
+
+
+def test_awq_that_changes_nothing_is_an_error(tiny):
+    lm = tiny("llama")
+    with torch.no_grad():
+        for site in arch.sites(lm.model, lm.arch):
+            for target in site.targets.values():
+                target.weight.zero_()
+    with pytest.raises(NothingDone, match="AWQ left every scale at 1"):
+        fitted(awq(ratios=3), lm)
+
+
+@pytest.mark.parametrize("transform", [awq(ratios=4), SmoothQuant(**SMALL)], ids=["awq", "smoothquant"])
+def test_folding_found_scales_changes_no_logits(tiny, family, transform):
+    lm = tiny(family, "float64")
+    before = {name: p.clone() for name, p in lm.model.named_parameters()}
+    tensors, info = fitted(transform, lm)
+    assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
+    found = arch.sites(lm.model, lm.arch)
+    assert info["sites"] == [site.name for site in found] and site_scales(tensors).keys() == set(
+        info["sites"]
+    )
+    assert all((tensors[f"start/{site.name}"] == 1).all() for site in found)
+    tokens = torch.randint(258, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = lm.model(tokens).logits
+    arch.fold(found, folded(tensors))
+    assert ((lm.model(tokens).logits - expected).norm() / expected.norm()).item() < 1e-9
+
+
+@pytest.mark.parametrize("alpha", [0, 0.3, 1])
+def test_smoothquant_is_its_formula(tiny, family, alpha):
+    """At alpha 1 the scaled activations all reach 1, at 0 the scaled weights do."""
+    lm = tiny(family)
+    tensors, _ = fitted(SmoothQuant(**SMALL, alpha=alpha), lm)
+    inputs = inputs_by_linear(lm, windows_for(lm))
+    for site in arch.sites(lm.model, lm.arch):
+        s = tensors[site.name]
+        x = inputs[next(iter(site.targets))].flatten(0, 1).abs().amax(0)
+        w = torch.cat([target.weight for target in site.targets.values()]).abs().amax(0)
+        live = x > 0
+        torch.testing.assert_close(s[live], (x**alpha / w ** (1 - alpha))[live], rtol=1e-4, atol=1e-6)
+        assert (s[~live] == 1).all()
+        if alpha == 1:
+            torch.testing.assert_close((x / s)[live], torch.ones_like(x[live]), rtol=1e-4, atol=0)
+        if alpha == 0:
+            torch.testing.assert_close((w * s)[live], torch.ones_like(w[live]), rtol=1e-4, atol=0)
+
+
+def test_smoothquant_keeps_one_where_a_maximum_is_zero():
+    x, w = torch.tensor([0.0, 4.0, 4.0]), torch.tensor([1.0, 0.0, 0.25])
+    assert SmoothQuant(**SMALL).scale(x, w).tolist() == [1, 1, 4]
+
+
+@pytest.mark.parametrize("group_size", [16, 48, -1])
+def test_awq_bounds_are_the_best_of_their_steps(tiny, group_size):
+    """For every row and group of some linears, by a loop over bounds on the group's share of the output.
+
+    48 does not divide the 64 and 160 channels of the tiny LLaMA.
+    """
+    lm, grid = tiny("llama"), Grid(bits=3, group_size=group_size)
+    tensors, _ = fitted(awq(grid=grid, clip=True, ratios=3), lm)
+    inputs = inputs_by_linear(lm, windows_for(lm))
+    folding = arch.Folding.of(arch.sites(lm.model, lm.arch), site_scales(tensors))
+    clipped = arch.Folding.of(arch.sites(lm.model, lm.arch), folded(tensors))
+    for leaf in ("self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"):
+        name = f"model.layers.1.{leaf}"
+        linear = lm.model.get_submodule(name)
+        weight, found = folding.weight(name, linear), clipped.weight(name, linear)
+        x = inputs[name].flatten(0, 1) / folding.columns.get(name, 1)
+        for start, stop in grid.spans(linear.in_features):
+            group = weight[:, start:stop]
+            outputs, best, lowest = x[:, start:stop] @ group.T, None, None
+            for step in range(10):
+                bound = group.abs().amax(1, keepdim=True) * (1 - step / 20)
+                kept = group.clamp(-bound, bound)
+                error = (x[:, start:stop] @ fake_quant(kept, grid).T - outputs).square().sum(0)[:, None]
+                if best is None:
+                    best, lowest = kept, error
+                else:
+                    best, lowest = torch.where(error < lowest, kept, best), error.minimum(lowest)
+            agree = torch.isclose(found[:, start:stop], best, rtol=1e-5, atol=1e-7).all(1)
+            assert agree.float().mean() > 0.98  # two bounds may be equally good to rounding
+    assert not any(leaf in name for name in tensors for leaf in ("q_proj", "k_proj"))
+
+
+def test_clipping_reaches_the_quantized_weights_and_lowers_the_error_of_the_linears(tiny, family):
+    lm = tiny(family)
+    coarse = Grid(bits=2, group_size=-1)
+    tensors, _ = fitted(awq(grid=coarse, clip=True, ratios=3), lm)
+    inputs = inputs_by_linear(lm, windows_for(lm))
+    found = arch.sites(lm.model, lm.arch)
+    folding = arch.Folding.of(found, site_scales(tensors))
+    clipped = [name.removeprefix("clip/") for name in tensors if name.startswith("clip/")]
+    linears = {n: lm.model.get_submodule(n) for n in clipped}
+    exact = {name: folding.weight(name, linear) for name, linear in linears.items()}
+    errors = []
+    for scales in (site_scales(tensors), folded(tensors)):
+        stored, _ = Rtn(grid=coarse).quantize(lambda: lm, scales, Runtime())
+        model = copy.deepcopy(lm.model)
+        restore(model, stored, coarse)
+        errors.append(
+            {
+                name: float(
+                    (
+                        (inputs[name] / folding.columns.get(name, 1))
+                        @ (model.get_parameter(f"{name}.weight") - exact[name]).T
+                    )
+                    .square()
+                    .mean()
+                )
+                for name in linears
+            }
+        )
+    plain, bounded = errors
+    assert clipped and all(bounded[name] <= plain[name] * 1.001 for name in clipped)
+    assert sum(bounded.values()) < 0.9 * sum(plain.values())
+
+
+def test_awq_in_bfloat16_scales_weights_in_fp32(tiny):
+    lm = tiny("llama", "bfloat16")
+    tensors, info = fitted(awq(ratios=3, clip=True), lm)
+    assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in tensors.values())
+    assert any(info["ratios"].values())
+
+
+METHODS = ("awq", "awq+gptq", "smoothquant", "smoothquant+gptq")
+QUICK = ["bits=3", "group_size=32", "awq.ratios=4", "evals=[counts]"]
+QUICK += [f"{group}.{key}" for group in ("awq", "smoothquant", "gptq") for key in ("samples=2", "length=48")]
+
+
+def test_methods_run_end_to_end_and_are_not_their_quantizer_alone(family, own_home):
+    from teq.loggers import Silent
+    from teq.pipeline import run
+    from teq.store import Store
+
+    weights, cached = {}, {}
+    for method in ("rtn", "gptq", *METHODS):
+        (job,) = config.jobs([f"model=tiny-{family}", f"method={method}", *QUICK])
+        data = run(job.run, Store(own_home / "store"), own_home, Runtime(), Silent()).data
+        stages, summaries = data["stages"], data["training"]["scales"]
+        weights[method] = load_file(
+            own_home / "store" / "weights" / stages["weights"]["key"] / "data.safetensors"
+        )
+        cached[method] = stages["scales"]["cached"]
+        assert bool(summaries) == (method in METHODS)
+        assert all(0 <= site["near"] <= 1 for site in summaries.values())
+    assert cached["smoothquant+gptq"] and not cached["smoothquant"]
+    for method in METHODS:
+        plain = weights["gptq" if method.endswith("gptq") else "rtn"]
+        changed = [not torch.equal(weights[method][n], plain[n]) for n in plain if n.endswith("/codes")]
+        assert any(changed)
+
+
+def test_a_recipe_fills_the_calibration_and_the_grid_is_no_matter_to_smoothquant():
+    paper, w4 = (
+        {m: config.jobs([f"method={m}", f"bits={bits}", "recipe=paper"])[0].run.transform for m in METHODS}
+        for bits in (3, 4)
+    )
+    assert (paper["awq"].samples, paper["awq"].length) == (128, 512)
+    assert paper["smoothquant"] == w4["smoothquant"] == w4["smoothquant+gptq"]
+    assert paper["awq"] != w4["awq"] and paper["awq"].clip
+    assert paper["awq+gptq"] == dataclasses.replace(paper["awq"], clip=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["method=awq", "awq.ratios=0"], "awq.ratios=0 is not allowed: it must be a whole number at least 1"),
+        (["method=awq", "awq.samples=0"], "awq.samples=0 is not allowed"),
+        (["method=awq", "awq.clip=maybe"], "awq.clip='maybe' is not allowed: it must be true or false"),
+        (
+            ["method=smoothquant", "smoothquant.alpha=2"],
+            "smoothquant.alpha=2 is not allowed: it must be a number at least 0 at most 1",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(overrides, said):
+    with pytest.raises(UserError) as caught:
+        config.jobs(["model=tiny-opt", *overrides])
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
