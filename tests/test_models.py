@@ -8,8 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 from teq import config, models, wheel
-from teq.models import Folder, Hub, Random, Wheel
-from teq.random_model import build, byte_tokenizer
+from teq.models import Folder, Hub, Random, Synthetic, Wheel
+from teq.random_model import build, byte_tokenizer, fill
 from teq.spec import UserError
 
 
@@ -68,6 +68,58 @@ def test_another_seed_is_another_model():
     other = Random(config=source.config, seed=1, bos=source.bos)
     assert other.identity() != source.identity()
     assert not torch.equal(build(source).lm_head.weight, build(other).lm_head.weight)
+
+
+def synthetic(model, dtype="bfloat16", seed=None):
+    source = source_of(model, "model.weights=synthetic")
+    source = source if seed is None else Synthetic(config=source.config, seed=seed)
+    lm = models.Checkpoint(name=model, source=source, arch=arch_of(model.removeprefix("tiny-"))).load(
+        dtype, "cpu"
+    )
+    return lm.model
+
+
+def test_synthetic_weights_are_the_same_for_the_same_seed_in_the_dtype_asked_for(family):
+    a, b, other = (synthetic(f"tiny-{family}", seed=seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for name, value in a.items():
+        assert value.dtype == torch.bfloat16 and value.float().std() > 1e-3, name
+        assert not torch.equal(value, other[name]), name
+    assert all(p.dtype == torch.float16 for p in synthetic(f"tiny-{family}", "float16").parameters())
+
+
+def test_synthetic_weights_are_heavy_tailed_with_outlier_channels():
+    weight = torch.empty(2048, 1024)
+    fill(weight, False, torch.Generator().manual_seed(0))
+    by_channel = weight.std(0)
+    outliers = by_channel > 2.2 * by_channel.median()
+    assert 8 <= outliers.sum() <= 20  # one in 128, and the upper end of the log-normal sizes
+    assert by_channel.max() > 3 * by_channel.median()
+    z = weight[:, ~outliers] / weight[:, ~outliers].std()
+    assert 5 < float((z**4).mean()) < 8  # 3 for a normal
+    assert float(weight.std()) == pytest.approx(1024**-0.5, rel=0.3)
+
+
+def test_synthetic_keeps_tied_heads_tied_and_computes_finite_logits(family):
+    model = synthetic(f"tiny-{family}")
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert (head is embedding) == model.config.tie_word_embeddings == (family != "llama")
+    logits = model(torch.arange(40)[None]).logits
+    assert logits.std() > 0 and torch.isfinite(logits).all()
+
+
+def test_synthetic_buffers_are_the_architectures_own():
+    """Rotary frequencies are no parameters: unfilled they would be whatever was in memory."""
+    ours, made = (
+        m.model.rotary_emb.inv_freq for m in (synthetic("tiny-llama"), build(source_of("tiny-llama")))
+    )
+    assert ours.dtype == torch.float32 and torch.equal(ours, made)
+
+
+def test_synthetic_needs_no_checkpoint_and_says_so(hub_cache):
+    source = source_of("opt-6.7b", "model.weights=synthetic", "method=gptq")
+    assert source.plain()["kind"] == "Synthetic" and source.identity().startswith("synthetic:")
+    assert source.identity() != source_of("opt-13b", "model.weights=synthetic").identity()
 
 
 def test_byte_tokenizer_round_trips_and_puts_its_bos_once():
