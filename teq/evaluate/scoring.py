@@ -26,9 +26,8 @@ logger = logging.getLogger(__name__)
 
 # A prefix of less than this part of a sequence does not repay the second pass and its explicit mask.
 MIN_SHARED = 0.4
-# A batch filled to this part of its budget is cut where padding would exceed this part of its tokens.
-MIN_FILL = 0.06
-MAX_PADDING = 0.2
+# What a pass costs before it reads its first token, as a part of a full batch: weighed against padding.
+PASS_COST = 1 / 32
 # Shorter sequences share batches as large as if they had this length: tiny passes leave the machine idle.
 MIN_LENGTH = 64
 # Positions projected to the vocabulary at a time: bounds the logits' memory, yet fills the matrix product.
@@ -135,19 +134,19 @@ class SharedContextLM(HFLM):
         # apart from the others because they need no cache.
         groups.sort(key=lambda group: (len(group.sequences) == 1, -group.prefix))
         shared = sum(len(group.sequences) > 1 for group in groups)
-        start = 0
+        lengths = [group.prefix for group in groups]
+        start, sizes = 0, None
         while start < len(groups):
             budget = self.batch_size * max(longest, MIN_LENGTH)
-            stop = shared if start < shared else len(groups)
-            candidates = groups[start : min(stop, start + budget)]  # of at least one token each
-            count = _fitting([group.prefix for group in candidates], budget)
+            sizes = sizes or [*_sizes(lengths[:shared], budget), *_sizes(lengths[shared:], budget)]
             try:
-                batch = self._score(candidates[:count], budget)
+                batch = self._score(groups[start : start + sizes[start]], budget)
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
                 self.batch_size_per_gpu = self.batch_size // 2
                 logger.warning("out of memory: batch size halved to %d", self.batch_size)
+                sizes = None
                 continue
             except RuntimeError as error:
                 if "can't allocate memory" not in str(error):
@@ -162,7 +161,7 @@ class SharedContextLM(HFLM):
                 if (text := requests[request][0]) is not None:  # rolling windows are cached by their caller
                     self.cache_hook.add_partial("loglikelihood", text, answer)
             bar.update(len(batch))
-            start += count
+            start += sizes[start]
         bar.close()
         return answers
 
@@ -203,16 +202,14 @@ class SharedContextLM(HFLM):
         self._add(answers, hidden, parts)
 
         rests.sort(key=lambda rest: rest[1] - len(rest[2].tokens))
+        sizes = _sizes([len(s.tokens) - prefix for _, prefix, s in rests], budget, ids.shape[1])
         start = 0
         while start < len(rests):
-            lengths = [len(s.tokens) - prefix for _, prefix, s in rests[start : start + budget]]
-            # The second bound is on the prefixes' copies, of which one layer's at a time are in memory.
-            count = min(_fitting(lengths, budget), max(1, 4 * budget // (ids.shape[1] + lengths[0])))
-            chunk = rests[start : start + count]
+            chunk = rests[start : start + sizes[start]]
             hidden = self._continue(cache, chunk)
             parts = [(s, row, prefix, len(s.tokens)) for row, (_, prefix, s) in enumerate(chunk)]
             self._add(answers, hidden, parts)
-            start += count
+            start += len(chunk)
         return answers
 
     def _continue(self, cache: Cache, rests: list[tuple[int, int, _Sequence]]) -> Tensor:
@@ -297,19 +294,20 @@ def _group(sequences: list[_Sequence]) -> list[_Group]:
     return groups
 
 
-def _fitting(lengths: list[int], budget: int) -> int:
-    """How many of `lengths` (descending), from the first on, to pad into a batch of `budget` tokens.
+def _sizes(lengths: list[int], budget: int, prefix: int = 0) -> list[int]:
+    """For each of `lengths` (descending), how many from it on to pad into one batch that it begins.
 
-    At least 1. A batch large enough to keep the machine busy also ends where padding would be too much.
+    The sizes make for the cheapest way through the rest of `lengths`, in padded tokens and in passes. A batch
+    has at most `budget` tokens, and at most 4 times that with the `prefix` of each row: one layer's copies of
+    the prefixes' keys and values are in memory at a time.
     """
-    real = 0
-    for count, length in enumerate(lengths):
-        padded = (count + 1) * lengths[0]
-        wasteful = real > MIN_FILL * budget and padded > (1 + MAX_PADDING) * (real + length)
-        if count and (padded > budget or wasteful):
-            return count
-        real += length
-    return len(lengths)
+    costs = [0.0] * (len(lengths) + 1)  # [start]: of everything from there on
+    sizes = [1] * len(lengths)
+    for start, length in reversed(list(enumerate(lengths))):
+        most = max(1, min(budget // length, 4 * budget // (prefix + length), len(lengths) - start))
+        cost, sizes[start] = min((n * length + costs[start + n], n) for n in range(1, most + 1))
+        costs[start] = cost + PASS_COST * budget
+    return sizes
 
 
 def _points(sequence: _Sequence, row: int, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
