@@ -6,10 +6,11 @@ Contenders share the model, the tokens, the loss and the optimizer; they differ 
   ours       closed-form gradient, Wq made again in the backward pass
   checkpoint ours, with gradient checkpointing per block
   autograd   the same forward pass, left to autograd through a straight-through rounding: keeps every Wq
-  floor      no quantization: forward and input gradient of the frozen model, plus the one more matmul per trained
-             linear that any gradient of s needs
-Seconds come from one process in which the contenders take turns, step by step. Memory comes from a process of
-its own for each: peak bytes of live tensors over the weights (from the profiler's allocation events) and resident
+  floor      no quantization: forward and input gradient of the frozen model, and the one more matmul per
+             trained linear that any gradient of s needs
+
+Seconds come from one process in which the contenders take turns, step by step. Memory comes from a process of its
+own for each: peak bytes of live tensors over the weights (from the profiler's allocation events), and resident
 memory.
 """
 
