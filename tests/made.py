@@ -76,8 +76,8 @@ def add_experiment(monkeypatch, root: Path, name: str, text: str) -> None:
     file = root / "experiments" / f"{name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"# @package _global_\n{text}")
+    monkeypatch.setitem(config._composer()._folders, "experiments", file.parent)
     monkeypatch.setattr(config, "ROOT", root)
     monkeypatch.setattr(report, "RESULTS", root / "results")
     monkeypatch.setattr(config, "_checked", set())
-    for cached in ("_composer", "_experiment"):  # what they remember is of other files
-        monkeypatch.setattr(config, cached, functools.cache(getattr(config, cached).__wrapped__))
+    monkeypatch.setattr(config, "_experiment", functools.cache(config._experiment.__wrapped__))

@@ -46,7 +46,7 @@ def render(shown: Mapping[str, "Shown"], problems: Mapping[str, str]) -> str:
     models = sorted({cell["model"] for cell in cells if cell["model"]})
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((HERE / "page.html").read_text(encoding="utf-8"))
-    data = json.dumps({"cells": cells, "records": records}, sort_keys=True, separators=(",", ":"))
+    data = json.dumps({"cells": cells, "records": records}, separators=(",", ":"))
     return template.render(
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
