@@ -9,8 +9,8 @@ Contenders share the model, the tokens, the loss and the optimizer; they differ 
   floor      no quantization: forward and input gradient of the frozen model, and the one more matmul per
              trained linear that any gradient of s needs
 
-Seconds come from one process in which the contenders take turns, step by step. Memory comes from a process of its
-own for each: peak bytes of live tensors over the weights (from the profiler's allocation events), and resident
+Seconds come from one process in which the contenders take turns, step by step. Memory comes from a process of
+its own for each: peak bytes of live tensors over the weights (the profiler's allocation events), and resident
 memory.
 """
 

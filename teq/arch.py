@@ -105,8 +105,8 @@ def _site(name: str, block: int, source: "nn.Module", targets: dict[str, "nn.Lin
     channels = source.weight.shape[0]
     if channels != site.width:
         raise UserError(
-            f"site {name} -> {', '.join(targets)} is refused: its source gives {channels} channels, its targets read "
-            f"{site.width} (as under grouped-query attention); leave it out of the arch"
+            f"site {name} -> {', '.join(targets)} is refused: its source gives {channels} channels, its "
+            f"targets read {site.width} (as under grouped-query attention); leave it out of the arch"
         )
     return site
 

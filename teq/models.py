@@ -128,8 +128,8 @@ class Hub(Settings):
                 return str(list_repo_commits(self.repo, revision=reference)[0].commit_id)
         raise UserError(
             f"{self.repo}@{self.revision} has no safetensors and pickles are not loaded: choose another "
-            "revision with model.source.revision=<revision>, or convert it once with save_pretrained and pass "
-            "model.path=<folder>"
+            "revision with model.source.revision=<revision>, or convert it once with save_pretrained and "
+            "pass model.path=<folder>"
         )
 
 

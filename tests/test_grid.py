@@ -40,7 +40,7 @@ def test_codes_are_on_the_grid_and_errors_at_most_half_a_step(shape, grid, seed)
     assert ((codes >= 0) & (codes <= grid.levels) & (codes == codes.round())).all()
     step = spread(scale, grid, shape[1])
     error = (decode(codes, step, spread(zero, grid, shape[1])) - weight).abs()
-    # rounding the zero may cost another half step at an end of the range; a symmetric grid lacks its top level
+    # rounding the zero may cost another half step at an end of the range; symmetric lacks its top level
     assert (error <= step * (1.001 if not grid.symmetric else 1.501)).all()
 
 

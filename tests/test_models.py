@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-    """Lay out weights as the hub's local cache does: `hub_cache("facebook/opt-6.7b", "tiny-opt")` -> commit."""
+    """Lay out weights as in the hub's cache: `hub_cache("facebook/opt-6.7b", "tiny-opt")` -> commit."""
     import huggingface_hub.constants
 
     root = tmp_path / "hub"
@@ -277,7 +277,7 @@ def test_wheel_without_the_member_is_refused(tmp_path):
 
 def test_undownloadable_wheel_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(UserError, match="no-such-thing==1.0 could not be downloaded") as caught:
+    with pytest.raises(UserError, match=r"no-such-thing==1\.0 could not be downloaded") as caught:
         wheel.fetch("no-such-thing==1.0", tmp_path)
     assert "\n" not in str(caught.value)
 

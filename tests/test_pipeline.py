@@ -150,7 +150,7 @@ def test_gptq_that_equals_rounding_is_an_error(own_home, tiny, monkeypatch):
 
 
 def test_gptq_blocks_equal_a_plain_walk(tiny, family):
-    """Shared Hessians and block inputs, against one Hessian per linear measured by whole-model forward passes."""
+    """Shared Hessians and block inputs, against a Hessian per linear from whole-model forward passes."""
     from teq import corpora
     from teq.arch import blocks, linears
     from teq.quantizers import linear_from
@@ -162,11 +162,10 @@ def test_gptq_blocks_equal_a_plain_walk(tiny, family):
     tensors, _ = settings.quantize(lambda: lm, {}, Runtime())
     windows = corpora.calibration(settings.calib, plain.tokenizer, settings.samples, settings.length)
     for block_name, block in blocks(plain.model, plain.arch).items():
-        inside, inputs = linears(block_name, block), {}
+        inside = linears(block_name, block)
+        inputs = {name: [] for name in inside}
         handles = [
-            linear.register_forward_pre_hook(
-                lambda _, args, name=name: inputs.setdefault(name, []).append(args[0])
-            )
+            linear.register_forward_pre_hook(lambda _, args, seen=inputs[name]: seen.append(args[0]))
             for name, linear in inside.items()
         ]
         with torch.no_grad():

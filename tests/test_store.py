@@ -65,7 +65,7 @@ def test_failure_leaves_nothing(tmp_path):
 
 def slow_work(root, log):
     def make():
-        with open(log, "a") as stream:
+        with log.open("a") as stream:
             stream.write("made\n")
         time.sleep(1.5)
         return {}, {"pid": os.getpid()}
