@@ -7,20 +7,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from teq import lookup, statistics
-from teq.layout import ANY, CELL, COSTS, FULL, Cell, Claim, Layout
+from teq.layout import ANY, CELL, COSTS, FULL, Cell, Layout
 from teq.lookup import Found, Library
 from teq.record import Record
 from teq.spec import UserError
+from teq.uncertainty import cell_stderr, indistinct, stderr
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from teq.config import Job
     from teq.grid import Grid
 
 BASELINE = "rtn"  # what differences are tested against
-ARRAYS = {"ppl": ("window_loss", "ppl"), "acc": ("correct", "mean"), "acc_norm": ("correct_norm", "mean")}
-RESAMPLES = 1000
 MATCH, BETTER, WORSE, DIFFERS, PARTIAL, NOT_RUN, OURS = (
     "match",
     "better",
@@ -128,44 +125,6 @@ def grid_name(grid: "Grid | None") -> str:
     return f"w{grid.bits}{group}{'_sym' if grid.symmetric else ''}"
 
 
-def check_claims(tables: Mapping[str, Table]) -> dict[str, list[Checked]]:
-    """The claims of every table, counted on published numbers and on ours.
-
-    `tables` holds each table that a claim names.
-    """
-    return {
-        name: [_checked(claim, [tables[t] for t in claim.tables or (name,)]) for claim in table.layout.claims]
-        for name, table in tables.items()
-    }
-
-
-def _checked(claim: Claim, tables: Sequence[Table]) -> Checked:
-    """In how many scenarios the best winner beats the best loser, of how many that have all the numbers."""
-    counts, partial = {True: [0, 0], False: [0, 0]}, False
-    for table in tables:
-        scenarios: dict[tuple[Any, ...], dict[str, Value]] = {}
-        for value in table.values.values():
-            place = tuple(v for axis, v in value.at.items() if axis != "method")
-            scenarios.setdefault(place, {})[value.at.get("method", "")] = value
-        for methods in scenarios.values():
-            sides = [[methods.get(m) for m in side] for side in (claim.winners, claim.losers)]
-            values = [value for side in sides for value in side if value is not None]
-            if len(values) < len(claim.winners) + len(claim.losers):
-                continue
-            best = min if values[0].formula.best == "lowest" else max
-            for published, count in counts.items():
-                numbers = [
-                    [v.published if published else v.ours for v in side if v is not None] for side in sides
-                ]
-                if any(not isinstance(n, int | float) for side in numbers for n in side):
-                    continue
-                ours, theirs = (best(side) for side in numbers)
-                count[1] += 1
-                count[0] += ours != theirs and best(ours, theirs) == ours
-                partial = partial or (not published and any(value.verdict == PARTIAL for value in values))
-    return Checked(claim.says, (claim.count, claim.of), tuple(counts[True]), tuple(counts[False]), partial)
-
-
 def _groups(name: str, axes: Sequence[str], jobs: Sequence["Job"]) -> dict[Place, list["Job"]]:
     """The jobs by their coordinates on `axes`; jobs in one place differ in their seed alone."""
     coordinates = {id(job): {axis: _coordinate(name, job, axis) for axis in axes} for job in jobs}
@@ -244,7 +203,7 @@ def _value(
     numbers = [formula.apply([metric(f.record, n, name, at[CELL]) for n in formula.names]) for f in found]
     ours = math.fsum(numbers) / len(numbers)
     spread = statistics.stderr_of_mean(numbers) * math.sqrt(len(numbers)) if len(numbers) > 1 else None
-    stderr = _stderr(formula, found[0].record)
+    stderr = cell_stderr(formula, found[0].record)
     partial = any(f.differences for f in found) or len(found) < len({job.run.key() for job in jobs})
     verdict = PARTIAL if partial else _verdict(ours, published, stderr, spread, formula)
     return Value(at, formula, jobs, found, ours, stderr, spread, published, verdict)
@@ -264,27 +223,6 @@ def metric(record: Record, name: str, experiment: str, cell: str) -> float:
             f"have: it must be one of {', '.join(f'{part}.{known}' for known in values)}"
         )
     return float(values[key])
-
-
-def stderr(record: Record, name: str) -> float | None:
-    """The standard error of a record's metric, from its packed losses or correctness; None without."""
-    evaluation, _, key = name.rpartition(".")
-    array, statistic = ARRAYS.get(key, (None, None))
-    if evaluation in COSTS or array not in record.metrics[evaluation]["arrays"]:
-        return None
-    data = record.array(evaluation, array)
-    error = statistics.stderr_of_perplexity if statistic == "ppl" else statistics.stderr_of_mean
-    found = error(data)
-    return None if math.isnan(found) else found
-
-
-def _stderr(formula: Cell, record: Record) -> float | None:
-    """The standard error of a cell's mean or sum: its metrics are measured on different documents."""
-    errors = [stderr(record, name) for name in formula.names]
-    if formula.ratio is not None or any(error is None for error in errors):
-        return None
-    total = math.sqrt(math.fsum(error**2 for error in errors if error is not None))
-    return formula.times * (total / len(errors) if formula.mean else total)
 
 
 def _verdict(ours: float, published: Any, error: float | None, spread: float | None, formula: Cell) -> str:
@@ -317,45 +255,15 @@ def _with_noise(values: dict[tuple[Place, Place], Value]) -> dict[tuple[Place, P
     out = {}
     for place, value in values.items():
         beside = [one for one in baselines if one is not value and _same_but_method(value, one)]
-        if beside:
-            value = dataclasses.replace(value, noise=_indistinct(value, beside[0]))
+        if beside and beside[0].found and value.found:
+            chance = indistinct(value.formula, value.found[0].record, beside[0].found[0].record)
+            value = dataclasses.replace(value, noise=chance)
         out[place] = value
     return out
 
 
 def _same_but_method(value: Value, baseline: Value) -> bool:
     return all(axis == "method" or wanted in (value.at[axis], ANY) for axis, wanted in baseline.at.items())
-
-
-def _indistinct(value: Value, baseline: Value) -> bool:
-    if not value.found or not baseline.found or value.formula.ratio or value.formula.setting:
-        return False
-    one, other = value.found[0].record, baseline.found[0].record
-    pairs = []
-    for name in value.formula.names:
-        pair = _paired(one, other, name)
-        if pair is None:
-            return False
-        pairs.append(pair)
-    low, high = statistics.combined_bootstrap(pairs, RESAMPLES)
-    return low <= 0 <= high
-
-
-def _paired(one: Record, other: Record, name: str) -> "tuple[np.ndarray, np.ndarray, str] | None":
-    """The values behind a metric in two records, when both were measured on the same tokens or documents."""
-    evaluation, _, key = name.rpartition(".")
-    array, statistic = ARRAYS.get(key, (None, None))
-    if evaluation in COSTS or array is None or statistic is None:
-        return None
-    both = [record.metrics[evaluation] for record in (one, other)]
-    if any(array not in measured["arrays"] for measured in both) or len({_inputs(m) for m in both}) != 1:
-        return None
-    pair = one.array(evaluation, array), other.array(evaluation, array)
-    return (*pair, statistic) if len(pair[0]) == len(pair[1]) else None
-
-
-def _inputs(measured: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(value for key, value in sorted(measured["info"].items()) if key.endswith("sha256"))
 
 
 def _with_best(

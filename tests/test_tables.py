@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made import add_experiment, made
 
-from teq import config, lookup, record, statistics, tables
+from teq import claims, config, lookup, record, statistics, tables
 from teq.layout import parse
 from teq.lookup import Library
 from teq.report import text
@@ -180,7 +180,7 @@ def test_the_combined_bootstrap_agrees_with_the_plain_one():
 
 def test_claims_from_published_numbers_and_ours(golden):
     table = filled("golden", golden)
-    (claim,) = tables.check_claims({"golden": table})["golden"]
+    (claim,) = claims.check_claims({"golden": table})["golden"]
     assert (claim.published, claim.ours, claim.partial) == ((1, 1), (1, 2), True)  # seconds: 40 against 4
 
 
@@ -206,7 +206,7 @@ def _claims(name, layouts):
     for each, layout in layouts.items():
         jobs = config.jobs([f"experiments={each}"])
         filled_tables[each] = tables.fill(each, layout, jobs, nothing)
-    return tables.check_claims(filled_tables)[name]
+    return claims.check_claims(filled_tables)[name]
 
 
 def test_a_metric_that_no_run_measures(monkeypatch, tmp_path):

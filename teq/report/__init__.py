@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from teq import config, figures, tables
+from teq import claims, config, figures, tables
 from teq.config import Job
 from teq.figures import Figure
 from teq.layout import Layout, parse
@@ -122,7 +122,7 @@ def read_all(
                 f"experiments/{name}.yaml: a claim needs {sorted(lacking)[0]}, which cannot be shown"
             )
             continue
-        checked = tables.check_claims({name: filled[name], **{t: filled[t] for t in needed}})[name]
+        checked = claims.check_claims({name: filled[name], **{t: filled[t] for t in needed}})[name]
         shown[name] = replace(shown[name], body=replace(filled[name], claims=checked))
     return {name: shown[name] for name in names if name in shown}, problems
 
