@@ -59,7 +59,6 @@ class Wandb(Settings):
                 dir=folder,
                 mode=self.mode,
                 settings=settings,
-                reinit=True,
             )
         except Exception as error:  # whatever goes wrong in there, the experiment matters more
             log.warning(

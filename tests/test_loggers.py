@@ -13,6 +13,14 @@ from teq.loggers import Silent, Wandb
 TINY = ["model=tiny-llama", "train.steps=3", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
 
 
+def runs(folder):
+    """The files of the offline runs under a folder, once wandb's own process has ended and written all."""
+    import wandb
+
+    wandb.teardown()
+    return list(folder.rglob("run-*.wandb"))
+
+
 def history(folder):
     """What an offline run logged: one dict per `log` call.
 
@@ -21,7 +29,7 @@ def history(folder):
     """
     from wandb.proto import wandb_internal_pb2
 
-    (file,) = folder.rglob("run-*.wandb")
+    (file,) = runs(folder)
     content, at, parts, rows = file.read_bytes(), 7, [], []
     while at + 7 <= len(content):
         if 32768 - at % 32768 < 7:  # too short for another chunk: the block's padding
@@ -67,14 +75,14 @@ layout:
     for job in jobs:
         cli.run_job(job)
     assert cli.summary(jobs) == 0
+    files = runs(own_home / "wandb")
     (table,) = (own_home / "wandb").rglob("*.table.json")
     rows = json.loads(table.read_text())
     assert rows["columns"][:5] == ["grid", "method", "cell", "ours", "stderr"]
     assert [row[:3] for row in rows["data"]] == [["full", "fp", "ppl"], ["w4", "rtn", "ppl"]]
     fp = next(r for r in record.load(own_home / "records") if r.data["run"]["method"] == "fp")
     assert float(rows["data"][0][3]) == pytest.approx(fp.metrics["python-docs"]["values"]["ppl"], rel=1e-6)
-    groups = [b"logged" in file.read_bytes() for file in (own_home / "wandb").rglob("run-*.wandb")]
-    assert groups == [True] * 3
+    assert [b"logged" in file.read_bytes() for file in files] == [True] * 3
 
 
 def test_a_failing_start_is_said_and_the_run_goes_on(monkeypatch, caplog, tmp_path):
