@@ -1,4 +1,4 @@
-"""What the README says is what there is: commands that parse, the published table, links that lead somewhere."""
+"""What the README says is what there is: commands that parse, the published table, links that work."""
 
 import pathlib
 import re
