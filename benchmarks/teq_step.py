@@ -147,11 +147,10 @@ def seconds(names: list[str], overrides: list[str], count: int, repeats: int) ->
 
 
 def memory(name: str, overrides: list[str], count: int) -> dict[str, int]:
-    """Peak bytes of live tensors over the weights in one step, and of resident memory over that before it."""
+    """Peak bytes of live tensors over the weights in a step, and of resident memory over the loaded model's."""
     model, family = load(overrides)
     tokens = tokens_of(model, count)
     trainer = Trainer(name, model, family)
-    trainer.step(tokens)  # the optimizer's state is there from now on
     with measure.cost("cpu") as cost:
         before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         trainer.step(tokens)
