@@ -147,7 +147,7 @@ def seconds(names: list[str], overrides: list[str], count: int, repeats: int) ->
 
 
 def memory(name: str, overrides: list[str], count: int) -> dict[str, int]:
-    """Peak bytes of live tensors over the weights, and of resident memory over the loaded model, in a step."""
+    """Peak bytes of live tensors over the weights, and of resident memory over the loaded model."""
     model, family = load(overrides)
     tokens = tokens_of(model, count)
     trainer = Trainer(name, model, family)
