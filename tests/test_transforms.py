@@ -262,21 +262,24 @@ def test_methods_run_end_to_end_and_are_not_their_quantizer_alone(family, own_ho
     from teq.store import Store
 
     weights, cached = {}, {}
-    for method in ("rtn", "gptq", *METHODS):
-        (job,) = config.jobs([f"model=tiny-{family}", f"method={method}", *QUICK])
+    for method in ("rtn", "gptq", *METHODS, "awq unclipped"):
+        name, *unclipped = method.split()
+        overrides = [f"method={name}", *(["awq.clip=false"] if unclipped else [])]
+        (job,) = config.jobs([f"model=tiny-{family}", *overrides, *QUICK])
         data = run(job.run, Store(own_home / "store"), own_home, Runtime(), Silent()).data
         stages, summaries = data["stages"], data["training"]["scales"]
         weights[method] = load_file(
             own_home / "store" / "weights" / stages["weights"]["key"] / "data.safetensors"
         )
         cached[method] = stages["scales"]["cached"]
-        assert bool(summaries) == (method in METHODS)
+        assert bool(summaries) == (name in METHODS)
         assert all(0 <= site["near"] <= 1 for site in summaries.values())
     assert cached["smoothquant+gptq"] and not cached["smoothquant"]
-    for method in METHODS:
-        plain = weights["gptq" if method.endswith("gptq") else "rtn"]
-        changed = [not torch.equal(weights[method][n], plain[n]) for n in plain if n.endswith("/codes")]
-        assert any(changed)
+    assert cached["awq unclipped"] and not cached["awq+gptq"]
+    others = {method: "gptq" if method.endswith("gptq") else "rtn" for method in METHODS}
+    for method, plain in (others | {"awq unclipped": "awq"}).items():
+        codes = [name for name in weights[plain] if name.endswith("/codes")]
+        assert any(not torch.equal(weights[method][name], weights[plain][name]) for name in codes)
 
 
 def test_a_recipe_fills_the_calibration_and_the_grid_is_no_matter_to_smoothquant():
