@@ -47,17 +47,18 @@ def checked_jobs(argv: list[str]) -> list[Job]:
     found = config.jobs(argv)
     Store(config.home() / "store")
     pipeline.resolve_device(found[0].options.device)
-    problems, passed = [], set()
-    for job in found:
-        for name, check in pipeline.checks(job.run).items():
-            if name not in passed:
-                passed.add(name)
-                try:
-                    check()
-                except UserError as error:
-                    problems.append(f"model={job.run.model.name}: {error}")
-    if problems:
-        raise UserError("\n".join(problems))
+    for stage in zip(*(pipeline.checks(job.run) for job in found), strict=True):
+        problems, passed = [], set()
+        for job, checks in zip(found, stage, strict=True):
+            for name, check in checks.items():
+                if name not in passed:
+                    passed.add(name)
+                    try:
+                        check()
+                    except UserError as error:
+                        problems.append(f"model={job.run.model.name}: {error}")
+        if problems:
+            raise UserError("\n".join(problems))
     return found
 
 

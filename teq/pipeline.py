@@ -50,15 +50,17 @@ class Run(Settings):
         return f"model={self.model.name} method={self.method}{cut}"
 
 
-def checks(spec: Run) -> dict[str, Callable[[], Any]]:
+def checks(spec: Run) -> list[dict[str, Callable[[], Any]]]:
     """What can be known to be wrong before any heavy work: named calls that raise UserError.
 
-    Equal names are equal checks, so that a sweep asks for each model and each text once.
+    First the model, then the texts: whoever cannot reach the hub hears of the models, not of every data set
+    too. Equal names are equal checks, so that a sweep asks for each once.
     """
-    found: dict[str, Callable[[], Any]] = {spec.model.source.key(): spec.model.source.identity}
-    for reader in (spec.transform, spec.quantizer):
-        found[f"text {reader.corpus()}"] = functools.partial(_text, reader)
-    return found | {evaluation.key(): evaluation.provenance for evaluation in spec.evals}
+    texts = {f"text {r.corpus()}": functools.partial(_text, r) for r in (spec.transform, spec.quantizer)}
+    return [
+        {spec.model.source.key(): spec.model.source.identity},
+        texts | {evaluation.key(): evaluation.provenance for evaluation in spec.evals},
+    ]
 
 
 def resolve_device(wanted: str) -> str:

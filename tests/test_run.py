@@ -87,7 +87,7 @@ def test_hub_models_without_hub_end_in_one_line_each(capsys, monkeypatch, tmp_pa
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert entry.main(["-m", "model=opt-6.7b,bloom-3b", "method=teq,teq+gptq", "recipe=quick"]) == 2
+    assert entry.main(["-m", "model=opt-6.7b,bloom-3b", "method=teq,teq+gptq"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     for repo in ("facebook/opt-6.7b", "bigscience/bloom-3b"):
         mine = [line for line in lines if repo in line]
