@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from teq import arch, config, measure
 from teq.grid import Grid, fake_quant
-from teq.transforms.training import ScaledFakeQuantLinear, causal_loss
+from teq.transforms.loss import causal_loss
+from teq.transforms.training import ScaledFakeQuantLinear
 
 GRID = Grid(bits=3, group_size=64)
 

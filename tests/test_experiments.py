@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from teq import config, tables
 from teq.evaluate.counts import Counts
 from teq.evaluate.overhead import Overhead
+from teq.grid import Grid
 from teq.layout import ANY, CELL, FULL, parse
 from teq.lookup import Library
 from teq.models import Checkpoint
@@ -193,6 +194,18 @@ def test_table_8_is_what_the_recipe_resolves_to():
         ("bloom-7b1", "w4"): "inv_sqrt",
         ("llama-7b", "w4"): 4e-4,
         ("llama-13b", "w4_g128"): 2e-4,
+    }
+
+
+def test_the_hours_on_real_data_train_one_grid_as_long_as_the_paper():
+    trained = {
+        job.run.transform.grid: (job.run.transform.steps, job.run.transform.lr, job.run.transform.parameter)
+        for job in config.jobs(["experiments=smollm2", "method=teq"])
+    }
+    assert trained == {
+        Grid(bits=4, group_size=-1): (1000, 1e-3, "clip"),
+        Grid(bits=4, group_size=128): (100, 1e-2, "log"),
+        Grid(bits=3, group_size=128): (100, 1e-2, "log"),
     }
 
 

@@ -67,6 +67,16 @@ def test_error_is_below_that_of_rounding():
     assert solve(weight, h, chosen).error < 0.7 * rounding
 
 
+@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"group_size": -1}, {"block_size": 50}])
+def test_error_is_that_of_the_weights_under_the_hessian(options):
+    h, chosen = hessian(), settings(**options)
+    h[7, :] = h[:, 7] = 0
+    solution = solve(ORACLE["weight"], h, chosen)
+    lost = solution.quantized.dequantize(chosen.grid) - ORACLE["weight"]
+    lost[:, 7] = 0
+    assert solution.error == pytest.approx(float(((lost.double() @ h.double()) * lost).sum()), rel=1e-4)
+
+
 def test_rows_solved_together_equal_rows_solved_alone():
     chosen = settings()
     together = solve(ORACLE["weight"], hessian(), chosen).quantized

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from teq.quantizers.gptq import Gptq
 
 LADDER = 3  # times the damping is raised tenfold when the Hessian is not positive definite
+STRIP = 16  # columns inside a block that correct each other one by one
+DIRECT = 128  # a triangular matrix of at most this size is inverted by the library at once
 
 
 class Hessian:
@@ -63,74 +65,96 @@ def solve(weight: Tensor, hessian: Tensor, settings: "Gptq") -> Solution:
     order = torch.arange(columns, device=weight.device)
     if settings.act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        hessian, weight = hessian[order][:, order], weight[:, order]
     size = columns if grid.group_size == -1 else grid.group_size
     group_of = (order if fixed is not None else torch.arange(columns, device=weight.device)) // size
-    inverse, damping = _inverse_factor(hessian[order][:, order], settings.damping)
-    codes, scale, zero = _columns(weight[:, order], inverse, fixed, group_of, settings)
+    inverse, damping, added = _inverse_factor(hessian, settings.damping)
+    codes, scale, zero, errors = _columns(weight, inverse, fixed, group_of, settings)
     back = torch.argsort(order)
     codes = codes[:, back]
     g_idx = group_of[back] if settings.act_order and grid.group_size != -1 else None
     quantized = Quantized(codes.to(torch.uint8), scale, zero, g_idx)
     lost = quantized.dequantize(grid).sub_(original)
     lost[:, dead] = 0
-    return Solution(quantized, damping, float(((lost @ hessian) * lost).sum()))
+    # E = errors @ inverse and inverse^T inverse = (H + added)^-1, so tr(E (H + added) E^T) = |errors|^2
+    return Solution(quantized, damping, errors - added * float(lost.double().square_().sum()))
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper Cholesky factor of the inverse of the damped Hessian (fp32), and the damping that was needed.
+def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, float]:
+    """Upper Cholesky factor of the inverse of the damped Hessian (fp32), the damping that was needed, and what
+    it added to the diagonal.
 
-    Computed in fp64: the damped Hessians of SmolLM2-135M have condition numbers above 1e4, so that in fp32
-    the factor is good to three digits and the codes depend on the thread count. The codes of the golden
-    tensors are the official fp32 code's either way.
+    With H = V V^T, V upper (the Cholesky factor of H read from its last row and column backwards), the factor
+    is V^-1: one factorization and no inverse of H. Computed in fp64: the damped Hessians of SmolLM2-135M have
+    condition numbers above 1e4, so that in fp32 the factor is good to three digits and the codes depend on
+    the thread count. The codes of the golden tensors are the official fp32 code's either way.
     """
-    exact = hessian.double()
-    mean = exact.diagonal().mean()
+    exact = hessian.flip(0, 1).double()
+    mean = float(exact.diagonal().mean())
     for step in range(LADDER + 1):
+        added = damping * 10**step * mean
         damped = exact.clone()
-        damped.diagonal().add_(damping * 10**step * mean)
+        damped.diagonal().add_(added)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not failed:
-                return inverse.float(), damping * 10**step
+            return _inverse_of_upper(factor.flip(0, 1)).float(), damping * 10**step, added
     raise UserError(
         f"the Hessian is not positive definite even with gptq.damping={damping * 10**LADDER:g}: "
         "raise gptq.damping or gptq.samples"
     )
 
 
+def _inverse_of_upper(factor: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix by halves, so that most of the work is matrix products."""
+    size = factor.shape[0]
+    if size <= DIRECT:
+        one = torch.eye(size, dtype=factor.dtype, device=factor.device)
+        return torch.linalg.solve_triangular(factor, one, upper=True)
+    half = size // 2
+    inverse = torch.zeros_like(factor)
+    inverse[:half, :half] = first = _inverse_of_upper(factor[:half, :half])
+    inverse[half:, half:] = last = _inverse_of_upper(factor[half:, half:])
+    inverse[:half, half:] = (first @ factor[:half, half:]).neg_() @ last
+    return inverse
+
+
 def _columns(
     weight: Tensor, inverse: Tensor, fixed: tuple[Tensor, Tensor] | None, group_of: Tensor, settings: "Gptq"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes `[out, in]`, scale and zero `[out, groups]`; columns are in processing order.
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Codes `[out, in]`, scale and zero `[out, groups]`, and the sum of the squared errors that were passed
+    on; columns are in processing order.
 
     A group's grid is taken from `weight` when its first column is reached, as updated so far by whole blocks
     only: the present block's own corrections live in `block` until it ends. That is what the official code
-    does.
+    does. Inside a block, corrections reach the next few columns one by one and the others a strip at a time.
     """
     grid, columns = settings.grid, weight.shape[1]
     size = columns if grid.group_size == -1 else grid.group_size
     rows = weight.T.contiguous()  # [in, out]: a column of the weight is contiguous here
     codes = torch.empty_like(rows)
-    groups = grid.group_count(columns)
-    scale, zero = fixed or (
-        weight.new_empty(weight.shape[0], groups),
-        weight.new_empty(weight.shape[0], groups),
-    )
-    numbers = group_of.tolist()
+    if fixed is None:
+        scale, zero = rows.new_empty(2, grid.group_count(columns), rows.shape[1])  # [groups, out]
+    else:
+        scale, zero = (params.T.contiguous() for params in fixed)
+    numbers, rounded, passed_on = group_of.tolist(), torch.empty_like(rows[0]), 0.0
     for start in range(0, columns, settings.block_size):
         stop = min(start + settings.block_size, columns)
         block, errors = rows[start:stop].clone(), torch.empty_like(rows[start:stop])
         factor = inverse[start:stop, start:stop]
         diagonal = factor.diagonal().tolist()
-        for i in range(stop - start):
-            column, group = start + i, numbers[start + i]
-            if fixed is None and column % size == 0:
-                scale[:, group], zero[:, group] = qparams(rows[column : column + size].T, grid)
-            s, z = scale[:, group], zero[:, group]
-            code = (block[i] / s).round_().add_(z).clamp_(0, grid.levels)
-            codes[column] = code
-            errors[i] = (block[i] - (code - z).mul_(s)).div_(diagonal[i])
-            block[i:].addr_(factor[i, i:], errors[i], alpha=-1)
+        now, code_of, error_of = block.unbind(), codes[start:stop].unbind(), errors.unbind()
+        for first in range(0, stop - start, STRIP):
+            last = min(first + STRIP, stop - start)
+            for i in range(first, last):
+                column, group = start + i, numbers[start + i]
+                if fixed is None and column % size == 0:
+                    scale[group], zero[group] = qparams(rows[column : column + size].T, grid)
+                s, z = scale[group], zero[group]
+                torch.div(now[i], s, out=code_of[i]).round_().add_(z).clamp_(0, grid.levels)
+                torch.sub(code_of[i], z, out=rounded).mul_(s)
+                torch.sub(now[i], rounded, out=error_of[i]).div_(diagonal[i])
+                block[i + 1 : last].addr_(factor[i, i + 1 : last], error_of[i], alpha=-1)
+            block[last:].addmm_(factor[first:last, last:].T, errors[first:last], alpha=-1)
         rows[stop:].addmm_(inverse[start:stop, stop:].T, errors, alpha=-1)
-    return codes.T.contiguous(), scale, zero
+        passed_on += float(errors.double().square_().sum())
+    return codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), passed_on

@@ -16,6 +16,7 @@ from teq.arch import Arch, Site
 from teq.grid import Grid, fake_quant
 from teq.progress import track
 from teq.transforms import Diverged, NothingDone, OnStep
+from teq.transforms.loss import causal_loss, check_head
 from teq.transforms.partial import Partial
 
 if TYPE_CHECKING:
@@ -85,14 +86,6 @@ def learning_rate(settings: "Teq", step: int) -> float:
     return settings.lr * (settings.steps - step) / (settings.steps - warm_up)
 
 
-def causal_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean next-token cross-entropy of `tokens [batch, token]` in fp32: what `model(tokens,
-    labels=tokens)` computes.
-    """
-    logits = model(tokens, use_cache=False).logits[:, :-1]
-    return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
 def train(
     settings: "Teq",
     model: nn.Module,
@@ -111,6 +104,7 @@ def train(
     never moved.
     """
     architecture.check_equivalence(model, arch)
+    check_head(model)
     found = architecture.sites(model, arch)
     log = settings.parameter == "log"
     first = {site.name: initial(site, settings.init) for site in found}
