@@ -18,8 +18,8 @@ from teq.quantizers import restore
 from teq.quantizers.rtn import Rtn
 from teq.spec import Runtime
 from teq.transforms import Diverged, NothingDone, site_scales
-from teq.transforms.teq import Teq
 from teq.transforms.loss import causal_loss
+from teq.transforms.teq import Teq
 from teq.transforms.training import ScaledFakeQuantLinear, initial, learning_rate, train
 
 FOLDER = pathlib.Path(__file__).parent / "oracles"

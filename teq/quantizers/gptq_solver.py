@@ -81,8 +81,8 @@ def solve(weight: Tensor, hessian: Tensor, settings: "Gptq") -> Solution:
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, float]:
-    """Upper Cholesky factor of the inverse of the damped Hessian (fp32), the damping that was needed, and what
-    it added to the diagonal.
+    """Upper Cholesky factor of the inverse of the damped Hessian (fp32), the damping that was needed, and
+    what it added to the diagonal.
 
     With H = V V^T, V upper (the Cholesky factor of H read from its last row and column backwards), the factor
     is V^-1: one factorization and no inverse of H. Computed in fp64: the damped Hessians of SmolLM2-135M have

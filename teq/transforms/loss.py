@@ -58,6 +58,6 @@ def check_head(model: nn.Module) -> None:
     made = model.get_output_embeddings()(model.base_model(tokens, use_cache=False).last_hidden_state)
     if not torch.allclose(made, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
         raise UserError(
-            f"{type(model).__name__} does more to its logits than its output embeddings do: the training loss "
-            "cannot be made from its hidden states; it needs a loss of its own in teq/transforms/loss.py"
+            f"{type(model).__name__} does more to its logits than its output embeddings do: the training "
+            "loss cannot be made from its hidden states; it needs a loss of its own in teq/transforms/loss.py"
         )
