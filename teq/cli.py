@@ -4,7 +4,7 @@ import logging
 import traceback
 from pathlib import Path
 
-from teq import config, pipeline, record, tables
+from teq import config, memory, pipeline, record, tables
 from teq.config import Job
 from teq.loggers import Silent
 from teq.lookup import Library
@@ -47,6 +47,7 @@ def checked_jobs(argv: list[str]) -> list[Job]:
     found = config.jobs(argv)
     Store(config.home() / "store")
     pipeline.resolve_device(found[0].options.device)
+    memory.check(found[0].options.memory)
     for stage in zip(*(pipeline.checks(job.run) for job in found), strict=True):
         problems, passed = [], set()
         for job, checks in zip(found, stage, strict=True):
@@ -70,7 +71,7 @@ def run_job(job: Job) -> None:
     try:
         runtime = Runtime(
             device=pipeline.resolve_device(job.options.device),
-            checkpoint=job.options.checkpoint,
+            memory=job.options.memory,
             batch_size=job.options.batch_size,
         )
         logger = job.logger.start(job.run.title(), job.run.plain(), str(home), job.experiment)

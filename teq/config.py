@@ -69,7 +69,7 @@ class Options(Settings):
     """The part of a configuration that no result depends on."""
 
     device: str = "auto"
-    checkpoint: bool = False
+    memory: str = "auto"
     batch_size: int = option(8, at_least=1, key="tasks.batch_size")
 
 
@@ -126,9 +126,7 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
         evals=tuple(_make(_file(CONF / "eval" / f"{e}.yaml"), cfg) for e in _names(cfg["evals"])),
     )
     _check_weights(run)
-    options = Options(
-        device=cfg["device"], checkpoint=cfg["train"]["checkpoint"], batch_size=cfg["tasks"]["batch_size"]
-    )
+    options = Options(device=cfg["device"], memory=str(cfg["memory"]), batch_size=cfg["tasks"]["batch_size"])
     experiment = choices.get("experiments")
     layout = None if experiment is None else _experiment(str(experiment)).get(LAYOUT)
     return Job(list(overrides), run, options, _make(cfg["logger"], cfg), experiment, layout)

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from teq import ranks
+
 LIBRARIES = (
     "torch",
     "transformers",
@@ -64,7 +66,7 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads() if torch is not None else None,
         "python": platform.python_version(),
         "versions": versions(),
-    }
+    } | ({"ranks": ranks.count()} if ranks.count() > 1 else {})
 
 
 def versions() -> dict[str, str]:

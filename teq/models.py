@@ -12,7 +12,7 @@ from teq.spec import Settings, UserError, digest, option
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 ELSEWHERE = (
@@ -246,6 +246,17 @@ class Checkpoint(Settings):
     name: str
     source: Hub | Folder | Wheel | Random | Synthetic | Outline
     arch: Arch
+
+    def config(self) -> "PretrainedConfig":
+        """The dimensions of the architecture, without its weights where they need not be fetched."""
+        from transformers import AutoConfig
+
+        if isinstance(self.source, Random | Synthetic | Outline):
+            values = dict(self.source.config)
+            return AutoConfig.for_model(values.pop("model_type"), **values)
+        return AutoConfig.from_pretrained(
+            self.source.folder(), local_files_only=True, trust_remote_code=False
+        )
 
     def load(self, dtype: str, device: str) -> LM:
         """The model in eval mode with `dtype` weights on `device`, every parameter frozen, and its

@@ -4,12 +4,12 @@ import dataclasses
 import datetime
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from teq import corpora, measure, record
+from teq import corpora, measure, memory, ranks, record
 from teq.models import Checkpoint
 from teq.record import Record
 from teq.spec import Runtime, Settings, UserError, digest, option
@@ -57,8 +57,10 @@ def checks(spec: Run) -> list[dict[str, Callable[[], Any]]]:
     too. Equal names are equal checks, so that a sweep asks for each once.
     """
     texts = {f"text {r.corpus()}": functools.partial(_text, r) for r in (spec.transform, spec.quantizer)}
+    together = functools.partial(ranks.check, spec.transform, spec.model)
     return [
         {spec.model.source.key(): spec.model.source.identity},
+        {f"ranks {spec.model.key()} {spec.transform.key()}": together},
         texts | {evaluation.key(): evaluation.provenance for evaluation in spec.evals},
     ]
 
@@ -67,6 +69,7 @@ def resolve_device(wanted: str) -> str:
     """`auto` as the device there is; any other name checked. Raises UserError."""
     import torch
 
+    wanted = ranks.own(wanted)
     if wanted == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
@@ -95,11 +98,15 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
     def fit() -> tuple[dict[str, "Tensor"], dict[str, Any]]:
         from teq.transforms.histogram import summaries
 
+        def with_strategy(strategy: str) -> tuple[Mapping[str, "Tensor"], dict[str, Any]]:
+            partial = home / "partial" / f"{digest(transform)}.safetensors"
+            load = functools.partial(bench.pristine, "cpu") if strategy == "offload" else bench.pristine
+            how = dataclasses.replace(runtime, strategy=strategy, partial=partial)
+            return ranks.fit(spec.transform, bench, load, how, logger.step)
+
         try:
-            resumable = dataclasses.replace(
-                runtime, partial=home / "partial" / f"{digest(transform)}.safetensors"
-            )
-            tensors, info = spec.transform.fit(bench.pristine, resumable, logger.step)
+            chosen = memory.choose(spec.transform, spec.model, spec.dtype, runtime)
+            tensors, info = memory.attempt(with_strategy, chosen)
         except Diverged as error:
             raise _kept(error, home / "failed" / f"{spec.key()}.safetensors") from error
         return tensors, {**info, "scales": summaries(tensors)}
@@ -160,13 +167,15 @@ class Bench:
         self._lm: LM | None = None
         self._state: str | None = "pristine"
 
-    def pristine(self) -> "LM":
-        """The model as it was loaded; the caller leaves it so."""
+    def pristine(self, device: str | None = None) -> "LM":
+        """The model as it was loaded, on `device` (its own); the caller leaves it so."""
         if self._lm is None or self._state != "pristine":
             self._lm = None  # free the old one first
             log.info("loading model=%s", self.checkpoint.name)
             with measure.uncounted():
-                self._lm, self._state = self.checkpoint.load(self.dtype, self.device), "pristine"
+                self._lm = self.checkpoint.load(self.dtype, device or self.device)
+            self._state = "pristine"
+        self._lm.model.to(device or self.device)
         return self._lm
 
     def to_use_up(self) -> "LM":

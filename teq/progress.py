@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
+from teq import ranks
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0
@@ -13,6 +15,9 @@ SECONDS_BETWEEN_LINES = 30.0
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Yield `items` while showing how many are done, the rate and the time left."""
+    if not ranks.leads():
+        yield from items
+        return
     count = total if total is not None else len(items) if isinstance(items, Sized) else None
     if sys.stderr.isatty():
         from tqdm import tqdm

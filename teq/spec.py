@@ -67,12 +67,16 @@ class Settings:
         return digest(self.plain())
 
 
+STRATEGIES = ("keep", "checkpoint", "offload")  # of a training step: each takes more time and less memory
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runtime(Settings):
     """How the work is done where results do not depend on it: in no key. `device` is already resolved."""
 
     device: str = "cpu"
-    checkpoint: bool = False
+    memory: str = "auto"  # what `teq.memory.choose` chooses the strategy by
+    strategy: str = option("keep", among=STRATEGIES)
     batch_size: int = option(8, at_least=1)
     partial: Path | None = None  # where a long stage may keep its state, to go on after an interruption
 

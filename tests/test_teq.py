@@ -16,7 +16,7 @@ from teq.grid import Grid, fake_quant
 from teq.models import LM
 from teq.quantizers import restore
 from teq.quantizers.rtn import Rtn
-from teq.spec import Runtime
+from teq.spec import STRATEGIES, Runtime
 from teq.transforms import Diverged, NothingDone, site_scales
 from teq.transforms.loss import causal_loss
 from teq.transforms.teq import Teq
@@ -143,15 +143,16 @@ def test_training_sees_the_very_model_that_is_stored(tiny, family):
     assert causal_loss(lm.model, tokens[3:]).item() == pytest.approx(info["loss"][3], rel=1e-4)
 
 
-def test_checkpointing_changes_no_loss(tiny, family):
+def test_no_strategy_changes_a_loss(tiny, family):
     lm = tiny(family)
     tokens = torch.randint(258, (3, 48), generator=torch.Generator().manual_seed(1))
-    (a, first), (b, second) = (
-        train(teq(steps=3), lm.model, lm.arch, tokens, lambda *_: None, checkpointing)
-        for checkpointing in (False, True)
+    (kept, first), *others = (
+        train(teq(steps=3), lm.model, lm.arch, tokens, lambda *_: None, Runtime(strategy=s))
+        for s in STRATEGIES
     )
-    assert first["loss"] == second["loss"]
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    for scales, info in others:
+        assert info["loss"] == first["loss"]
+        assert all(torch.equal(kept[name], scales[name]) for name in kept)
 
 
 @pytest.mark.parametrize("parameter", ["clip", "log"])
@@ -244,8 +245,10 @@ def test_interrupted_training_goes_on_to_the_very_same_scales(tiny, monkeypatch,
 
     expected, whole = train(settings, lm.model, lm.arch, tokens, lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
-        train(settings, lm.model, lm.arch, tokens, interrupt, partial=file)
-    resumed, info = train(settings, lm.model, lm.arch, tokens, lambda k, _: steps.append(k), partial=file)
+        train(settings, lm.model, lm.arch, tokens, interrupt, Runtime(partial=file))
+    resumed, info = train(
+        settings, lm.model, lm.arch, tokens, lambda k, _: steps.append(k), Runtime(partial=file)
+    )
     assert steps == [4, 5] and info["loss"] == whole["loss"]
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     assert not file.exists()
@@ -255,5 +258,5 @@ def test_damaged_state_of_an_interrupted_training_is_left_aside(tiny, tmp_path, 
     lm, file = tiny("llama"), tmp_path / "partial.safetensors"
     file.write_bytes(b"half a fi")
     tokens = torch.randint(258, (2, 48), generator=torch.Generator().manual_seed(1))
-    _, info = train(teq(steps=2), lm.model, lm.arch, tokens, lambda *_: None, partial=file)
+    _, info = train(teq(steps=2), lm.model, lm.arch, tokens, lambda *_: None, Runtime(partial=file))
     assert len(info["loss"]) == 2 and "training starts anew" in caplog.text

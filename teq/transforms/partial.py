@@ -9,7 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from teq import ranks
+
 log = logging.getLogger(__name__)
+PARTS = ("free", "mean", "square", "best")  # of a site: parameter, Adam's moments, best scales
 SECONDS = 60.0  # between two saves: the most that a killed run loses
 
 
@@ -29,23 +32,15 @@ class Partial:
         """Put back what was saved; returns the losses so far and the best scales, or None without a usable
         file.
         """
-        if self.file is None or not self.file.is_file():
+        state = ranks.from_first(self._read())
+        if state is None:
             return None
-        try:
-            state = load_file(self.file)
-            losses = state["losses"].tolist()
-            kept = {
-                name: [
-                    state[f"{part}/{name}"].to(parameter.device)
-                    for part in ("free", "mean", "square", "best")
-                ]
-                for name, parameter in self.free.items()
-            }
-            random = state["random"]
-        except (OSError, SafetensorError, KeyError) as error:
-            log.warning("%s is damaged (%s): training starts anew", self.file, error)
-            return None
-        torch.set_rng_state(random)
+        losses = state["losses"].tolist()
+        kept = {
+            name: [state[f"{part}/{name}"].to(parameter.device) for part in PARTS]
+            for name, parameter in self.free.items()
+        }
+        torch.set_rng_state(state["random"])
         for name, (value, mean, square, _) in kept.items():
             parameter, done = self.free[name], torch.tensor(float(len(losses)))
             parameter.data.copy_(value)
@@ -53,9 +48,21 @@ class Partial:
         log.info("training goes on from step %d", len(losses))
         return losses, {name: best for name, (*_, best) in kept.items()}
 
-    def save(self, losses: list[float], best: dict[str, Tensor]) -> None:
-        """Write the state aside and rename it into place, when the last time was `SECONDS` ago."""
-        if self.file is None or time.monotonic() - self.saved < SECONDS:
+    def _read(self) -> dict[str, Tensor] | None:
+        """What was saved, when all of it is there."""
+        if self.file is None or not self.file.is_file():
+            return None
+        try:
+            state = load_file(self.file)
+            names = ["losses", "random", *(f"{part}/{name}" for part in PARTS for name in self.free)]
+            return {name: state[name] for name in names}
+        except (OSError, SafetensorError, KeyError) as error:
+            log.warning("%s is damaged (%s): training starts anew", self.file, error)
+            return None
+
+    def save(self, losses: list[float], best: dict[str, Tensor], now: bool = False) -> None:
+        """Write the state aside and rename it into place, `now` or when the last time was `SECONDS` ago."""
+        if self.file is None or not (now or time.monotonic() - self.saved >= SECONDS):
             return
         state = {"losses": torch.tensor(losses, dtype=torch.float64), "random": torch.get_rng_state()}
         for name, parameter in self.free.items():

@@ -3,7 +3,7 @@ section 3).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from teq.corpora import Calibration
 from teq.grid import Grid
@@ -12,6 +12,8 @@ from teq.transforms import Load, OnStep
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from teq.models import LM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Teq(Settings):
 
     version = 1
     group = "train"
+    together: ClassVar[bool] = True  # under torchrun all ranks take part
     grid: Grid
     calib: Calibration
     init: str = option(among=("ones", "inv_sqrt"), key="init")
@@ -48,4 +51,18 @@ class Teq(Settings):
 
         lm = load()
         windows = corpora.calibration(self.calib, lm.tokenizer, max(self.steps, 1) * self.batch, self.length)
-        return train(self, lm.model, lm.arch, windows, on_step, runtime.checkpoint, runtime.partial)
+        return train(self, lm.model, lm.arch, windows, on_step, runtime)
+
+    def rehearse(self, lm: "LM", strategy: str) -> None:
+        """Two training steps on an outline of the model: Adam has its state from the second on."""
+        import torch
+
+        from teq.arch import sites
+        from teq.transforms.training import Trainer, through
+
+        found = sites(lm.model, lm.arch)
+        trainer = Trainer(self, found, lm.device)
+        tokens = torch.zeros(self.batch, self.length, dtype=torch.int64, device=lm.device)
+        with through(lm.model, lm.arch, found, self.grid, trainer.current.__getitem__, strategy):
+            for step in (0, 0):
+                trainer.move(trainer.loss(lm.model, tokens), step)

@@ -2,8 +2,8 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,16 +12,20 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from teq import arch as architecture
+from teq import memory, ranks
 from teq.arch import Arch, Site
 from teq.grid import Grid, fake_quant
 from teq.progress import track
+from teq.spec import Runtime
 from teq.transforms import Diverged, NothingDone, OnStep
 from teq.transforms.loss import causal_loss, check_head
+from teq.transforms.offload import Stream, place_around_blocks
 from teq.transforms.partial import Partial
 
 if TYPE_CHECKING:
     from teq.transforms.teq import Teq
 
+PLAINLY = Runtime()
 SMALLEST = 1e-5  # neural-compressor's bound on s with parameter=clip
 WARM_UP = 0.05  # share of the steps, profile inc
 BETAS = (0.9, 0.9)  # the paper's section 3.2
@@ -86,18 +90,54 @@ def learning_rate(settings: "Teq", step: int) -> float:
     return settings.lr * (settings.steps - step) / (settings.steps - warm_up)
 
 
+class Trainer:
+    """The scales of all sites while they are trained, and one step of training."""
+
+    def __init__(self, settings: "Teq", found: list[Site], device: torch.device) -> None:
+        self.settings, self.log = settings, settings.parameter == "log"
+        first = {site.name: initial(site, settings.init).to(device) for site in found}
+        self.free = {name: nn.Parameter(s.log() if self.log else s) for name, s in first.items()}
+        self.optimizer = torch.optim.Adam(self.free.values(), lr=settings.lr, betas=BETAS, weight_decay=0)
+        self.current: dict[str, Tensor] = {}  # the scales that the step in progress computes with
+
+    def scale(self, name: str) -> Tensor:
+        """The positive scales of a site `[in]`, as a function of what is trained."""
+        return self.free[name].exp() if self.log else self.free[name].clamp(min=SMALLEST)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of all scales by site."""
+        with torch.no_grad():
+            return {name: self.scale(name).clone() for name in self.free}
+
+    def loss(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """The loss of `tokens [batch, token]` under the present scales, inside `through`."""
+        self.current.update({name: self.scale(name) for name in self.free})
+        return causal_loss(model, tokens)
+
+    def move(self, loss: Tensor, step: int) -> None:
+        """Backward, and Adam's update at this step's learning rate."""
+        loss.backward()
+        ranks.average(self.free.values())
+        self.current.clear()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
 def train(
     settings: "Teq",
     model: nn.Module,
     arch: Arch,
     windows: Tensor,
     on_step: OnStep,
-    checkpointing: bool = False,
-    partial: Path | None = None,
+    runtime: Runtime = PLAINLY,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train the scales of every site on `windows [steps * batch, token]`; the model is left as it was.
 
-    With `partial` the state is saved there about once a minute, and training goes on from what is there.
+    With `runtime.partial` the state is saved there about once a minute and when memory runs out, and training
+    goes on from what is there. `runtime.strategy` (see `through`) changes where memory goes, not the result;
+    under `offload` the model is given in the host's memory, and its blocks stay there.
 
     Returns the last scales by site, with `start/<site>` and `best/<site>` (the step of the lowest loss)
     beside them, and the loss curve. Raises Diverged on a loss that is not finite, NothingDone when a site
@@ -106,51 +146,43 @@ def train(
     architecture.check_equivalence(model, arch)
     check_head(model)
     found = architecture.sites(model, arch)
-    log = settings.parameter == "log"
-    first = {site.name: initial(site, settings.init) for site in found}
-    free = {name: nn.Parameter(s.log() if log else s) for name, s in first.items()}
-
-    def scale(name: str) -> Tensor:
-        return free[name].exp() if log else free[name].clamp(min=SMALLEST)
-
-    def snapshot() -> dict[str, Tensor]:
-        with torch.no_grad():
-            return {name: scale(name).clone() for name in free}
-
-    optimizer = torch.optim.Adam(free.values(), lr=settings.lr, betas=BETAS, weight_decay=0)
-    losses: list[float] = []
-    start = best = snapshot()
-    lowest = float("inf")
-    current: dict[str, Tensor] = {}
+    if runtime.strategy == "offload":
+        place_around_blocks(model, arch, runtime.device)
     device = model.get_input_embeddings().weight.device
+    trainer = Trainer(settings, found, device)
+    losses: list[float] = []
+    start = best = trainer.snapshot()
+    lowest = float("inf")
     torch.manual_seed(settings.calib.seed)  # dropout of profile inc
-    unfinished = Partial(partial, free, optimizer)
+    unfinished = Partial(runtime.partial, trainer.free, trainer.optimizer)
     if (found_state := unfinished.restore()) is not None:
         losses, best = found_state
         lowest = min(losses)
+    ranks.shard(model, arch)
     model.train(settings.profile == "inc")
     try:
-        with _through(model, arch, found, settings.grid, current.__getitem__, checkpointing):
+        with through(model, arch, found, settings.grid, trainer.current.__getitem__, runtime.strategy):
             for step in track(range(len(losses), settings.steps), "training scales"):
-                current.update({name: scale(name) for name in free})
-                tokens = windows[step * settings.batch : (step + 1) * settings.batch].to(device)
-                loss = causal_loss(model, tokens)
-                losses.append(loss.item())
-                if not torch.isfinite(loss):
-                    raise _diverged(step, losses[-1], snapshot(), best)
-                if losses[-1] < lowest:
-                    best, lowest = snapshot(), losses[-1]
-                loss.backward()
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(settings, step)
-                optimizer.step()
-                optimizer.zero_grad()
+                tokens = windows[step * settings.batch : (step + 1) * settings.batch]
+                # in training mode dropout draws for the whole batch, as one process would
+                loss = trainer.loss(model, ranks.share(tokens, whole=model.training).to(device))
+                value = ranks.mean(loss)
+                if not math.isfinite(value):
+                    raise _diverged(step, value, trainer.snapshot(), best)
+                if value < lowest:
+                    best, lowest = trainer.snapshot(), value
+                trainer.move(loss, step)
+                losses.append(value)
                 unfinished.save(losses, best)
-                on_step(step, losses[-1])
+                on_step(step, value)
+    except RuntimeError as error:
+        if losses and memory.exhausted(error):
+            unfinished.save(losses, best, now=True)
+        raise
     finally:
         model.eval()
     unfinished.done()
-    last = snapshot()
+    last = trainer.snapshot()
     still = [name for name, s in last.items() if torch.equal(s, start[name])]
     if settings.steps and still:
         raise NothingDone(
@@ -158,7 +190,7 @@ def train(
             "sites): the result would be plain rounding under another name; raise train.lr or train.steps"
         )
     kept = {f"start/{name}": s for name, s in start.items()} | {f"best/{name}": s for name, s in best.items()}
-    return last | kept, {"loss": losses, "sites": list(last)}
+    return last | kept, {"loss": losses, "sites": list(last), "strategy": runtime.strategy}
 
 
 def _diverged(step: int, loss: float, now: dict[str, Tensor], best: dict[str, Tensor]) -> Diverged:
@@ -172,26 +204,33 @@ def _diverged(step: int, loss: float, now: dict[str, Tensor], best: dict[str, Te
 
 
 @contextlib.contextmanager
-def _through(
+def through(
     model: nn.Module,
     arch: Arch,
     found: list[Site],
     grid: Grid,
     scale: Callable[[str], Tensor],
-    checkpointing: bool,
+    strategy: str,
 ) -> Iterator[None]:
     """Within: every linear of every block computes with its fake-quantized weight, targets with their
     site's scale.
+
+    What the backward pass of a block needs is kept (strategy `keep`) or computed again from the block's input
+    (`checkpoint`); with `offload` the block's weights are copied to the device for that as well.
     """
     site_of = {target: site.name for site in found for target in site.targets}
+    found_blocks = architecture.blocks(model, arch)
     replaced: list[nn.Module] = []
+    device = model.get_input_embeddings().weight.device
+    stream = Stream(list(found_blocks.values()), device) if strategy == "offload" else None
     try:
-        for block_name, block in architecture.blocks(model, arch).items():
+        for index, (block_name, block) in enumerate(found_blocks.items()):
             for name, linear in architecture.linears(block_name, block).items():
                 linear.forward = functools.partial(_forward, linear, grid, scale, site_of.get(name))
                 replaced.append(linear)
-            if checkpointing:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            if strategy != "keep":
+                inner = block.forward if stream is None else functools.partial(stream.run, index)
+                block.forward = functools.partial(checkpoint, inner, use_reentrant=False)
                 replaced.append(block)
         yield
     finally:

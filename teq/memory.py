@@ -1,0 +1,264 @@
+"""Where memory goes in a training step: counted beforehand on tensors without contents, chosen to fit.
+
+The step itself is run on fake tensors (shapes and lifetimes, no numbers), on two and on three blocks; the
+difference is what every further block adds.
+"""
+
+import contextlib
+import copy
+import logging
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+from teq.arch import Arch
+from teq.spec import STRATEGIES, Runtime, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+    from teq.models import LM, Checkpoint
+    from teq.transforms import Transform
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+UNITS = {"MB": 10**6, "GB": 10**9}
+RESERVE = 0.9  # of the free memory may be planned with: allocators round up and fragment
+
+
+@runtime_checkable
+class Rehearsable(Protocol):
+    """A transform that trains: it can run one step for its memory alone."""
+
+    def rehearse(self, lm: "LM", strategy: str) -> None: ...
+
+
+def budget(memory: str, device: str) -> int:
+    """Bytes that may be used: `auto` is nine tenths of what is free on the device (a CPU's available memory).
+
+    Raises UserError when `memory` is no amount.
+    """
+    import torch
+
+    if memory != "auto":
+        return _bytes(memory)
+    if device.startswith("cuda"):
+        return int(RESERVE * torch.cuda.mem_get_info(device)[0])
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(RESERVE * int(line.split()[1]) * 1024)
+    raise UserError("memory=auto needs /proc/meminfo on a CPU: give an amount, such as memory=16GB")
+
+
+def _bytes(memory: str) -> int:
+    amount = re.fullmatch(r"(\d+(?:\.\d+)?)(MB|GB)", memory)
+    if amount is None:
+        raise UserError(
+            f"memory={memory} is not allowed: it must be auto, an amount such as 40GB or 800MB, or one of "
+            f"{', '.join(STRATEGIES)}"
+        )
+    return int(float(amount[1]) * UNITS[amount[2]])
+
+
+def check(memory: str) -> None:
+    """Raises UserError where `memory` is neither a strategy, nor auto, nor an amount."""
+    if memory not in STRATEGIES and memory != "auto":
+        _bytes(memory)
+
+
+def choose(transform: "Transform", model: "Checkpoint", dtype: str, runtime: Runtime) -> str:
+    """The first strategy whose predicted peak fits into the budget; `runtime.memory` may also name one.
+
+    Raises UserError, naming the least that would do, when none fits.
+    """
+    if not isinstance(transform, Rehearsable):
+        return STRATEGIES[0]
+    if runtime.memory in STRATEGIES:
+        return runtime.memory
+    allowed, needed = budget(runtime.memory, runtime.device), {}
+    for strategy in possible(runtime.device):
+        needed[strategy] = step_bytes(transform, model.config(), model.arch, dtype, strategy)
+        if needed[strategy] <= allowed:
+            return strategy
+    name, least = min(needed.items(), key=lambda item: item[1])
+    raise UserError(
+        f"memory={runtime.memory} ({allowed / 1e9:.3g} GB on {runtime.device}) is too small to train the "
+        f"scales: the least that would do is {least / 1e9:.3g} GB, with {name}; shorten train.length, lower "
+        "train.batch, or choose a larger device"
+    )
+
+
+def possible(device: str) -> tuple[str, ...]:
+    """The strategies that change anything on a device: a CPU's own memory cannot be relieved by itself."""
+    return STRATEGIES if device.startswith("cuda") else STRATEGIES[:2]
+
+
+def attempt(work: Callable[[str], T], strategy: str) -> T:
+    """`work(strategy)`, or once with the next strategy where memory runs out.
+
+    Raises UserError when that does not do either.
+    """
+    following = STRATEGIES[STRATEGIES.index(strategy) + 1 :]
+    try:
+        return work(strategy)
+    except RuntimeError as error:
+        if not exhausted(error):
+            raise
+        said = " ".join(str(error).split())
+    # not inside the handler: the error's traceback holds the very tensors that filled the memory
+    if following:
+        log.warning(
+            "memory ran out with strategy %s (%s): going on with %s", strategy, said[:120], following[0]
+        )
+        try:
+            return work(following[0])
+        except RuntimeError as error:
+            if not exhausted(error):
+                raise
+    raise UserError(
+        f"memory ran out with strategy {(*following, strategy)[0]} ({said[:120]}): what was trained is kept; "
+        "give a smaller memory=<amount>, shorten train.length, or choose a larger device"
+    )
+
+
+def step_bytes(
+    transform: Rehearsable, config: "PretrainedConfig", arch: Arch, dtype: str, strategy: str
+) -> int:
+    """Predicted peak bytes of live tensors on the device in a training step, weights included."""
+    return _extrapolated(config, arch, dtype, strategy, lambda lm: transform.rehearse(lm, strategy))
+
+
+def forward_bytes(config: "PretrainedConfig", arch: Arch, dtype: str, batch: int, length: int) -> int:
+    """Predicted peak bytes of live tensors in a forward pass of `batch` sequences without gradients."""
+    import torch
+
+    def forward(lm: "LM") -> None:
+        with torch.inference_mode():
+            lm.model(torch.zeros(batch, length, dtype=torch.int64), use_cache=False)
+
+    return _extrapolated(config, arch, dtype, "keep", forward)
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether this is a device's, or the CPU allocator's, way of saying that memory has run out."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _extrapolated(
+    config: "PretrainedConfig", arch: Arch, dtype: str, strategy: str, work: Callable[["LM"], None]
+) -> int:
+    """The peak of `work` on a model of all its blocks, from models of two and of three."""
+    blocks = config.num_hidden_layers
+    if blocks <= 3:
+        return _counted(config, arch, dtype, blocks, strategy, work)
+    two, three = (_counted(config, arch, dtype, n, strategy, work) for n in (2, 3))
+    return two + (blocks - 2) * (three - two)
+
+
+def _counted(
+    config: "PretrainedConfig",
+    arch: Arch,
+    dtype: str,
+    blocks: int,
+    strategy: str,
+    work: Callable[["LM"], None],
+) -> int:
+    """The peak of `work` on a fake model of so many blocks: what was there before it, and what it made."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM
+
+    from teq.arch import blocks as blocks_of
+    from teq.models import LM
+
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = blocks
+    with FakeTensorMode(), _positions_not_read():
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model.eval().requires_grad_(False)
+        model.tie_weights()
+        present = {*model.parameters(), *model.buffers()}
+        if strategy == "offload":
+            present -= {p for block in blocks_of(model, arch).values() for p in block.parameters()}
+        with LiveBytes() as live:
+            work(LM(model, None, arch, "outline"))
+    return sum(tensor.nbytes for tensor in present) + live.peak
+
+
+@contextlib.contextmanager
+def _positions_not_read() -> Iterator[None]:
+    """Within: transformers takes a window for one sequence, as it finds it to be when it can read positions.
+
+    On fake tensors it cannot, and would prepare for packed sequences with a mask that real steps never make.
+    """
+    from transformers import masking_utils
+
+    kept = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda _: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = kept
+
+
+class LiveBytes:
+    """Within: counts the bytes of the tensors that operators make, for as long as they live. `peak` is kept.
+
+    Works on fake tensors and on real ones; what a fused kernel allocates and frees inside itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __enter__(self) -> "LiveBytes":
+        from torch.utils._python_dispatch import TorchDispatchMode
+        from torch.utils._pytree import tree_leaves
+
+        counter = self
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+            ) -> Any:
+                given = {_storage(leaf)._cdata for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
+                out = func(*args, **(kwargs or {}))
+                for leaf in tree_leaves(out):
+                    if _is_tensor(leaf) and _storage(leaf)._cdata not in given:
+                        counter._add(leaf)
+                return out
+
+        self._mode = Mode()
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._mode.__exit__(*error)
+
+    def _add(self, tensor: "Tensor") -> None:
+        storage = _storage(tensor)
+        name, size = storage._cdata, storage.nbytes()
+        if name not in self._known:
+            self._known.add(name)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, name, size)
+
+    def _drop(self, name: int, size: int) -> None:
+        self._known.discard(name)
+        self.live -= size
+
+
+def _is_tensor(leaf: Any) -> bool:
+    import torch
+
+    return isinstance(leaf, torch.Tensor)
+
+
+def _storage(tensor: "Tensor") -> Any:
+    return tensor.untyped_storage()

@@ -1,0 +1,154 @@
+"""Predicted memory is what a real step uses; strategies fit the budget and change once when it runs out."""
+
+import dataclasses
+import weakref
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from teq import config, memory, pipeline, store
+from teq.arch import blocks
+from teq.models import LM
+from teq.spec import Runtime, UserError
+from teq.transforms import offload, training
+from teq.transforms.teq import Teq
+
+STEP = [
+    "method=teq",
+    "train.length=96",
+    "train.steps=3",
+    "evals=[python-docs]",
+    "ppl.limit=1",
+    "ppl.context=64",
+]
+
+
+def job_of(family, *overrides):
+    return config.jobs([f"model=tiny-{family}", *STEP, *overrides])[0]
+
+
+@pytest.mark.parametrize("strategy", ["keep", "checkpoint"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prediction_is_within_15_percent_of_a_real_step(family, strategy, batch):
+    run = job_of(family, f"train.batch={batch}").run
+    wanted = run.model.config()
+    wanted.num_hidden_layers = 7  # the prediction looks at two and at three
+    predicted = memory.step_bytes(run.transform, wanted, run.model.arch, "float32", strategy)
+    model = AutoModelForCausalLM.from_config(wanted).eval().requires_grad_(False)
+    with memory.LiveBytes() as live:
+        run.transform.rehearse(LM(model, None, run.model.arch, ""), strategy)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert predicted - weights == pytest.approx(live.peak, rel=0.15)
+    assert live.live < live.peak / 2
+
+
+def test_live_bytes_counts_a_storage_once_and_only_while_it_lives():
+    given = torch.ones(1000)
+    with memory.LiveBytes() as live:
+        view = (given * 2)[:500]  # 4000 bytes, kept alive by a view
+        given.add_(1)
+        torch.exp(view)  # 2000 bytes more, at once gone
+    assert (live.live, live.peak) == (4000, 6000)
+    del view
+    assert live.live == 0
+
+
+def test_the_first_strategy_that_fits_is_chosen(monkeypatch):
+    job = job_of("llama")
+    needed = {"keep": 3_000_000, "checkpoint": 2_000_000, "offload": 1_000_000}
+    monkeypatch.setattr(memory, "step_bytes", lambda *args: needed[args[-1]])
+
+    def chosen(amount, device="cuda:0"):
+        runtime = Runtime(device=device, memory=amount)
+        return memory.choose(job.run.transform, job.run.model, "float32", runtime)
+
+    assert [chosen(amount) for amount in ("3MB", "2.5MB", "1MB", "offload")] == [
+        "keep",
+        "checkpoint",
+        "offload",
+        "offload",
+    ]
+    with pytest.raises(UserError, match=r"memory=0.5MB .* the least that would do is 0.001 GB, with offload"):
+        chosen("0.5MB")
+    with pytest.raises(UserError, match=r"the least that would do is 0.002 GB, with checkpoint"):
+        chosen("1MB", device="cpu")
+
+
+@pytest.mark.parametrize("amount", ["much", "40", "-1GB", "40 GB", "0.5TB"])
+def test_a_budget_that_is_none_is_refused(amount):
+    with pytest.raises(UserError, match=r"memory=.* is not allowed: it must be auto, an amount such as 40GB"):
+        memory.check(amount)
+
+
+def test_a_small_budget_changes_the_strategy_and_no_result(own_home):
+    job = job_of("llama")
+    kept, saved = (
+        memory.step_bytes(job.run.transform, job.run.model.config(), job.run.model.arch, "float32", strategy)
+        for strategy in ("keep", "checkpoint")
+    )
+    results = {}
+    for name, amount in (("keep", "auto"), ("checkpoint", f"{(kept + saved) / 2e6:.6f}MB")):
+        home = own_home / name
+        pipeline.run(
+            job.run,
+            store.Store(home / "store"),
+            home,
+            Runtime(memory=amount),
+            job.logger.start("", {}, str(home)),
+        )
+        (folder,) = (f for f in (home / "store" / "scales").iterdir() if f.is_dir())
+        results[name] = (folder / store.INFO).read_text(), (folder / store.DATA).read_bytes()
+        assert f'"strategy": "{name}"' in results[name][0]
+    assert results["keep"][1] == results["checkpoint"][1]
+
+
+def test_memory_that_runs_out_is_met_once_and_nothing_trained_is_lost(own_home, monkeypatch, caplog):
+    job, seen = job_of("llama", "memory=keep"), []
+    plain = training.Trainer.loss
+
+    def loss(self, model, tokens):
+        seen.append(len(seen))
+        if seen[-1] == 2:
+            raise torch.OutOfMemoryError("2 GB more were asked for")
+        return plain(self, model, tokens)
+
+    def result(home):
+        logger = job.logger.start("", {}, str(home))
+        return pipeline.run(job.run, store.Store(home / "store"), home, Runtime(memory="keep"), logger)
+
+    undisturbed = result(own_home / "a").data["training"]
+    monkeypatch.setattr(training.Trainer, "loss", loss)
+    assert result(own_home / "b").data["training"] == undisturbed
+    assert len(seen) == 4  # steps 0, 1, 2 (lost), 2: the first two were not trained again
+    assert "going on with checkpoint" in caplog.text
+
+    monkeypatch.setattr(
+        training.Trainer, "loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("still"))
+    )
+    with pytest.raises(UserError, match="memory ran out with strategy checkpoint"):
+        result(own_home / "c")
+
+
+def test_offload_holds_three_blocks_at_most_and_copies_each_twice_a_step(tiny, monkeypatch):
+    lm = tiny("llama")
+    count = len(blocks(lm.model, lm.arch))
+    alive, most, copies = weakref.WeakSet(), [], []
+    plain = offload.Stream._copied
+
+    def copied(self, index):
+        parameters = plain(self, index)
+        copies.append(index)
+        alive.add(parameters["block.mlp.down_proj.weight"])
+        most.append(len(alive))
+        return parameters
+
+    monkeypatch.setattr(offload.Stream, "_copied", copied)
+    run = job_of("llama").run
+    settings = dataclasses.replace(run.transform, steps=4)
+    tokens = torch.randint(200, (4, 32))
+    training.train(settings, lm.model, lm.arch, tokens, lambda *_: None, Runtime(strategy="offload"))
+    assert isinstance(settings, Teq)
+    assert max(most) <= 3
+    # forward 0 .. n-1, backward n-2 .. 0: the two turning points serve both ways
+    assert len(copies) == 4 * (2 * count - 2) + 1
