@@ -1,134 +1,45 @@
-"""GPTQ over a model, ours against a plain port of the official algorithm, on the same calibration tokens.
+"""GPTQ over a model: ours, a plain port of the official algorithm, and the floor, on the same tokens.
 
-    python benchmarks/gptq.py [--samples 32] [--length 512] [--windows 16] [--json FILE] [overrides]
+    python benchmarks/gptq.py [--samples 32] [--length 512] [--repeats 5] [--device cpu] [--json FILE]
+                              [overrides]
 
-The port follows the official code (IST-DASLab/gptq: gptq.py, quant.py and its drivers) step by step: one
-Hessian and one Cholesky for each linear, kept as a running mean; the column loop runs over each linear alone;
-the block's outputs are computed once more after quantizing. It shares nothing with teq/quantizers but the
-catching of the first block's inputs. Printed for both: seconds measuring, quantizing and the rest (mostly
-propagating); the error tr(E H E^T) of the first block; perplexity on the first evaluation windows of the
-embedded text.
+  ours   the project's own
+  port   the official algorithm, linear by linear (benchmarks/gptq_port.py)
+  floor  two forward passes of every block and one product X^T X for each distinct input; nothing is quantized
 
-Two correct runs agree on the first block's error and still differ in perplexity: a code that falls the other
-way by rounding error in one block changes what all later blocks see. Their distance is the noise of such a
-figure.
+They take turns, each on the model newly loaded, which is not timed. Printed: seconds measuring, quantizing
+and the rest (mostly propagating); the error tr(E H E^T) of the first block; the share of the first block's
+weights in which ours and the port's differ; perplexity on the first evaluation windows of the embedded text.
+
+Two correct runs agree on the first block and still differ in perplexity: a code that falls the other way by
+rounding error in one block changes what all later blocks see. Their distance is the noise of such a figure.
 """
 
 import argparse
-import json
 import math
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from teq import arch, config, corpora, measure
+from benchmarks import measuring
+from benchmarks.gptq_port import Clock, floor, port
+from benchmarks.measuring import ratio, shown
+from teq import arch, config, corpora, measure, pipeline
 from teq.models import LM
 from teq.quantizers import gptq_blocks
 from teq.quantizers.gptq import Gptq
+from teq.spec import UserError
 
-
-class Clock:
-    """Seconds by part of the work."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, float] = defaultdict(float)
-
-    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its time charged to `part`."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.spent[part] += time.perf_counter() - start
-
-        return call
-
-
-def port_grid(block: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero `[out, 1]` of one group `[out, group]`, asymmetric."""
-    nothing = torch.zeros(block.shape[0])
-    low, high = torch.minimum(block.min(1)[0], nothing), torch.maximum(block.max(1)[0], nothing)
-    flat = (low == 0) & (high == 0)
-    low[flat], high[flat] = -1, 1
-    scale = (high - low) / levels
-    return scale[:, None], torch.round(-low / scale)[:, None]
-
-
-def port_solve(weight: Tensor, hessian: Tensor, settings: Gptq) -> Tensor:
-    """The official column loop for one linear: dequantized weight `[out, in]`."""
-    weight, hessian, levels = weight.clone(), hessian.clone(), settings.grid.levels
-    columns = weight.shape[1]
-    size = columns if settings.grid.group_size == -1 else settings.grid.group_size
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
-    weight[:, dead] = 0
-    hessian.diagonal().add_(settings.damping * hessian.diagonal().mean())
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    done = torch.zeros_like(weight)
-    for start in range(0, columns, settings.block_size):
-        stop = min(start + settings.block_size, columns)
-        block, errors = weight[:, start:stop].clone(), torch.zeros(weight.shape[0], stop - start)
-        factor = inverse[start:stop, start:stop]
-        for i in range(stop - start):
-            if (start + i) % size == 0:
-                scale, zero = port_grid(weight[:, start + i : start + i + size], levels)
-            column = block[:, i]
-            codes = torch.clamp(torch.round(column[:, None] / scale) + zero, 0, levels)
-            done[:, start + i] = (scale * (codes - zero)).flatten()
-            errors[:, i] = (column - done[:, start + i]) / factor[i, i]
-            block[:, i:] -= errors[:, i : i + 1].matmul(factor[i : i + 1, i:])
-        weight[:, stop:] -= errors.matmul(inverse[start:stop, stop:])
-    return done
-
-
-@torch.no_grad()
-def port(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
-    """Quantize the model in place; returns the first block's error."""
-    caught = [arch.block_inputs(lm.model, lm.arch, window[None]) for window in windows]
-    hidden, kwargs = [one for one, _ in caught], caught[0][1]
-    solve, run = clock.timed("quantizing", port_solve), arch.run_block
-    first = 0.0
-    for index, (name, block) in enumerate(arch.blocks(lm.model, lm.arch).items()):
-        inside = arch.linears(name, block)
-        hessians = {key: torch.zeros(m.in_features, m.in_features) for key, m in inside.items()}
-        seen = dict.fromkeys(inside, 0)
-
-        def add(key: str, inputs: Tensor, hessians: dict = hessians, seen: dict = seen) -> None:
-            flat = inputs.reshape(-1, inputs.shape[-1]).t()
-            hessians[key] *= seen[key] / (seen[key] + 1)
-            seen[key] += 1
-            flat = math.sqrt(2 / seen[key]) * flat.float()
-            hessians[key] += flat.matmul(flat.t())
-
-        hooks = [
-            m.register_forward_hook(lambda _, a, __, k=key, f=add: f(k, a[0])) for key, m in inside.items()
-        ]
-        for sample in hidden:
-            clock.timed("measuring", run)(block, sample, kwargs)
-        for hook in hooks:
-            hook.remove()
-        for key, linear in inside.items():
-            done = solve(linear.weight, hessians[key], settings)
-            lost = done - linear.weight
-            first += float(((lost @ hessians[key]) * lost).sum()) if index == 0 else 0.0
-            linear.weight.copy_(done)
-        for i, sample in enumerate(hidden):
-            hidden[i] = run(block, sample, kwargs)
-    return first
+PARTS = ("total", "measuring", "quantizing", "rest")
 
 
 def ours(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
-    """The project's own, with its parts timed."""
+    """The project's own, with its parts timed; returns the first block's error."""
     parts = {"_measure": "measuring", "solve": "quantizing"}
     kept = {name: getattr(gptq_blocks, name) for name in parts}
     try:
@@ -142,48 +53,103 @@ def ours(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
     return sum(e.get("error", 0.0) for name, e in info["gptq"].items() if name.startswith(f"{first}."))
 
 
+CONTENDERS = {"port": port, "ours": ours, "floor": floor}
+
+
 @torch.no_grad()
-def perplexity(lm: LM, count: int) -> float:
-    """Perplexity on the first `count` windows of 512 evaluation tokens of the embedded text."""
+def perplexity(lm: LM, count: int) -> float | None:
+    """Perplexity on the first `count` windows of 512 evaluation tokens of the embedded text; None of none."""
+    if count == 0:
+        return None
     stream, _ = corpora.windows("python-docs", lm.tokenizer, 512, count)
-    losses = [lm.model(w[None], labels=w[None]).loss.item() for w in stream]
+    losses = [lm.model(w[None], labels=w[None]).loss.item() for w in stream.to(lm.device)]
     return math.exp(sum(losses) / len(losses))
 
 
-def main() -> None:
-    """Run both, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("samples", 32), ("length", 512), ("windows", 16)):
+def turn(name: str, job: config.Job, device: str, windows: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One run of one contender: what it took and gave, and the first block's weights after it."""
+    settings, clock = job.run.quantizer, Clock(device)
+    lm = job.run.model.load(job.run.dtype, device)
+    tokens = corpora.calibration(settings.calib, lm.tokenizer, settings.samples, settings.length)
+    with measure.cost(device) as cost:
+        total, error = measuring.timed(lambda: CONTENDERS[name](lm, settings, tokens, clock), device)
+    found = {"total": total, **{part: clock.spent[part] for part in ("measuring", "quantizing")}}
+    found |= {"rest": total - sum(clock.spent.values())}
+    if name == "floor":
+        return found, {}
+    found |= {"first_block_error": error, "perplexity": perplexity(lm, windows)}
+    if device.startswith("cuda"):
+        found["device_bytes"] = cost["peak_bytes"]
+    first, block = next(iter(arch.blocks(lm.model, lm.arch).items()))
+    return found, {key: linear.weight.cpu() for key, linear in arch.linears(first, block).items()}
+
+
+def differing(ours: dict[str, Tensor], port: dict[str, Tensor]) -> float:
+    """The share of weights that are not the same but for rounding error: whose codes differ."""
+    different = [
+        ~torch.isclose(w.float(), port[name].float(), rtol=1e-2, atol=1e-6) for name, w in ours.items()
+    ]
+    return float(torch.cat([d.flatten() for d in different]).float().mean())
+
+
+def main(argv: list[str]) -> int:
+    """Run all, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (("samples", 32), ("length", 512), ("windows", 16), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:<n>")
+    parser.add_argument("--dtype", help="of the weights; default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", default=["model=smollm2-135m"], help="as for run.py")
-    arguments = parser.parse_args()
-    given = [f"gptq.samples={arguments.samples}", f"gptq.length={arguments.length}"]
-    (job,) = config.jobs([*arguments.overrides, *given, "method=gptq", "evals=[python-docs]"])
-    settings, rows = job.run.quantizer, {}
-    for name, contender in (("port", port), ("ours", ours)):
-        lm, clock = job.run.model.load("float32", "cpu"), Clock()
-        windows = corpora.calibration(settings.calib, lm.tokenizer, settings.samples, settings.length)
-        start = time.perf_counter()
-        error = contender(lm, settings, windows, clock)
-        total = time.perf_counter() - start
-        rest = {"rest": total - sum(clock.spent.values()), "first_block_error": error}
-        rows[name] = {"total": total, **clock.spent, **rest}
-        rows[name]["perplexity"] = perplexity(lm, arguments.windows)
-    print(f"{'':<6}" + "".join(f"{title:>20}" for title in rows["port"]))
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.repeats < 1:
+        raise UserError(f"--repeats {arguments.repeats} is not allowed: it must be at least 1")
+    device = pipeline.resolve_device(arguments.device)
+    given = [f"gptq.samples={arguments.samples}", f"gptq.length={arguments.length}", "method=gptq"]
+    given += [f"dtype={arguments.dtype or measuring.default_dtype(device)}", "evals=[python-docs]"]
+    (job,) = config.jobs([*arguments.overrides, *given])
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.contenders}
+    weights: dict[str, dict[str, Tensor]] = {}
+    for _ in range(arguments.repeats):
+        for name in arguments.contenders:
+            run, weights[name] = turn(name, job, device, arguments.windows)
+            runs[name].append(run)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, made in runs.items():
+        rows[name] = {part: measuring.spread([run[part] for run in made]) for part in PARTS}
+        rows[name] |= {key: value for key, value in made[-1].items() if key not in PARTS}
+        rows[name]["turns"] = [{part: run[part] for part in PARTS} for run in made]
+    turns = {name: {part: [run[part] for run in made] for part in PARTS} for name, made in runs.items()}
+    nothing: dict[str, list[float]] = {}
+    port_over_ours = {
+        part: ratio(turns.get("port", nothing).get(part), turns.get("ours", nothing).get(part))
+        for part in ("total", "measuring", "quantizing")
+    }
+    over_floor = {
+        name: ratio(turns[name]["total"], turns["floor"]["total"])
+        for name in ("port", "ours")
+        if name in turns and "floor" in turns
+    }
+    apart = differing(weights["ours"], weights["port"]) if {"ours", "port"} <= weights.keys() else None
+
+    titles = [*PARTS, "first_block_error", "perplexity"]
+    print(f"{'seconds, medians':<18}" + "".join(f"{title:>20}" for title in titles))
     for name, row in rows.items():
-        print(f"{name:<6}" + "".join(f"{row[title]:>20.3f}" for title in rows["port"]))
-    ratios = {key: rows["port"][key] / rows["ours"][key] for key in ("total", "measuring", "quantizing")}
-    print("port over ours: " + ", ".join(f"{key} {ratio:.2f}" for key, ratio in ratios.items()))
+        values = [row[part]["median"] for part in PARTS] + [row.get(key) for key in titles[len(PARTS) :]]
+        print(f"{name:<18}" + "".join(shown(value, 20, 3) for value in values))
+    print("port over ours: " + ", ".join(f"{part} {shown(r, 0)}" for part, r in port_over_ours.items()))
+    print("over the floor: " + ", ".join(f"{name} {shown(r, 0)}" for name, r in over_floor.items()))
+    print(f"weights of the first block that differ: {'-' if apart is None else f'{apart:.1e}'}")
     if arguments.json:
-        found = {
-            "settings": settings.plain(),
-            "machine": measure.machine("cpu"),
-            "port_over_ours": ratios,
-            **rows,
-        }
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        found = {"settings": job.run.quantizer.plain(), "overrides": arguments.overrides}
+        found |= {"dtype": job.run.dtype, "machine": measure.machine(device), "repeats": arguments.repeats}
+        found |= {"port_over_ours": port_over_ours, "total_over_floor": over_floor}
+        measuring.write(arguments.json, found | {"first_block_differing": apart, **rows})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(measuring.command_line(main, sys.argv[1:]))

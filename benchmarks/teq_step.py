@@ -1,221 +1,206 @@
-"""One TEQ training step, ours against plain autograd and against the floor, side by side.
+"""One TEQ training step by several contenders, side by side.
 
-    python benchmarks/teq_step.py [--tokens 512] [--repeats 7] [--json FILE] [overrides]
+    python benchmarks/teq_step.py [--tokens 512] [--repeats 7] [--device cpu] [--json FILE]
+                                  [--neural-compressor PYTHON] [overrides]
 
-Contenders share the model, the tokens, the loss and the optimizer; they differ in the quantized linear only:
-  ours       closed-form gradient, Wq made again in the backward pass
-  checkpoint ours, with gradient checkpointing per block
-  autograd   the same forward pass, left to autograd through a straight-through rounding: keeps every Wq
-  floor      no quantization: forward and input gradient of the frozen model, and the one more matmul per
-             trained linear that any gradient of s needs
+Contenders share the weights, the tokens, the loss and the optimizer, and differ in the quantized linear:
+  ours              the project's own, which keeps what the backward pass needs (strategy keep)
+  checkpoint        ours, each block computed again in the backward pass (strategy checkpoint)
+  offload           ours, with the blocks in the host's memory (strategy offload; left out on a CPU)
+  autograd          the same forward pass, left to autograd through a straight-through rounding
+  floor             no quantization: forward and input gradient of the frozen model, and the one more matmul
+                    per trained linear that any gradient of s needs
+  neural-compressor Intel's modules and the model's own loss, in the environment of --neural-compressor (see
+                    benchmarks/neural_compressor_step.py)
 
-Seconds come from one process in which the contenders take turns, step by step. Memory comes from a process of
-its own for each: peak bytes of live tensors over the weights (the profiler's allocation events), and resident
-memory.
+Contenders take turns, step by step, after a step each for warming up; a ratio is the median of the ratios
+turn by turn. Those that share one loaded model do so in one process, offload and neural-compressor step in
+one of their own meanwhile. Memory comes from a process of its own for each: peak bytes of live tensors over
+the weights, scales and Adam's state, and resident memory.
 """
 
 import argparse
-import functools
-import json
-import os
-import statistics
-import subprocess
+import dataclasses
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from teq import arch, config, measure
-from teq.grid import Grid, fake_quant
-from teq.transforms.loss import causal_loss
-from teq.transforms.training import ScaledFakeQuantLinear
+import torch
 
-GRID = Grid(bits=3, group_size=64)
+from benchmarks import measuring
+from benchmarks.measuring import ratio, shown
+from benchmarks.steps import Contender
+from benchmarks.worker import Spec, Worker, memory_of, training
+from teq import config, measure, pipeline
+from teq.spec import UserError
 
+SHARING = ("ours", "checkpoint", "autograd", "floor")
+OTHERS = "neural-compressor"
+ALONE = ("offload", OTHERS)
+BASES = ("autograd", "floor", OTHERS)  # what the others are set in relation to
+SAME = ("ours", "checkpoint", "offload", "autograd", OTHERS)  # whose losses are one loss
+TOLERANCE = {"float32": 1e-5}  # relative, of the first loss; in bfloat16 the two round in different places
 
-class StraightThrough(torch.autograd.Function):
-    """FakeQuant forward, the gradient unchanged backward."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        return fake_quant(weight, GRID)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-class FloorLinear(torch.autograd.Function):
-    """A frozen linear whose backward pass does the arithmetic that a trained scale cannot do without."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, s: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, *([] if s is None else [x]))
-        return functional.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *rest = ctx.saved_tensors
-        dx = dy @ weight
-        return dx, (dy @ weight).flatten(0, -2).sum(0) if rest else None, None, None
+Step = Callable[[], tuple[float, float]]  # seconds, loss
 
 
-def ours(linear: nn.Linear, s: Tensor | None, x: Tensor) -> Tensor:
-    """The project's own linear."""
-    return ScaledFakeQuantLinear.apply(x, s, linear.weight, linear.bias, GRID)
+def local(contender: Contender, tokens: torch.Tensor, device: str) -> Step:
+    """A turn of a contender in this process."""
+
+    def step() -> tuple[float, float]:
+        with contender.installed():
+            return measuring.timed(lambda: contender.step(tokens), device)
+
+    return step
 
 
-def autograd(linear: nn.Linear, s: Tensor | None, x: Tensor) -> Tensor:
-    """The plain version."""
-    weight = linear.weight if s is None else linear.weight * s
-    return functional.linear(x if s is None else x / s, StraightThrough.apply(weight), linear.bias)
-
-
-def floor(linear: nn.Linear, s: Tensor | None, x: Tensor) -> Tensor:
-    """The floor."""
-    return FloorLinear.apply(x, s, linear.weight, linear.bias)
-
-
-CONTENDERS: dict[str, Callable[..., Tensor]] = {
-    "ours": ours,
-    "checkpoint": ours,
-    "autograd": autograd,
-    "floor": floor,
-}
-
-
-class Trainer:
-    """One contender, ready to step."""
-
-    def __init__(self, name: str, model: nn.Module, family: arch.Arch) -> None:
-        self.name, self.model, self.blocks = name, model, arch.blocks(model, family)
-        sites = arch.sites(model, family)
-        self.scales = {site.name: nn.Parameter(torch.ones(site.width)) for site in sites}
-        self.site_of = {target: site.name for site in sites for target in site.targets}
-        self.optimizer = torch.optim.Adam(self.scales.values(), lr=1e-3, betas=(0.9, 0.9))
-
-    def step(self, tokens: Tensor) -> float:
-        """One step on `tokens [1, token]`; returns the loss."""
-        for block_name, block in self.blocks.items():
-            for name, linear in arch.linears(block_name, block).items():
-                s = self.scales.get(self.site_of.get(name, ""))
-                linear.forward = functools.partial(CONTENDERS[self.name], linear, s)
-            if self.name == "checkpoint":
-                block.forward = functools.partial(checkpoint, type(block).forward, block, use_reentrant=False)
-        loss = causal_loss(self.model, tokens)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        for block in self.blocks.values():
-            for module in block.modules():
-                vars(module).pop("forward", None)
-        return loss.item()
-
-
-def load(overrides: list[str]) -> tuple[nn.Module, arch.Arch]:
-    """The model, frozen, and its family."""
-    (job,) = config.jobs(overrides)
-    lm = job.run.model.load("float32", "cpu")
-    return lm.model, lm.arch
-
-
-def tokens_of(model: nn.Module, count: int) -> Tensor:
-    """Seeded token ids `[1, count]`: what they say does not matter here."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    return torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
-
-
-def seconds(names: list[str], overrides: list[str], count: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step of each contender, which take turns; the first round is a warm-up."""
-    model, family = load(overrides)
-    tokens = tokens_of(model, count)
-    trainers = [Trainer(name, model, family) for name in names]
-    taken: dict[str, list[float]] = {name: [] for name in names}
+def turns(
+    steps: dict[str, Step], repeats: int, failed: dict[str, str]
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and loss of each step of each contender, the warm-up first. One that runs out of memory, or
+    whose process ends, is put into `failed` and drops out.
+    """
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for _ in range(repeats + 1):
-        for trainer in trainers:
-            start = time.perf_counter()
-            trainer.step(tokens)
-            taken[trainer.name].append(time.perf_counter() - start)
-    return {name: times[1:] for name, times in taken.items()}
+        for name in [name for name in steps if name not in failed]:
+            try:
+                taken[name].append(steps[name]())
+            except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+                failed[name] = measuring.brief(error)
+    return taken
 
 
-def memory(name: str, overrides: list[str], count: int) -> dict[str, int]:
-    """Peak bytes of live tensors over the weights, and of resident memory over the loaded model."""
-    model, family = load(overrides)
-    tokens = tokens_of(model, count)
-    trainer = Trainer(name, model, family)
-    with measure.cost("cpu") as cost:
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        trainer.step(tokens)
-    with torch.profiler.profile(
-        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-    ) as profile:
-        trainer.step(tokens)
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return {"live_bytes": peak, "resident_bytes": max(0, (cost["peak_bytes"] or 0) - before)}
+def measured(
+    names: list[str], spec: Spec, repeats: int, python: Path | None
+) -> tuple[dict[str, dict[str, Any]], dict[str, str], dict[str, Any]]:
+    """For each contender its losses, seconds and memory; why others failed; the machines that say more."""
+    pythons = {OTHERS: python} if python else {}
+    failed: dict[str, str] = {}
+    workers: dict[str, Worker] = {}
+    try:
+        for name in [name for name in names if name in ALONE]:
+            try:
+                workers[name] = Worker(
+                    dataclasses.replace(spec, name=name), pythons.get(name, sys.executable)
+                )
+            except UserError as error:
+                failed[name] = measuring.brief(error)
+        steps: dict[str, Step] = {name: worker.step for name, worker in workers.items()}
+        if sharing := [name for name in names if name in SHARING]:
+            lm = spec.checkpoint.load(spec.dtype, spec.device)
+            tokens = measuring.tokens_of(lm.model, spec.rows, spec.tokens)
+            for name in sharing:
+                steps[name] = local(Contender(name, lm, spec.settings, spec.device), tokens, spec.device)
+        taken = turns({name: steps[name] for name in names if name in steps}, repeats, failed)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    machines = {name: worker.hello["machine"] for name, worker in workers.items() if name == OTHERS}
+    steps.clear()
+    lm = tokens = None  # the processes that measure memory may need the room
+    if spec.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    rows = {}
+    for name in [name for name in taken if name not in failed]:
+        try:
+            found = memory_of(dataclasses.replace(spec, name=name), pythons.get(name, sys.executable))
+        except UserError as error:
+            failed[name] = measuring.brief(error)
+            continue
+        seconds = [seconds for seconds, _ in taken[name][1:]]
+        rows[name] = {"losses": [loss for _, loss in taken[name]], "turns": seconds, **found}
+    return rows, failed, machines
 
 
-def main() -> None:
+def add_ratios(rows: dict[str, dict[str, Any]]) -> None:
+    """Give each row its seconds and bytes over those of every base that was measured."""
+    for row in rows.values():
+        row["seconds"] = measuring.spread(row["turns"])
+        row["over"] = {
+            base: {"seconds": ratio(row["turns"], rows[base]["turns"])}
+            | {key: ratio(row[key], rows[base][key]) for key in ("live_bytes", "resident_bytes")}
+            for base in BASES
+            if base in rows
+        }
+
+
+def differences(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """How far each contender's first loss is from ours, relatively: they compute the same."""
+    same = [name for name in SAME if name in rows]
+    if not same:
+        return {}
+    first = rows[same[0]]["losses"][0]
+    return {name: abs(rows[name]["losses"][0] - first) / abs(first) for name in same[1:]}
+
+
+def print_table(rows: dict[str, dict[str, Any]]) -> None:
+    """A line for each contender."""
+    bases = {"autograd": "/autograd", "floor": "/floor", OTHERS: "/n.-c."}
+    print(f"{'':<18}{'s/step':>9}{'min':>9}{'max':>9}" + "".join(f"{t:>10}" for t in bases.values()), end="")
+    print(f"{'live MB':>10}" + "".join(f"{t:>10}" for t in bases.values()) + f"{'resident MB':>13}")
+    for name, row in rows.items():
+        print(
+            f"{name:<18}" + "".join(shown(row["seconds"][k], 9, 3) for k in ("median", "min", "max")), end=""
+        )
+        print("".join(shown(row["over"].get(base, {}).get("seconds"), 10) for base in bases), end="")
+        print(shown(row["live_bytes"] / 1e6, 10, 1), end="")
+        print("".join(shown(row["over"].get(base, {}).get("live_bytes"), 10) for base in bases), end="")
+        print(shown(None if row["resident_bytes"] is None else row["resident_bytes"] / 1e6, 13, 1))
+
+
+def main(argv: list[str]) -> int:
     """Measure everything, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument(
+        "--contenders", nargs="+", choices=(*SHARING, *ALONE), help="default: all there can be"
+    )
+    parser.add_argument("--neural-compressor", type=Path, metavar="PYTHON", help="python of its environment")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:<n>")
+    parser.add_argument("--dtype", help="of the weights; default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--memory-of", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", default=["model=smollm2-135m"], help="as for run.py")
-    arguments = parser.parse_args()
-    if arguments.memory_of:
-        print(json.dumps(memory(arguments.memory_of, arguments.overrides, arguments.tokens)))
-        return
-    taken = seconds(arguments.contenders, arguments.overrides, arguments.tokens, arguments.repeats)
-    rows = {}
-    for name in arguments.contenders:
-        command = [sys.executable, __file__, "--memory-of", name, "--tokens", str(arguments.tokens)]
-        done = subprocess.run([*command, *arguments.overrides], capture_output=True, text=True, check=True)
-        ratios = (
-            [a / b for a, b in zip(taken[name], taken["autograd"], strict=True)]
-            if "autograd" in taken
-            else []
-        )
-        rows[name] = {
-            "seconds": {
-                "median": statistics.median(taken[name]),
-                "min": min(taken[name]),
-                "max": max(taken[name]),
-            },
-            "seconds_over_autograd": statistics.median(ratios) if ratios else None,
-            **json.loads(done.stdout.splitlines()[-1]),
-        }
-    print(f"{arguments.overrides}, {arguments.tokens} tokens, {arguments.repeats} steps each, taking turns")
-    columns = [("s/step", 8), ("min", 8), ("max", 8), ("/autograd", 11)]
-    columns += [("live MB", 9), ("/autograd", 11), ("resident MB", 13)]
-    print(" " * 12 + "".join(f"{title:>{width}}" for title, width in columns))
-    base = rows.get("autograd", {}).get("live_bytes")
-    for name, row in rows.items():
-        spent, relative = row["seconds"], row["seconds_over_autograd"]
-        print(
-            f"{name:<12}{spent['median']:>8.2f}{spent['min']:>8.2f}{spent['max']:>8.2f}"
-            f"{relative or float('nan'):>11.2f}{row['live_bytes'] / 1e6:>9.0f}"
-            f"{row['live_bytes'] / base if base else float('nan'):>11.2f}{row['resident_bytes'] / 1e6:>13.0f}"
-        )
+    arguments = parser.parse_intermixed_args(argv)
+    device = pipeline.resolve_device(arguments.device)
+    dtype = arguments.dtype or measuring.default_dtype(device)
+    (job,) = config.jobs([*arguments.overrides, f"dtype={dtype}"])
+    names = arguments.contenders or [*SHARING, *ALONE]
+    if not arguments.contenders and device == "cpu":
+        names.remove("offload")
+    left_out = {}
+    if OTHERS in names and arguments.neural_compressor is None:
+        names.remove(OTHERS)
+        left_out[OTHERS] = "give the python of its environment with --neural-compressor"
+    settings = training(job.run)
+    spec = Spec("", job.run.model, settings, arguments.tokens, dtype=dtype, device=device)
+    spec = dataclasses.replace(spec, threads=torch.get_num_threads())
+    rows, failed, machines = measured(names, spec, arguments.repeats, arguments.neural_compressor)
+    add_ratios(rows)
+    apart = differences(rows)
+
+    said = " ".join(arguments.overrides)
+    print(f"{said}, {arguments.tokens} tokens, {dtype} on {device}, {arguments.repeats} steps each, in turn")
+    print_table(rows)
+    for name, why in (left_out | failed).items():
+        print(f"{name:<18}{'left out' if name in left_out else 'failed'}: {why}")
+    wrong = [name for name, d in apart.items() if not d <= TOLERANCE.get(dtype, 1e-2)]
+    if apart:
+        print("first loss against ours: " + ", ".join(f"{name} {d:.1e}" for name, d in apart.items()))
+    if wrong:
+        raise UserError(f"the first loss of {', '.join(wrong)} is not ours: the comparison means nothing")
     if arguments.json:
         found = {"tokens": arguments.tokens, "overrides": arguments.overrides, "repeats": arguments.repeats}
-        found |= {"machine": measure.machine("cpu"), "contenders": rows}
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        found |= {"dtype": dtype, "machine": measure.machine(device), "machines": machines}
+        found |= {"settings": settings.plain(), "contenders": rows, "first_loss_difference": apart}
+        measuring.write(arguments.json, found | {"left_out": left_out, "failed": failed})
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(measuring.command_line(main, sys.argv[1:]))

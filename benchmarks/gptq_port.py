@@ -1,0 +1,143 @@
+"""A plain port of the official GPTQ code (IST-DASLab/gptq: gptq.py, quant.py and its drivers), and the floor.
+
+The port follows the official code step by step: one Hessian and one Cholesky for each linear, kept as a
+running mean; the column loop runs over each linear alone; the block's outputs are computed once more after
+quantizing. It shares nothing with teq/quantizers but the catching of the first block's inputs.
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import measuring
+from teq import arch
+from teq.models import LM
+from teq.quantizers.gptq import Gptq
+
+
+class Clock:
+    """Seconds by part of the work."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.spent: dict[str, float] = defaultdict(float)
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, its time charged to `part`."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            measuring.synchronize(self.device)
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                measuring.synchronize(self.device)
+                self.spent[part] += time.perf_counter() - start
+
+        return call
+
+
+def port_grid(block: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero `[out, 1]` of one group `[out, group]`, asymmetric."""
+    nothing = block.new_zeros(block.shape[0])
+    low, high = torch.minimum(block.min(1)[0], nothing), torch.maximum(block.max(1)[0], nothing)
+    flat = (low == 0) & (high == 0)
+    low[flat], high[flat] = -1, 1
+    scale = (high - low) / levels
+    return scale[:, None], torch.round(-low / scale)[:, None]
+
+
+def port_solve(weight: Tensor, hessian: Tensor, settings: Gptq) -> Tensor:
+    """The official column loop for one linear: dequantized weight `[out, in]`, fp32."""
+    weight, hessian, levels = weight.float().clone(), hessian.clone(), settings.grid.levels
+    columns = weight.shape[1]
+    size = columns if settings.grid.group_size == -1 else settings.grid.group_size
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    weight[:, dead] = 0
+    hessian.diagonal().add_(settings.damping * hessian.diagonal().mean())
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    done = torch.zeros_like(weight)
+    for start in range(0, columns, settings.block_size):
+        stop = min(start + settings.block_size, columns)
+        block, errors = weight[:, start:stop].clone(), weight.new_zeros(weight.shape[0], stop - start)
+        factor = inverse[start:stop, start:stop]
+        for i in range(stop - start):
+            if (start + i) % size == 0:
+                scale, zero = port_grid(weight[:, start + i : start + i + size], levels)
+            column = block[:, i]
+            codes = torch.clamp(torch.round(column[:, None] / scale) + zero, 0, levels)
+            done[:, start + i] = (scale * (codes - zero)).flatten()
+            errors[:, i] = (column - done[:, start + i]) / factor[i, i]
+            block[:, i:] -= errors[:, i : i + 1].matmul(factor[i : i + 1, i:])
+        weight[:, stop:] -= errors.matmul(inverse[start:stop, stop:])
+    return done
+
+
+@torch.no_grad()
+def port(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
+    """Quantize the model in place; returns the first block's error tr(E H E^T)."""
+    hidden, kwargs = arch.first_inputs(lm.model, lm.arch, windows)
+    solve, run = clock.timed("quantizing", port_solve), arch.run_block
+    first = 0.0
+    for index, (name, block) in enumerate(arch.blocks(lm.model, lm.arch).items()):
+        inside = arch.linears(name, block)
+        hessians = {k: torch.zeros(m.in_features, m.in_features, device=lm.device) for k, m in inside.items()}
+        seen = dict.fromkeys(inside, 0)
+
+        def add(key: str, inputs: Tensor, hessians: dict = hessians, seen: dict = seen) -> None:
+            flat = inputs.reshape(-1, inputs.shape[-1]).t()
+            hessians[key] *= seen[key] / (seen[key] + 1)
+            seen[key] += 1
+            flat = math.sqrt(2 / seen[key]) * flat.float()
+            hessians[key] += flat.matmul(flat.t())
+
+        hooks = [
+            m.register_forward_hook(lambda _, a, __, k=key, f=add: f(k, a[0])) for key, m in inside.items()
+        ]
+        for sample in hidden:
+            clock.timed("measuring", run)(block, sample, kwargs)
+        for hook in hooks:
+            hook.remove()
+        for key, linear in inside.items():
+            done = solve(linear.weight, hessians[key], settings)
+            lost = done - linear.weight
+            first += float(((lost @ hessians[key]) * lost).sum()) if index == 0 else 0.0
+            linear.weight.copy_(done)
+        for i, sample in enumerate(hidden):
+            hidden[i] = run(block, sample, kwargs)
+    return first
+
+
+@torch.no_grad()
+def floor(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
+    """What no GPTQ can do without: every block run twice on every sample, and one product `X^T X` in fp32 for
+    each distinct input of its linears. Nothing is quantized.
+    """
+    hidden, kwargs = arch.first_inputs(lm.model, lm.arch, windows)
+    hessians: dict[int, Tensor] = {}
+    given: list[Tensor] = []
+
+    def note(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        if any(tensor is args[0] for tensor in given):
+            return
+        flat = args[0].reshape(-1, args[0].shape[-1]).float()
+        hessian = hessians.setdefault(len(given), flat.new_zeros(flat.shape[1], flat.shape[1]))
+        hessian.addmm_(flat.t(), flat)
+        given.append(args[0])
+
+    for name, block in arch.blocks(lm.model, lm.arch).items():
+        hooks = [m.register_forward_pre_hook(note) for m in arch.linears(name, block).values()]
+        for sample in hidden:
+            given.clear()
+            clock.timed("measuring", arch.run_block)(block, sample, kwargs)
+        for hook in hooks:
+            hook.remove()
+        hessians.clear()
+        hidden = [arch.run_block(block, sample, kwargs) for sample in hidden]
+    return 0.0

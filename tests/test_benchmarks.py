@@ -1,0 +1,115 @@
+"""The benchmarks at tiny size on a CPU: what they write, and that nothing is measured twice."""
+
+import json
+import math
+
+import pytest
+
+from benchmarks import gptq, gpu, measuring, scaling, teq_step
+from teq.spec import UserError
+
+
+def written(main, argv, file):
+    """The JSON that a benchmark writes."""
+    assert main([*argv, "--json", str(file)]) == 0
+    return json.loads(file.read_text())
+
+
+def test_a_step_has_ratios_over_every_base_and_the_contenders_compute_the_same_loss(tmp_path, capsys):
+    argv = ["--tokens", "16", "--repeats", "1", "--contenders", "ours", "autograd", "floor"]
+    found = written(
+        teq_step.main, [*argv, "neural-compressor", "--", "model=tiny-opt"], tmp_path / "step.json"
+    )
+    rows = found["contenders"]
+    assert list(rows) == ["ours", "autograd", "floor"]
+    assert "--neural-compressor" in found["left_out"]["neural-compressor"]
+    assert "neural-compressor left out" in " ".join(capsys.readouterr().out.split())
+    for row in rows.values():
+        assert row["seconds"]["min"] > 0 and row["live_bytes"] > 0
+        assert set(row["over"]) == {"autograd", "floor"}
+        assert all(math.isfinite(over["seconds"]) for over in row["over"].values())
+    assert rows["autograd"]["over"]["autograd"]["live_bytes"] == 1
+    assert rows["ours"]["over"]["autograd"]["live_bytes"] < 1
+    assert found["first_loss_difference"]["autograd"] < 1e-6
+    assert rows["floor"]["losses"][0] == rows["floor"]["losses"][1] != rows["ours"]["losses"][0]
+
+
+def test_the_port_of_gptq_gives_our_codes_in_the_first_block(tmp_path):
+    argv = ["--samples", "2", "--length", "32", "--windows", "0", "--repeats", "1", "model=tiny-opt"]
+    found = written(gptq.main, argv, tmp_path / "gptq.json")
+    assert found["first_block_differing"] < 1e-3
+    assert found["ours"]["first_block_error"] == pytest.approx(found["port"]["first_block_error"], rel=1e-3)
+    assert set(found["total_over_floor"]) == {"ours", "port"}
+    for row in (found["ours"], found["port"]):
+        assert row["total"]["median"] == pytest.approx(
+            sum(row[part]["median"] for part in ("measuring", "quantizing", "rest"))
+        )
+
+
+def test_scaling_fits_exponents_and_measures_no_point_twice(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "scaling.json"
+    argv = ["--models", "tiny-opt", "tiny-bloom", "--tokens", "16", "--samples", "1", "--repeats", "1"]
+    found = written(scaling.main, argv, file)
+    assert len(found["points"]) == 4
+    for kind in scaling.KINDS:
+        assert math.isfinite(found["exponents"][kind]["model"]["seconds"])
+        assert found["exponents"][kind]["tokens"]["seconds"] is None  # of one point there is none
+    drawn = file.with_suffix(".svg").read_bytes()
+    monkeypatch.setattr(scaling, "measured", lambda *_: pytest.fail("measured again"))
+    again = written(scaling.main, argv, file)
+    assert again == found and file.with_suffix(".svg").read_bytes() == drawn
+    with pytest.raises(UserError, match="give another --json"):
+        scaling.main([*argv, "--repeats", "2", "--json", str(file)])
+    capsys.readouterr()
+
+
+def test_exponents_are_those_of_the_power_law():
+    assert scaling.slope([1, 10, 100], [3, 3e2, 3e4]) == pytest.approx(2)
+    assert scaling.slope([1, 1], [3, 4]) is None
+
+
+def test_everything_for_one_model_is_collected_and_run_once(tmp_path, monkeypatch, capfd):
+    argv = ["tiny-opt", "--device", "cpu", "--folder", str(tmp_path), "--contenders", "ours", "floor"]
+    argv += ["--tokens", "16", "--scaling", "16", "--samples", "2", "--length", "32", "--repeats", "1", "--"]
+    argv += ["recipe=quick", "train.steps=2", "ppl.context=64", "gptq.samples=2", "gptq.length=32"]
+    assert gpu.main(argv) == 0, capfd.readouterr().err
+    found = json.loads((tmp_path / "tiny-opt.json").read_text())
+    results = {name: part["result"] for name, part in found["parts"].items()}
+    assert set(results) == {"teq_step 16", "gptq", "scaling", "table5"}
+    assert results["teq_step 16"]["contenders"]["ours"]["over"]["floor"]["seconds"] > 0
+    assert results["gptq"]["total_over_floor"]["ours"] > 0
+    assert set(results["table5"]) == {"teq", "gptq"}
+    for cell in results["table5"].values():
+        assert cell["seconds"] > 0 and cell["stages"]["weights"]["peak_bytes"] > 0
+    monkeypatch.setattr(gpu, "ran", lambda *_: pytest.fail("run again"))
+    assert gpu.main(argv) == 0
+    assert "table5: teq" in capfd.readouterr().out
+
+
+def test_targets_are_held_against_the_cells_of_table_5():
+    stages = {"scales": {"peak_bytes": 50 * 10**9}, "weights": {"peak_bytes": 1}}
+    cells = {"teq": {"seconds": 240.0, "stages": stages}, "gptq": {"seconds": 1.0, "stages": stages}}
+    found = gpu.verdicts("opt-13b", cells)
+    assert found["teq"]["reached"] and not found["teq bytes"]["reached"]
+    assert gpu.verdicts("tiny-opt", cells) == {}
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "said"),
+    [
+        (gpu.main, ["gpt5", "--device", "cpu"], "model=gpt5 is not allowed"),
+        (teq_step.main, ["--device", "cuda:77", "model=tiny-opt"], "device=cuda:77 does not exist"),
+        (teq_step.main, ["model=tiny-opt", "method=gptq"], "method=gptq trains no scales"),
+    ],
+)
+def test_errors_are_one_line(main, argv, said, capsys):
+    status = measuring.command_line(main, argv)
+    printed = capsys.readouterr()
+    assert status == 2 and len(printed.err.strip().splitlines()) == 1 and said in printed.err
+
+
+def test_a_contender_that_cannot_be_measured_is_said_and_the_others_go_on(capsys):
+    argv = ["--contenders", "neural-compressor", "--neural-compressor", "/nowhere", "--", "model=tiny-opt"]
+    assert teq_step.main(argv) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "neural-compressor failed: neural-compressor: /nowhere cannot be run" in said
