@@ -1,4 +1,4 @@
-"""The verbs beside run.py: `python -m teq report|publish|prefetch ...`."""
+"""The verbs beside run.py: `python -m teq report|publish|plan|prefetch ...`."""
 
 import logging
 import sys
@@ -11,6 +11,7 @@ usage: python -m teq <verb> ...
 
   report [experiment ...|all] [overrides]   tables and figures from records; takes run.py's overrides
   publish <experiment> ...                  copy the records an experiment shows to results/ and render them
+  plan [--calibrate] [overrides]            memory and seconds that a run would take, without its weights
   prefetch [name ...|all]                   download evaluation sets into the mirror TEQ_DATA"""
 
 
@@ -26,6 +27,10 @@ def main(argv: Sequence[str]) -> int:
             from teq import report
 
             return report.report(rest) if verb == "report" else report.publish(rest)
+        if verb == "plan":
+            from teq import plan
+
+            return plan.main(rest)
         if verb == "prefetch":
             from teq import prefetch
 
@@ -36,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(f"error: there is no verb {verb!r}: it must be one of report, publish, prefetch", file=sys.stderr)
+    known = "report, publish, plan, prefetch"
+    print(f"error: there is no verb {verb!r}: it must be one of {known}", file=sys.stderr)
     return 2
 
 

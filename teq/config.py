@@ -83,6 +83,7 @@ class Job:
     logger: Any
     experiment: str | None
     layout: Mapping[str, Any] | None
+    dimensions: Mapping[str, Any] | None  # of the architecture, as conf/model carries them
 
 
 def jobs(argv: Sequence[str]) -> list[Job]:
@@ -129,7 +130,8 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     options = Options(device=cfg["device"], memory=str(cfg["memory"]), batch_size=cfg["tasks"]["batch_size"])
     experiment = choices.get("experiments")
     layout = None if experiment is None else _experiment(str(experiment)).get(LAYOUT)
-    return Job(list(overrides), run, options, _make(cfg["logger"], cfg), experiment, layout)
+    logger, dimensions = _make(cfg["logger"], cfg), cfg["model"].get("config")
+    return Job(list(overrides), run, options, logger, experiment, layout, dimensions)
 
 
 def _source(model: Mapping[str, Any]) -> Any:

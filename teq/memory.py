@@ -10,6 +10,7 @@ import logging
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from teq.models import LM, Checkpoint
+    from teq.models import LM
     from teq.transforms import Transform
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ RESERVE = 0.9  # of the free memory may be planned with: allocators round up and
 
 @runtime_checkable
 class Rehearsable(Protocol):
-    """A transform that trains: it can run one step for its memory alone."""
+    """A stage that can do a piece of its work (a training step, a window) for what the piece needs alone."""
 
     def rehearse(self, lm: "LM", strategy: str) -> None: ...
 
@@ -69,7 +70,13 @@ def check(memory: str) -> None:
         _bytes(memory)
 
 
-def choose(transform: "Transform", model: "Checkpoint", dtype: str, runtime: Runtime) -> str:
+def choose(
+    transform: "Transform",
+    dimensions: Callable[[], "PretrainedConfig"],
+    arch: Arch,
+    dtype: str,
+    runtime: Runtime,
+) -> str:
     """The first strategy whose predicted peak fits into the budget; `runtime.memory` may also name one.
 
     Raises UserError, naming the least that would do, when none fits.
@@ -80,7 +87,7 @@ def choose(transform: "Transform", model: "Checkpoint", dtype: str, runtime: Run
         return runtime.memory
     allowed, needed = budget(runtime.memory, runtime.device), {}
     for strategy in possible(runtime.device):
-        needed[strategy] = step_bytes(transform, model.config(), model.arch, dtype, strategy)
+        needed[strategy] = need(transform, dimensions(), arch, dtype, strategy).bytes
         if needed[strategy] <= allowed:
             return strategy
     name, least = min(needed.items(), key=lambda item: item[1])
@@ -124,22 +131,22 @@ def attempt(work: Callable[[str], T], strategy: str) -> T:
     )
 
 
-def step_bytes(
-    transform: Rehearsable, config: "PretrainedConfig", arch: Arch, dtype: str, strategy: str
-) -> int:
-    """Predicted peak bytes of live tensors on the device in a training step, weights included."""
-    return _extrapolated(config, arch, dtype, strategy, lambda lm: transform.rehearse(lm, strategy))
+@dataclass(frozen=True)
+class Need:
+    """What some work takes: peak bytes of live tensors on the device, weights included, and operations."""
+
+    bytes: int
+    flops: int
 
 
-def forward_bytes(config: "PretrainedConfig", arch: Arch, dtype: str, batch: int, length: int) -> int:
-    """Predicted peak bytes of live tensors in a forward pass of `batch` sequences without gradients."""
-    import torch
-
-    def forward(lm: "LM") -> None:
-        with torch.inference_mode():
-            lm.model(torch.zeros(batch, length, dtype=torch.int64), use_cache=False)
-
-    return _extrapolated(config, arch, dtype, "keep", forward)
+def need(stage: Rehearsable, config: "PretrainedConfig", arch: Arch, dtype: str, strategy: str) -> Need:
+    """What `stage` needs on a model of all its blocks, from rehearsals on models of two and of three."""
+    blocks = config.num_hidden_layers
+    if blocks <= 3:
+        return _counted(stage, config, arch, dtype, blocks, strategy)
+    two, three = (_counted(stage, config, arch, dtype, n, strategy) for n in (2, 3))
+    more = blocks - 2
+    return Need(two.bytes + more * (three.bytes - two.bytes), two.flops + more * (three.flops - two.flops))
 
 
 def exhausted(error: BaseException) -> bool:
@@ -149,26 +156,10 @@ def exhausted(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _extrapolated(
-    config: "PretrainedConfig", arch: Arch, dtype: str, strategy: str, work: Callable[["LM"], None]
-) -> int:
-    """The peak of `work` on a model of all its blocks, from models of two and of three."""
-    blocks = config.num_hidden_layers
-    if blocks <= 3:
-        return _counted(config, arch, dtype, blocks, strategy, work)
-    two, three = (_counted(config, arch, dtype, n, strategy, work) for n in (2, 3))
-    return two + (blocks - 2) * (three - two)
-
-
 def _counted(
-    config: "PretrainedConfig",
-    arch: Arch,
-    dtype: str,
-    blocks: int,
-    strategy: str,
-    work: Callable[["LM"], None],
-) -> int:
-    """The peak of `work` on a fake model of so many blocks: what was there before it, and what it made."""
+    stage: Rehearsable, config: "PretrainedConfig", arch: Arch, dtype: str, blocks: int, strategy: str
+) -> Need:
+    """What was there before the rehearsal on a fake model of so many blocks, and what the rehearsal made."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
@@ -186,8 +177,8 @@ def _counted(
         if strategy == "offload":
             present -= {p for block in blocks_of(model, arch).values() for p in block.parameters()}
         with LiveBytes() as live:
-            work(LM(model, None, arch, "outline"))
-    return sum(tensor.nbytes for tensor in present) + live.peak
+            stage.rehearse(LM(model, None, arch, "outline"), strategy)
+    return Need(sum(tensor.nbytes for tensor in present) + live.peak, live.flops)
 
 
 @contextlib.contextmanager
@@ -210,15 +201,17 @@ class LiveBytes:
     """Within: counts the bytes of the tensors that operators make, for as long as they live. `peak` is kept.
 
     Works on fake tensors and on real ones; what a fused kernel allocates and frees inside itself is not seen.
+    `flops` are the operations of the matrix products.
     """
 
     def __init__(self) -> None:
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = 0
         self._known: set[int] = set()
 
     def __enter__(self) -> "LiveBytes":
         from torch.utils._python_dispatch import TorchDispatchMode
         from torch.utils._pytree import tree_leaves
+        from torch.utils.flop_counter import flop_registry
 
         counter = self
 
@@ -228,6 +221,8 @@ class LiveBytes:
             ) -> Any:
                 given = {_storage(leaf)._cdata for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
                 out = func(*args, **(kwargs or {}))
+                if func.overloadpacket in flop_registry:
+                    counter.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
                 for leaf in tree_leaves(out):
                     if _is_tensor(leaf) and _storage(leaf)._cdata not in given:
                         counter._add(leaf)

@@ -105,7 +105,7 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
             return ranks.fit(spec.transform, bench, load, how, logger.step)
 
         try:
-            chosen = memory.choose(spec.transform, spec.model, spec.dtype, runtime)
+            chosen = memory.choose(spec.transform, spec.model.config, spec.model.arch, spec.dtype, runtime)
             tensors, info = memory.attempt(with_strategy, chosen)
         except Diverged as error:
             raise _kept(error, home / "failed" / f"{spec.key()}.safetensors") from error

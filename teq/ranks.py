@@ -142,8 +142,9 @@ def follow() -> int:
 def fit(transform: "Transform", bench: "Bench", load: "Load", runtime: Runtime, on_step: "OnStep") -> Fitted:
     """`transform.fit` by all ranks where the transform trains, otherwise here, with the model of `load`.
 
-    The ranks load models of their own, as `bench` would, and drop them. Strategy `offload` becomes `checkpoint` there:
-    the weights are spread already. Raises UserError where all ranks do, Lost where only some failed.
+    The ranks load models of their own, as `bench` would, and drop them. Strategy `offload` becomes
+    `checkpoint` there: the weights are spread already. Raises UserError where all ranks do, Lost where only
+    some failed.
     """
     if count() == 1 or not _together(transform):
         return transform.fit(load, runtime, on_step)

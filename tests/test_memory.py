@@ -34,12 +34,13 @@ def test_prediction_is_within_15_percent_of_a_real_step(family, strategy, batch)
     run = job_of(family, f"train.batch={batch}").run
     wanted = run.model.config()
     wanted.num_hidden_layers = 7  # the prediction looks at two and at three
-    predicted = memory.step_bytes(run.transform, wanted, run.model.arch, "float32", strategy)
+    predicted = memory.need(run.transform, wanted, run.model.arch, "float32", strategy)
     model = AutoModelForCausalLM.from_config(wanted).eval().requires_grad_(False)
     with memory.LiveBytes() as live:
         run.transform.rehearse(LM(model, None, run.model.arch, ""), strategy)
     weights = sum(p.nbytes for p in model.parameters())
-    assert predicted - weights == pytest.approx(live.peak, rel=0.15)
+    assert predicted.flops == live.flops
+    assert predicted.bytes - weights == pytest.approx(live.peak, rel=0.15)
     assert live.live < live.peak / 2
 
 
@@ -57,11 +58,11 @@ def test_live_bytes_counts_a_storage_once_and_only_while_it_lives():
 def test_the_first_strategy_that_fits_is_chosen(monkeypatch):
     job = job_of("llama")
     needed = {"keep": 3_000_000, "checkpoint": 2_000_000, "offload": 1_000_000}
-    monkeypatch.setattr(memory, "step_bytes", lambda *args: needed[args[-1]])
+    monkeypatch.setattr(memory, "need", lambda *args: memory.Need(needed[args[-1]], 0))
 
     def chosen(amount, device="cuda:0"):
         runtime = Runtime(device=device, memory=amount)
-        return memory.choose(job.run.transform, job.run.model, "float32", runtime)
+        return memory.choose(job.run.transform, job.run.model.config, job.run.model.arch, "float32", runtime)
 
     assert [chosen(amount) for amount in ("3MB", "2.5MB", "1MB", "offload")] == [
         "keep",
@@ -84,7 +85,7 @@ def test_a_budget_that_is_none_is_refused(amount):
 def test_a_small_budget_changes_the_strategy_and_no_result(own_home):
     job = job_of("llama")
     kept, saved = (
-        memory.step_bytes(job.run.transform, job.run.model.config(), job.run.model.arch, "float32", strategy)
+        memory.need(job.run.transform, job.run.model.config(), job.run.model.arch, "float32", strategy).bytes
         for strategy in ("keep", "checkpoint")
     )
     results = {}

@@ -59,6 +59,13 @@ class Perplexity(Settings):
             info={**counts, "tokens_sha256": tokens, **self.provenance()},
         )
 
+    def rehearse(self, lm: "LM", strategy: str) -> None:
+        """One window on an outline of the model."""
+        import torch
+
+        with torch.inference_mode():
+            window_loss(lm.model, torch.zeros(1, self.context, dtype=torch.int64, device=lm.device))
+
 
 def window_loss(model: "nn.Module", window: "Tensor") -> "Tensor":
     """The mean next-token cross-entropy of `window [1, token]`, in fp32 whatever the model's dtype."""

@@ -12,6 +12,8 @@ from teq.transforms import Load
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from teq.models import LM
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gptq(Settings):
@@ -45,3 +47,9 @@ class Gptq(Settings):
         lm = load()
         windows = corpora.calibration(self.calib, lm.tokenizer, self.samples, self.length)
         return quantize_blocks(self, lm, scales, windows)
+
+    def expected_bytes(self, lm: "LM") -> int:
+        """Predicted peak memory on an outline; see `teq.quantizers.gptq_blocks.expected_bytes`."""
+        from teq.quantizers.gptq_blocks import expected_bytes
+
+        return expected_bytes(self, lm)

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from teq.arch import Folding, blocks, first_inputs, linears, run_block, sites
+from teq.memory import LiveBytes
 from teq.progress import track
 from teq.quantizers import Quantized, stored
 from teq.quantizers.gptq_solver import Hessian, Solution, solve
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from teq.quantizers.gptq import Gptq
 
 log = logging.getLogger(__name__)
+SMALL = 128  # columns of the matrix that a solution's memory is counted on
 
 
 @torch.no_grad()
@@ -35,16 +38,16 @@ def quantize_blocks(
     for site in found:
         by_block.setdefault(site.block, {})[site.name] = site.source
     hidden, kwargs = first_inputs(lm.model, lm.arch, windows)
-    quantized: dict[str, Quantized] = {}
-    changed: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     report: dict[str, dict[str, float]] = {}
     for index, (block_name, block) in enumerate(track(blocks(lm.model, lm.arch).items(), "GPTQ blocks")):
         inside = linears(block_name, block)
         exact = {name: folding.weight(name, linear).float() for name, linear in inside.items()}
+        changed: dict[str, Tensor] = {}
         for name, source in by_block[index].items():
-            divided = folding.divided(name, source)
-            changed |= divided
-            _assign(lm.model, divided)
+            changed |= folding.divided(name, source)
+        _assign(lm.model, changed)
+        quantized: dict[str, Quantized] = {}
         _assign(lm.model, {f"{name}.weight": weight for name, weight in exact.items()})
         for names, solution in _solve_block(settings, block, inside, exact, hidden, kwargs):
             start = 0
@@ -60,6 +63,8 @@ def quantize_blocks(
                     "moved": float((plain.codes != quantized[name].codes).float().mean()),
                 }
             report[names[0]]["error"] = solution.error
+        # packed and off the device block by block: a model's codes at once would be a byte for every weight
+        tensors |= {name: t.cpu() for name, t in stored(quantized, changed, settings.grid).items()}
         for i in range(len(hidden)):
             hidden[i] = run_block(block, hidden[i], kwargs)
     if not any(entry["moved"] for entry in report.values()):
@@ -69,7 +74,7 @@ def quantize_blocks(
     raised = sum(entry["damping"] > settings.damping for entry in report.values())
     if raised:
         log.warning("the damping had to be raised for %d of %d linears", raised, len(report))
-    return stored(quantized, changed, settings.grid), {"linears": len(quantized), "gptq": report}
+    return tensors, {"linears": len(report), "gptq": report}
 
 
 def _solve_block(
@@ -134,3 +139,38 @@ def _measure(
 def _assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         model.get_parameter(name).copy_(value)
+
+
+def expected_bytes(settings: "Gptq", lm: "LM") -> int:
+    """Predicted peak bytes of live tensors on the device while an outline's model is quantized, weights
+    included.
+
+    Beside the model and its hidden states: a block's weights in fp32, the Hessians of its distinct inputs,
+    and what the largest of their solutions takes. That grows with the square of the width when the
+    proportions stay, so it is counted on a small matrix of the same proportions.
+    """
+    weights = sum(t.nbytes for t in {*lm.model.parameters(), *lm.model.buffers()})
+    name, block = next(iter(blocks(lm.model, lm.arch).items()))
+    inside = linears(name, block)
+    readers = [[inside[t] for t in site.targets] for site in sites(lm.model, lm.arch) if site.block == 0]
+    readers += [[linear] for linear in inside.values() if not any(linear in group for group in readers)]
+    width = lm.model.config.hidden_size
+    hidden = settings.samples * settings.length * width * lm.model.dtype.itemsize
+    exact = sum(4 * linear.weight.numel() for linear in inside.values())
+    hessians = sum(4 * group[0].in_features ** 2 for group in readers)
+    largest = max(_solution_bytes(settings, group) for group in readers)
+    return weights + hidden + exact + hessians + largest
+
+
+def _solution_bytes(settings: "Gptq", readers: list[nn.Linear]) -> int:
+    """Peak bytes that solving these linears together makes, from a matrix of their proportions."""
+    columns, rows = readers[0].in_features, sum(linear.out_features for linear in readers)
+    small = min(columns, SMALL)
+    size = settings.grid.group_size
+    grid = settings.grid if size == -1 else replace(settings.grid, group_size=max(1, size * small // columns))
+    few = replace(settings, grid=grid, block_size=max(1, settings.block_size * small // columns))
+    weight = torch.ones(max(1, rows * small // columns), small).cumsum(0)
+    with LiveBytes() as live, torch.no_grad():
+        tall = torch.cat([weight])
+        solve(tall, torch.eye(small), few)
+    return int(live.peak * (columns / small) ** 2)

@@ -70,14 +70,16 @@ def solve(weight: Tensor, hessian: Tensor, settings: "Gptq") -> Solution:
     group_of = (order if fixed is not None else torch.arange(columns, device=weight.device)) // size
     inverse, damping, added = _inverse_factor(hessian, settings.damping)
     codes, scale, zero, errors = _columns(weight, inverse, fixed, group_of, settings)
-    back = torch.argsort(order)
-    codes = codes[:, back]
-    g_idx = group_of[back] if settings.act_order and grid.group_size != -1 else None
+    g_idx = None
+    if settings.act_order:
+        back = torch.argsort(order)
+        codes = codes[:, back]
+        g_idx = group_of[back] if grid.group_size != -1 else None
     quantized = Quantized(codes.to(torch.uint8), scale, zero, g_idx)
     lost = quantized.dequantize(grid).sub_(original)
     lost[:, dead] = 0
     # E = errors @ inverse and inverse^T inverse = (H + added)^-1, so tr(E (H + added) E^T) = |errors|^2
-    return Solution(quantized, damping, errors - added * float(lost.double().square_().sum()))
+    return Solution(quantized, damping, errors - added * float(lost.square_().sum(dtype=torch.float64)))
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, float]:
@@ -156,5 +158,5 @@ def _columns(
                 block[i + 1 : last].addr_(factor[i, i + 1 : last], error_of[i], alpha=-1)
             block[last:].addmm_(factor[first:last, last:].T, errors[first:last], alpha=-1)
         rows[stop:].addmm_(inverse[start:stop, stop:].T, errors, alpha=-1)
-        passed_on += float(errors.double().square_().sum())
+        passed_on += float(errors.square_().sum(dtype=torch.float64))
     return codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), passed_on

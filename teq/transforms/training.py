@@ -133,7 +133,8 @@ def train(
     on_step: OnStep,
     runtime: Runtime = PLAINLY,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Train the scales of every site on `windows [steps * batch, token]`; the model is left as it was.
+    """Train the scales of every site on `windows [steps * batch, token]`; the model is left as it was,
+    but sharded for good under several ranks.
 
     With `runtime.partial` the state is saved there about once a minute and when memory runs out, and training
     goes on from what is there. `runtime.strategy` (see `through`) changes where memory goes, not the result;
@@ -150,6 +151,7 @@ def train(
         place_around_blocks(model, arch, runtime.device)
     device = model.get_input_embeddings().weight.device
     trainer = Trainer(settings, found, device)
+    ranks.shard(model, arch)
     losses: list[float] = []
     start = best = trainer.snapshot()
     lowest = float("inf")
@@ -158,7 +160,6 @@ def train(
     if (found_state := unfinished.restore()) is not None:
         losses, best = found_state
         lowest = min(losses)
-    ranks.shard(model, arch)
     model.train(settings.profile == "inc")
     try:
         with through(model, arch, found, settings.grid, trainer.current.__getitem__, runtime.strategy):

@@ -1,0 +1,140 @@
+"""`python -m teq plan [--calibrate] <overrides>`: what each stage of a run would need; no weight is loaded.
+
+Memory is that of live tensors on the device (see `teq.memory`). Seconds are operations, counted on the same
+fake tensors, over the rate at which `--calibrate` trained a small model on this device for a moment; the rate
+is kept beside the records, one for each device and dtype.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from teq import config, measure, memory, pipeline, tables
+from teq.arch import Arch
+from teq.config import Job
+from teq.models import LM, Checkpoint, Folder, Outline, Synthetic
+from teq.spec import Runtime, UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+REPEATS = 3
+RATES = "rates.json"
+CALIBRATION = {  # a model whose matrix products dominate its step, as they do in the ones that take long
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a table for each run of a command line. Returns the exit status."""
+    jobs = config.jobs([word for word in argv if word != "--calibrate"])
+    device = pipeline.resolve_device(jobs[0].options.device)
+    memory.check(jobs[0].options.memory)
+    if "--calibrate" in argv:
+        for dtype in sorted({job.run.dtype for job in jobs}):
+            calibrate(device, dtype)
+    for job in jobs:
+        print(shown(job, device))
+    return 0
+
+
+def shown(job: Job, device: str) -> str:
+    """The table of one run: parameters, peak bytes, strategy and seconds by stage."""
+    run, dimensions = job.run, _dimensions(job)
+    outline = _outline(dimensions, run.dtype, run.model.arch)
+    parameters = sum(p.numel() for p in outline.model.parameters())
+    rate = _rates().get(_rate_name(device, run.dtype))
+    rows = [["stage", "peak memory", "strategy", "seconds"]]
+
+    def row(stage: str, size: int | None, strategy: str = "", flops: int | None = None) -> None:
+        seconds = f"{flops / rate:.0f}" if flops and rate else "not known"
+        rows.append([stage, "not known" if size is None else _amount(size), strategy, seconds])
+
+    def needed(stage: Any, strategy: str) -> memory.Need:
+        return memory.need(stage, dimensions, run.model.arch, run.dtype, strategy)
+
+    if isinstance(run.transform, memory.Rehearsable):
+        runtime = Runtime(device=device, memory=job.options.memory)
+        picked = memory.choose(run.transform, lambda: dimensions, run.model.arch, run.dtype, runtime)
+        for strategy in memory.possible(device):
+            one = needed(run.transform, strategy)
+            mark = f"{strategy} (picked)" if strategy == picked else strategy
+            row("scales", one.bytes, mark, one.flops // 2 * run.transform.steps)  # a rehearsal is two steps
+    expected = getattr(run.quantizer, "expected_bytes", None)
+    row("weights", None if expected is None else expected(outline))
+    for evaluation in run.evals:
+        if isinstance(evaluation, memory.Rehearsable):
+            one = needed(evaluation, "keep")
+            row(evaluation.name, one.bytes, "", one.flops * evaluation.limit if evaluation.limit else None)
+        else:
+            row(evaluation.name, None)
+    weights = sum(p.nbytes for p in outline.model.parameters())
+    head = f"{run.title()}: {parameters:,} parameters, {_amount(weights)} in {run.dtype}, on {device}"
+    command = f"python -m teq plan --calibrate {' '.join(job.overrides)}"
+    unknown = "" if rate else f"\nseconds are known after `{command}`"
+    return f"{head}\n\n{tables.aligned(rows)}{unknown}"
+
+
+def calibrate(device: str, dtype: str) -> None:
+    """Measure the rate of training steps in operations per second on a small model, and keep it."""
+    import torch
+
+    (job,) = config.jobs(["model=tiny-llama", "method=teq", "train.length=512", "recipe=paper"])
+    source = Synthetic(config=CALIBRATION)
+    lm = Checkpoint(name="calibration", source=source, arch=job.run.model.arch).load(dtype, device)
+    with memory.LiveBytes() as counted:
+        job.run.transform.rehearse(lm, "keep")  # warms up as well
+    spent = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        job.run.transform.rehearse(lm, "keep")
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        spent.append(time.perf_counter() - start)
+    file = config.home() / RATES
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(_rates() | {_rate_name(device, dtype): counted.flops / min(spent)}, indent=1))
+
+
+def _rates() -> dict[str, float]:
+    try:
+        return json.loads((config.home() / RATES).read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise UserError(f"{config.home() / RATES} is damaged: delete it and calibrate again") from None
+
+
+def _rate_name(device: str, dtype: str) -> str:
+    import torch  # noqa: F401  (the machine's thread count is torch's)
+
+    found = measure.machine(device)
+    return f"{found['name']}, {found['threads']} threads, {dtype}"
+
+
+def _dimensions(job: Job) -> "PretrainedConfig":
+    """The architecture's dimensions: of the folder that was named, else those that conf/model carries."""
+    source = Outline(config=dict(job.dimensions)) if job.dimensions else job.run.model.source
+    given = job.run.model.source if isinstance(job.run.model.source, Folder) else source
+    return dataclasses.replace(job.run.model, source=given).config()
+
+
+def _outline(dimensions: "PretrainedConfig", dtype: str, arch: Arch) -> LM:
+    """The whole model on the meta device: names and shapes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dimensions, dtype=getattr(torch, dtype))
+    return LM(model, None, arch, "outline")
+
+
+def _amount(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
