@@ -6,7 +6,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from teq import cli, config
+from teq import cli, config, ranks
 from teq.spec import UserError
 
 
@@ -20,16 +20,23 @@ def launch(cfg: DictConfig) -> None:
 def main(argv: list[str]) -> int:
     """Check every job, run them, say what came of each. Returns the exit status."""
     if {"-h", "--help"} & set(argv):
-        print(cli.help_text())
+        if ranks.leads():
+            print(cli.help_text())
         return 0
+    if not ranks.leads():
+        return ranks.follow()
     config.prepare_environment()
     try:
         jobs = cli.checked_jobs(argv)
         sys.argv[1:] = config.quoted(argv)
-        launch()
+        with ranks.leading({job.options.device for job in jobs}):
+            launch()
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
+    except ranks.Lost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(cli.INTERRUPTED, file=sys.stderr)
         return 130

@@ -35,6 +35,7 @@ from benchmarks.measuring import ratio, shown
 from benchmarks.steps import Contender
 from benchmarks.worker import Spec, Worker, memory_of, training
 from teq import config, measure, pipeline
+from teq.memory import exhausted
 from teq.spec import UserError
 
 SHARING = ("ours", "checkpoint", "autograd", "floor")
@@ -68,7 +69,9 @@ def turns(
         for name in [name for name in steps if name not in failed]:
             try:
                 taken[name].append(steps[name]())
-            except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+            except (UserError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not exhausted(error):
+                    raise
                 failed[name] = measuring.brief(error)
     return taken
 
