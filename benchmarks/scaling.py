@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import measuring
 from benchmarks.measuring import shown
-from benchmarks.worker import Spec, Worker, memory_of, training
+from benchmarks.worker import Spec, Worker, training
 from teq import config, pipeline
 from teq.spec import UserError
 
@@ -50,10 +50,12 @@ def measured(spec: Spec, repeats: int) -> tuple[Point, dict[str, Any]]:
     with Worker(spec) as worker:
         worker.step()
         seconds = [worker.step()[0] for _ in range(repeats)]
+        memory = worker.memory()
     blocks = worker.hello["blocks"] if spec.name == "gptq" else 1
-    point = {"seconds": measuring.spread([value / blocks for value in seconds]), **memory_of(spec)}
+    point = {"seconds": measuring.spread([value / blocks for value in seconds])}
     point |= {key: worker.hello[key] for key in ("parameters", "block_weights")}
-    return point, worker.hello["machine"]
+    # resident memory after so many steps tells little
+    return point | {key: memory[key] for key in ("live_bytes", "device_bytes")}, worker.hello["machine"]
 
 
 def slope(x: list[float], y: list[float]) -> float | None:

@@ -46,18 +46,34 @@ def test_the_port_of_gptq_gives_our_codes_in_the_first_block(tmp_path):
         )
 
 
-def test_scaling_fits_exponents_and_measures_no_point_twice(tmp_path, monkeypatch, capsys):
+def test_scaling_fits_the_exponents_and_measures_no_point_twice(tmp_path, monkeypatch, capsys):
+    """Points that follow a power law, so that the exponents are known; the test of gpu.py has real ones."""
+    parameters = {"tiny-opt": 10**6, "smollm2-135m": 10**8, "opt-1.3b": 10**9}
+    measured = []
+
+    def made(spec, repeats):
+        measured.append(spec)
+        size, tokens = parameters[spec.checkpoint.name], spec.tokens
+        seconds = dict.fromkeys(("median", "min", "max"), 1e-9 * size**1.5 * tokens)
+        sizes = {"parameters": size, "block_weights": size}
+        return {"seconds": seconds, "live_bytes": size * tokens**2, **sizes}, {"name": "made up"}
+
+    monkeypatch.setattr(scaling, "measured", made)
     file = tmp_path / "scaling.json"
-    argv = ["--models", "tiny-opt", "tiny-bloom", "--tokens", "16", "--samples", "1", "--repeats", "1"]
+    argv = ["--models", *parameters, "--tokens", "128", "256", "512"]
     found = written(scaling.main, argv, file)
-    assert len(found["points"]) == 4
+    assert len(measured) == len(found["points"]) == 2 * (3 + 2)  # tokens grow on one model only
     for kind in scaling.KINDS:
-        assert math.isfinite(found["exponents"][kind]["model"]["seconds"])
-        assert found["exponents"][kind]["tokens"]["seconds"] is None  # of one point there is none
+        along_models, along_tokens = found["exponents"][kind]["model"], found["exponents"][kind]["tokens"]
+        assert along_models["seconds"] == pytest.approx(1.5) == along_models["seconds_last"]
+        assert along_models["live_bytes"] == pytest.approx(1)
+        assert along_tokens["seconds"] == pytest.approx(1)
+        assert along_tokens["live_bytes"] == pytest.approx(2)
     drawn = file.with_suffix(".svg").read_bytes()
-    monkeypatch.setattr(scaling, "measured", lambda *_: pytest.fail("measured again"))
-    again = written(scaling.main, argv, file)
-    assert again == found and file.with_suffix(".svg").read_bytes() == drawn
+    assert written(scaling.main, argv, file) == found and len(measured) == len(found["points"])
+    assert file.with_suffix(".svg").read_bytes() == drawn
+    written(scaling.main, [*argv, "1024"], file)
+    assert [(spec.name, spec.tokens) for spec in measured[10:]] == [("ours", 1024), ("gptq", 1024)]
     with pytest.raises(UserError, match="give another --json"):
         scaling.main([*argv, "--repeats", "2", "--json", str(file)])
     capsys.readouterr()
@@ -69,14 +85,26 @@ def test_exponents_are_those_of_the_power_law():
 
 
 def test_everything_for_one_model_is_collected_and_run_once(tmp_path, monkeypatch, capfd):
-    argv = ["tiny-opt", "--device", "cpu", "--folder", str(tmp_path), "--contenders", "ours", "floor"]
-    argv += ["--tokens", "16", "--scaling", "16", "--samples", "2", "--length", "32", "--repeats", "1", "--"]
+    argv = [
+        "tiny-opt",
+        "--device",
+        "cpu",
+        "--folder",
+        str(tmp_path),
+        "--contenders",
+        "ours",
+        "--tokens",
+        "16",
+    ]
+    argv += ["--scaling", "16", "64", "--samples", "2", "--length", "32", "--repeats", "1", "--"]
     argv += ["recipe=quick", "train.steps=2", "ppl.context=64", "gptq.samples=2", "gptq.length=32"]
     assert gpu.main(argv) == 0, capfd.readouterr().err
     found = json.loads((tmp_path / "tiny-opt.json").read_text())
     results = {name: part["result"] for name, part in found["parts"].items()}
     assert set(results) == {"teq_step 16", "gptq", "scaling", "table5"}
-    assert results["teq_step 16"]["contenders"]["ours"]["over"]["floor"]["seconds"] > 0
+    assert results["teq_step 16"]["contenders"]["ours"]["live_bytes"] > 0
+    for exponents in results["scaling"]["exponents"].values():
+        assert math.isfinite(exponents["tokens"]["seconds"]) and exponents["tokens"]["live_bytes"] > 0
     assert results["gptq"]["total_over_floor"]["ours"] > 0
     assert set(results["table5"]) == {"teq", "gptq"}
     for cell in results["table5"].values():
