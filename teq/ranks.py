@@ -14,6 +14,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Fitted = tuple[Mapping[str, "Tensor"], dict[str, Any]]
 PATIENCE = datetime.timedelta(days=30)  # the others wait through whatever rank 0 does between two trainings
+LOST = ("closed by peer", "reset by peer")  # what gloo says where another process has ended
 
 
 class Lost(BaseException):
@@ -130,10 +132,15 @@ def follow() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 is the one to interrupt; its end is everyone's
     try:
         _meet("")
-        while (task := _next()) is not None:
+        while (task := _first(None)) is not None:
             with contextlib.suppress(UserError):  # rank 0 has it as well, says it and goes on to another job
                 _take_part(dataclasses.replace(task, runtime=_as_own(task.runtime)), lambda *_: None)
     except UserError:  # rank 0 says it
+        return 1
+    except RuntimeError as error:
+        if not any(lost in str(error) for lost in LOST):
+            raise
+        print(f"rank {os.environ['RANK']}: another rank is gone", file=sys.stderr)  # which has said why
         return 1
     _part()
     return 0
@@ -275,14 +282,6 @@ def _first(value: Any) -> Any:
     box = [value]
     distributed.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def _next() -> Task | None:
-    """The next training, or None when there is none, also because rank 0 is gone: then it has said why."""
-    try:
-        return _first(None)
-    except RuntimeError:
-        raise UserError("rank 0 is gone") from None
 
 
 def _as_own(runtime: Runtime) -> Runtime:

@@ -17,7 +17,7 @@ from teq.models import LM
 from teq.quantizers import restore
 from teq.quantizers.rtn import Rtn
 from teq.spec import STRATEGIES, Runtime
-from teq.transforms import Diverged, NothingDone, site_scales
+from teq.transforms import Diverged, NothingDone, fused, site_scales
 from teq.transforms.loss import causal_loss
 from teq.transforms.teq import Teq
 from teq.transforms.training import ScaledFakeQuantLinear, initial, learning_rate, train
@@ -99,7 +99,7 @@ def test_closed_form_gradient_equals_autograd(group_size):
     weight = torch.randn(7, 32, generator=generator, dtype=torch.float64)
     bias = torch.randn(7, generator=generator, dtype=torch.float64)
     dy = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
-    ours = torch.autograd.grad(ScaledFakeQuantLinear.apply(x, s, weight, bias, grid), (x, s), dy)
+    ours = torch.autograd.grad(ScaledFakeQuantLinear.apply(x, s, weight, bias, fused.plain(grid)), (x, s), dy)
     plain = functional.linear(x / s, AutogradLinear.apply(weight * s, grid), bias)
     for mine, theirs in zip(ours, torch.autograd.grad(plain, (x, s), dy), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)

@@ -31,9 +31,13 @@ class Quantized:
 
     def dequantize(self, grid: Grid) -> "Tensor":
         """The weight `[out, in]` in fp32 that these codes stand for."""
-        columns = self.codes.shape[1]
+        codes, columns, groups = self.codes.float(), self.codes.shape[1], self.scale.shape[1]
+        if self.g_idx is None and columns == groups * (columns if groups == 1 else grid.group_size):
+            return decode(
+                codes.unflatten(1, (groups, -1)), self.scale[..., None], self.zero[..., None]
+            ).flatten(1)
         scale = spread(self.scale, grid, columns, self.g_idx)
-        return decode(self.codes.float(), scale, spread(self.zero, grid, columns, self.g_idx))
+        return decode(codes, scale, spread(self.zero, grid, columns, self.g_idx))
 
 
 class Quantizer(Protocol):

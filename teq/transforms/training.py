@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from teq import arch as architecture
 from teq import memory, ranks
 from teq.arch import Arch, Site
-from teq.grid import Grid, fake_quant
+from teq.grid import Grid
 from teq.progress import track
 from teq.spec import Runtime
 from teq.transforms import Diverged, NothingDone, OnStep
+from teq.transforms.fused import FakeQuant, chosen
 from teq.transforms.loss import causal_loss, check_head
 from teq.transforms.offload import Stream, place_around_blocks
 from teq.transforms.partial import Partial
@@ -43,27 +44,24 @@ class ScaledFakeQuantLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, s: Tensor | None, weight: Tensor, bias: Tensor | None, grid: Grid
+        ctx: Any, x: Tensor, s: Tensor | None, weight: Tensor, bias: Tensor | None, quantize: FakeQuant
     ) -> Tensor:
         """x `[..., in]`; s `[in]` fp32, or None for a linear that is no site's target; weight `[out, in]`."""
-        ctx.grid = grid
-        if s is None:
-            ctx.save_for_backward(weight)
-            return functional.linear(x, fake_quant(weight.float(), grid).to(x.dtype), bias)
-        ctx.save_for_backward(weight, x, s)
-        return functional.linear((x / s).to(x.dtype), fake_quant(weight * s, grid).to(x.dtype), bias)
+        ctx.quantize = quantize
+        ctx.save_for_backward(weight, *([] if s is None else [x, s]))
+        scaled = x if s is None else (x / s).to(x.dtype)
+        return functional.linear(scaled, quantize(weight, s).to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         """dy `[..., out]` -> dx `[..., in]`, ds `[in]`."""
         weight, *rest = ctx.saved_tensors  # asked for once: under checkpointing that is all one may
         if not rest:
-            return dy @ fake_quant(weight.float(), ctx.grid).to(dy.dtype), None, None, None, None
+            return dy @ ctx.quantize(weight, None).to(dy.dtype), None, None, None, None
         x, s = rest
-        scaled = weight * s  # [out, in]
-        quantized = fake_quant(scaled, ctx.grid)
+        quantized = ctx.quantize(weight, s)  # [out, in]
         dx = (dy @ quantized.to(dy.dtype)) / s  # [..., in]
-        lost = dy @ scaled.sub_(quantized).to(dy.dtype)  # [..., in]
+        lost = dy @ (weight * s).sub_(quantized).to(dy.dtype)  # [..., in]
         ds = (x / s).mul_(lost).flatten(0, -2).sum(0).div_(s)
         return dx.to(dy.dtype), ds, None, None, None
 
@@ -162,7 +160,8 @@ def train(
         lowest = min(losses)
     model.train(settings.profile == "inc")
     try:
-        with through(model, arch, found, settings.grid, trainer.current.__getitem__, runtime.strategy):
+        scale, strategy = trainer.current.__getitem__, runtime.strategy
+        with through(model, arch, found, settings.grid, scale, strategy) as rounding:
             for step in track(range(len(losses), settings.steps), "training scales"):
                 tokens = windows[step * settings.batch : (step + 1) * settings.batch]
                 # in training mode dropout draws for the whole batch, as one process would
@@ -191,7 +190,7 @@ def train(
             "sites): the result would be plain rounding under another name; raise train.lr or train.steps"
         )
     kept = {f"start/{name}": s for name, s in start.items()} | {f"best/{name}": s for name, s in best.items()}
-    return last | kept, {"loss": losses, "sites": list(last), "strategy": runtime.strategy}
+    return last | kept, {"loss": losses, "sites": list(last), "strategy": strategy, "fake_quant": rounding}
 
 
 def _diverged(step: int, loss: float, now: dict[str, Tensor], best: dict[str, Tensor]) -> Diverged:
@@ -212,9 +211,9 @@ def through(
     grid: Grid,
     scale: Callable[[str], Tensor],
     strategy: str,
-) -> Iterator[None]:
+) -> Iterator[str]:
     """Within: every linear of every block computes with its fake-quantized weight, targets with their
-    site's scale.
+    site's scale. Gives the name of the way that is rounded by (see `teq.transforms.fused.chosen`).
 
     What the backward pass of a block needs is kept (strategy `keep`) or computed again from the block's input
     (`checkpoint`); with `offload` the block's weights are copied to the device for that as well.
@@ -223,24 +222,25 @@ def through(
     found_blocks = architecture.blocks(model, arch)
     replaced: list[nn.Module] = []
     device = model.get_input_embeddings().weight.device
+    quantize, rounding = chosen(grid, device)
     stream = Stream(list(found_blocks.values()), device) if strategy == "offload" else None
     try:
         for index, (block_name, block) in enumerate(found_blocks.items()):
             for name, linear in architecture.linears(block_name, block).items():
-                linear.forward = functools.partial(_forward, linear, grid, scale, site_of.get(name))
+                linear.forward = functools.partial(_forward, linear, quantize, scale, site_of.get(name))
                 replaced.append(linear)
             if strategy != "keep":
                 inner = block.forward if stream is None else functools.partial(stream.run, index)
                 block.forward = functools.partial(checkpoint, inner, use_reentrant=False)
                 replaced.append(block)
-        yield
+        yield rounding
     finally:
         for module in replaced:
             del module.forward
 
 
 def _forward(
-    linear: nn.Linear, grid: Grid, scale: Callable[[str], Tensor], site: str | None, x: Tensor
+    linear: nn.Linear, quantize: FakeQuant, scale: Callable[[str], Tensor], site: str | None, x: Tensor
 ) -> Tensor:
     s = None if site is None else scale(site)
-    return ScaledFakeQuantLinear.apply(x, s, linear.weight, linear.bias, grid)
+    return ScaledFakeQuantLinear.apply(x, s, linear.weight, linear.bias, quantize)
