@@ -175,7 +175,8 @@ class Bench:
             with measure.uncounted():
                 self._lm = self.checkpoint.load(self.dtype, device or self.device)
             self._state = "pristine"
-        self._lm.model.to(device or self.device)
+        elif self._lm.device.type != "meta":  # an outline stays one
+            self._lm.model.to(device or self.device)
         return self._lm
 
     def to_use_up(self) -> "LM":
