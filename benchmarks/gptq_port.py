@@ -62,20 +62,26 @@ def port_solve(weight: Tensor, hessian: Tensor, settings: Gptq) -> Tensor:
     weight[:, dead] = 0
     hessian.diagonal().add_(settings.damping * hessian.diagonal().mean())
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    done = torch.zeros_like(weight)
+    done, losses = torch.zeros_like(weight), torch.zeros_like(weight)
     for start in range(0, columns, settings.block_size):
         stop = min(start + settings.block_size, columns)
-        block, errors = weight[:, start:stop].clone(), weight.new_zeros(weight.shape[0], stop - start)
+        block = weight[:, start:stop].clone()
+        rounded, errors, lost = (torch.zeros_like(block) for _ in range(3))
         factor = inverse[start:stop, start:stop]
         for i in range(stop - start):
+            column, diagonal = block[:, i], factor[i, i]
             if (start + i) % size == 0:
                 scale, zero = port_grid(weight[:, start + i : start + i + size], levels)
-            column = block[:, i]
             codes = torch.clamp(torch.round(column[:, None] / scale) + zero, 0, levels)
-            done[:, start + i] = (scale * (codes - zero)).flatten()
-            errors[:, i] = (column - done[:, start + i]) / factor[i, i]
-            block[:, i:] -= errors[:, i : i + 1].matmul(factor[i : i + 1, i:])
+            quantized = (scale * (codes - zero)).flatten()
+            rounded[:, i] = quantized
+            lost[:, i] = (column - quantized) ** 2 / diagonal**2
+            error = (column - quantized) / diagonal
+            block[:, i:] -= error[:, None].matmul(factor[i, i:][None])
+            errors[:, i] = error
+        done[:, start:stop], losses[:, start:stop] = rounded, lost / 2
         weight[:, stop:] -= errors.matmul(inverse[start:stop, stop:])
+    losses.sum().item()  # the official code prints it
     return done
 
 
