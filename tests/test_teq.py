@@ -20,7 +20,7 @@ from teq.spec import STRATEGIES, Runtime
 from teq.transforms import Diverged, NothingDone, fused, site_scales
 from teq.transforms.loss import causal_loss
 from teq.transforms.teq import Teq
-from teq.transforms.training import ScaledFakeQuantLinear, initial, learning_rate, train
+from teq.transforms.training import ScaledFakeQuantLinears, initial, learning_rate, train
 
 FOLDER = pathlib.Path(__file__).parent / "oracles"
 
@@ -96,12 +96,18 @@ def test_closed_form_gradient_equals_autograd(group_size):
     grid = Grid(bits=3, group_size=group_size)
     x = torch.randn(2, 5, 32, generator=generator, dtype=torch.float64, requires_grad=True)
     s = torch.rand(32, generator=generator, dtype=torch.float64).add(0.5).requires_grad_()
-    weight = torch.randn(7, 32, generator=generator, dtype=torch.float64)
-    bias = torch.randn(7, generator=generator, dtype=torch.float64)
-    dy = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
-    ours = torch.autograd.grad(ScaledFakeQuantLinear.apply(x, s, weight, bias, fused.plain(grid)), (x, s), dy)
-    plain = functional.linear(x / s, AutogradLinear.apply(weight * s, grid), bias)
-    for mine, theirs in zip(ours, torch.autograd.grad(plain, (x, s), dy), strict=True):
+    weights = [torch.randn(n, 32, generator=generator, dtype=torch.float64) for n in (7, 3)]
+    biases = (torch.randn(7, generator=generator, dtype=torch.float64), None)
+    dys = [torch.randn(2, 5, n, generator=generator, dtype=torch.float64) for n in (7, 3)]
+    ours = ScaledFakeQuantLinears.apply(x, s, fused.plain(grid), biases, *weights)
+    plain = [
+        functional.linear(x / s, AutogradLinear.apply(weight * s, grid), bias)
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
+    gradients = (torch.autograd.grad(outputs, (x, s), dys) for outputs in (ours, plain))
+    for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,38 +32,56 @@ WARM_UP = 0.05  # share of the steps, profile inc
 BETAS = (0.9, 0.9)  # the paper's section 3.2
 
 
-class ScaledFakeQuantLinear(torch.autograd.Function):
-    """`y = linear(x / s, FakeQuant(W diag(s)))` with a straight-through gradient to `x` and `s` in closed
-    form.
+class ScaledFakeQuantLinears(torch.autograd.Function):
+    """`y_t = linear(x / s, FakeQuant(W_t diag(s)))` for the linears t that read one input, with a
+    straight-through gradient to `x` and `s` in closed form.
 
-    With `xs = x / s`, `Ws = W diag(s)`, `Wq = FakeQuant(Ws)`: `dX = (dY Wq) / s` and `ds = (1/s) * sum over
-    tokens of xs * (dY (Ws - Wq))`. Equal to autograd through neural-compressor's TEQLinearFakeQuant, but `Wq`
-    is made again in the backward pass, so nothing of the weight's size is kept between the passes and no
-    gradient of that size is made.
+    With `xs = x / s`, `Ws = W diag(s)`, `Wq = FakeQuant(Ws)`: `dX = (sum over t of dY Wq) / s` and `ds =
+    (1/s) * sum over tokens of xs * (sum over t of dY (Ws - Wq))`. Equal to autograd through
+    neural-compressor's TEQLinearFakeQuant, but `Wq` is made again in the backward pass, so nothing of a
+    weight's size is kept between the passes and no gradient of that size is made.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, s: Tensor | None, weight: Tensor, bias: Tensor | None, quantize: FakeQuant
-    ) -> Tensor:
-        """x `[..., in]`; s `[in]` fp32, or None for a linear that is no site's target; weight `[out, in]`."""
-        ctx.quantize = quantize
-        ctx.save_for_backward(weight, *([] if s is None else [x, s]))
+        ctx: Any,
+        x: Tensor,
+        s: Tensor | None,
+        quantize: FakeQuant,
+        biases: tuple[Tensor | None, ...],
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """x `[..., in]`; s `[in]` fp32, None for linears that are no site's targets; weights `[out, in]`."""
+        ctx.quantize, ctx.shape = quantize, x.shape
+        ctx.save_for_backward(*weights, *([] if s is None else [x, s]))
+        ctx.count = len(weights)
         scaled = x if s is None else (x / s).to(x.dtype)
-        return functional.linear(scaled, quantize(weight, s).to(x.dtype), bias)
+        return tuple(
+            functional.linear(scaled, quantize(weight, s).to(x.dtype), bias)
+            for weight, bias in zip(weights, biases, strict=True)
+        )
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        """dy `[..., out]` -> dx `[..., in]`, ds `[in]`."""
-        weight, *rest = ctx.saved_tensors  # asked for once: under checkpointing that is all one may
-        if not rest:
-            return dy @ ctx.quantize(weight, None).to(dy.dtype), None, None, None, None
-        x, s = rest
-        quantized = ctx.quantize(weight, s)  # [out, in]
-        dx = (dy @ quantized.to(dy.dtype)) / s  # [..., in]
-        lost = dy @ (weight * s).sub_(quantized).to(dy.dtype)  # [..., in]
-        ds = (x / s).mul_(lost).flatten(0, -2).sum(0).div_(s)
-        return dx.to(dy.dtype), ds, None, None, None
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        """dys `[..., out]` -> dx `[..., in]`, ds `[in]`."""
+        saved = ctx.saved_tensors  # asked for once: under checkpointing that is all one may
+        weights, (x, s) = saved[: ctx.count], saved[ctx.count :] or (None, None)
+        dx = lost = None  # [token, in]
+        for weight, dy in zip(weights, dys, strict=True):
+            flat, quantized = dy.flatten(0, -2), ctx.quantize(weight, s)
+            dx = _plus_product(dx, flat, quantized)
+            if s is not None:
+                lost = _plus_product(lost, flat, (weight * s).sub_(quantized))
+        dx, ds = dx.view(ctx.shape), None
+        if s is not None:
+            ds = (x / s).mul_(lost.view(ctx.shape)).flatten(0, -2).sum(0).div_(s)
+            dx = (dx / s).to(dys[0].dtype)
+        return dx, ds, None, None, *(None for _ in weights)
+
+
+def _plus_product(total: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:
+    weight = weight.to(dy.dtype)
+    return dy @ weight if total is None else total.addmm_(dy, weight)
 
 
 def initial(site: Site, init: str) -> Tensor:
@@ -218,16 +236,18 @@ def through(
     What the backward pass of a block needs is kept (strategy `keep`) or computed again from the block's input
     (`checkpoint`); with `offload` the block's weights are copied to the device for that as well.
     """
-    site_of = {target: site.name for site in found for target in site.targets}
     found_blocks = architecture.blocks(model, arch)
     replaced: list[nn.Module] = []
     device = model.get_input_embeddings().weight.device
     quantize, rounding = chosen(grid, device)
     stream = Stream(list(found_blocks.values()), device) if strategy == "offload" else None
+    together = [_Together(site.targets, quantize, functools.partial(scale, site.name)) for site in found]
+    readers = {target: group for group in together for target in group.linears}
     try:
         for index, (block_name, block) in enumerate(found_blocks.items()):
             for name, linear in architecture.linears(block_name, block).items():
-                linear.forward = functools.partial(_forward, linear, quantize, scale, site_of.get(name))
+                group = readers.get(name) or _Together({name: linear}, quantize, lambda: None)
+                linear.forward = functools.partial(group.output, name)
                 replaced.append(linear)
             if strategy != "keep":
                 inner = block.forward if stream is None else functools.partial(stream.run, index)
@@ -239,8 +259,24 @@ def through(
             del module.forward
 
 
-def _forward(
-    linear: nn.Linear, quantize: FakeQuant, scale: Callable[[str], Tensor], site: str | None, x: Tensor
-) -> Tensor:
-    s = None if site is None else scale(site)
-    return ScaledFakeQuantLinear.apply(x, s, linear.weight, linear.bias, quantize)
+class _Together:
+    """Linears that read one input: all are computed when the first of them is given it."""
+
+    def __init__(
+        self, linears: Mapping[str, nn.Linear], quantize: FakeQuant, scale: Callable[[], Tensor | None]
+    ) -> None:
+        self.linears, self.quantize, self.scale = linears, quantize, scale
+        self.input: Tensor | None = None
+        self.waiting: dict[str, Tensor] = {}
+
+    def output(self, name: str, x: Tensor) -> Tensor:
+        """The output of the linear `name` for x `[..., in]`."""
+        if self.input is not x or name not in self.waiting:
+            weights = [linear.weight for linear in self.linears.values()]
+            biases = tuple(linear.bias for linear in self.linears.values())
+            outputs = ScaledFakeQuantLinears.apply(x, self.scale(), self.quantize, biases, *weights)
+            self.input, self.waiting = x, dict(zip(self.linears, outputs, strict=True))
+        output = self.waiting.pop(name)
+        if not self.waiting:
+            self.input = None  # nothing of a step outlives it
+        return output
