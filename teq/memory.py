@@ -7,6 +7,7 @@ difference is what every further block adds.
 import contextlib
 import copy
 import logging
+import os
 import re
 import weakref
 from collections.abc import Callable, Iterator
@@ -38,7 +39,8 @@ class Rehearsable(Protocol):
 
 
 def budget(memory: str, device: str) -> int:
-    """Bytes that may be used: `auto` is nine tenths of what is free on the device (a CPU's available memory).
+    """Bytes that may be used: `auto` is nine tenths of what is free on the device (on a CPU of what is
+    available, or of all memory where the system does not say).
 
     Raises UserError when `memory` is no amount.
     """
@@ -48,10 +50,11 @@ def budget(memory: str, device: str) -> int:
         return _bytes(memory)
     if device.startswith("cuda"):
         return int(RESERVE * torch.cuda.mem_get_info(device)[0])
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(RESERVE * int(line.split()[1]) * 1024)
-    raise UserError("memory=auto needs /proc/meminfo on a CPU: give an amount, such as memory=16GB")
+    with contextlib.suppress(OSError):  # Linux
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(RESERVE * int(line.split()[1]) * 1024)
+    return int(RESERVE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _bytes(memory: str) -> int:
