@@ -106,12 +106,12 @@ def possible(device: str) -> tuple[str, ...]:
     return STRATEGIES if device.startswith("cuda") else STRATEGIES[:2]
 
 
-def attempt(work: Callable[[str], T], strategy: str) -> T:
-    """`work(strategy)`, or once with the next strategy where memory runs out.
+def attempt(work: Callable[[str], T], strategy: str, device: str) -> T:
+    """`work(strategy)`, or once with the next strategy that helps on `device` where memory runs out.
 
     Raises UserError when that does not do either.
     """
-    following = STRATEGIES[STRATEGIES.index(strategy) + 1 :]
+    following = [s for s in possible(device) if STRATEGIES.index(s) > STRATEGIES.index(strategy)]
     try:
         return work(strategy)
     except RuntimeError as error:

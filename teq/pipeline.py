@@ -106,7 +106,7 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
 
         try:
             chosen = memory.choose(spec.transform, spec.model.config, spec.model.arch, spec.dtype, runtime)
-            tensors, info = memory.attempt(with_strategy, chosen)
+            tensors, info = memory.attempt(with_strategy, chosen, runtime.device)
         except Diverged as error:
             raise _kept(error, home / "failed" / f"{spec.key()}.safetensors") from error
         return tensors, {**info, "scales": summaries(tensors)}
