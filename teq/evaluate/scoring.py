@@ -1,31 +1,29 @@
-"""Log-likelihood scoring for lm-evaluation-harness that runs every shared context through the model once.
+"""Log-likelihood scoring for lm-evaluation-harness that runs what requests share through the model once.
 
-The harness's own `HFLM` runs context + ending for every ending and projects every position to the vocabulary.
-Here requests whose tokens begin alike form a group: the common prefix runs once, its keys and values serve
-all the group's continuations, and only positions that are scored reach the output projection. Sequences with
-too little in common run whole, in one pass. Both give `HFLM`'s results up to floating-point rounding.
+The harness's own `HFLM` runs context + ending for every ending and projects every position to the
+vocabulary. Here requests whose tokens begin alike become one row, a tree of tokens: by an attention mask each
+token sees its ancestors alone, at the position that it has in its own sequence. So a context is read once for
+all its endings, in one pass, and only positions that are scored reach the output projection. The results are
+`HFLM`'s up to floating-point rounding.
 """
 
+import contextlib
 import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 logger = logging.getLogger(__name__)
 
-# A prefix of less than this part of a sequence does not repay the second pass and its explicit mask.
-MIN_SHARED = 0.4
 # What a pass costs before it reads its first token, as a part of a full batch: weighed against padding.
 PASS_COST = 1 / 32
 # Shorter sequences share batches as large as if they had this length: tiny passes leave the machine idle.
@@ -38,44 +36,36 @@ Answer = tuple[float, bool]
 
 
 @dataclass
-class _Use:
-    """One request's place in a sequence: inputs up to position `end` predict `continuation`."""
-
-    request: int
-    continuation: list[int]
-    end: int
-
-
-@dataclass
 class _Sequence:
-    """Tokens the model must read, and the requests that this one reading answers."""
+    """Tokens the model must read, and the requests that this reading answers: (request, continuation)."""
 
     tokens: tuple[int, ...]
-    uses: list[_Use]
+    uses: list[tuple[int, list[int]]] = field(default_factory=list)
 
 
 @dataclass
-class _Group:
-    """Sequences of which the first `prefix` tokens are the same; a sequence on its own is all prefix."""
+class _Row:
+    """Sequences that begin alike, as one tree of tokens."""
 
-    prefix: int
-    sequences: list[_Sequence]
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)  # of each token in its own sequence
+    branches: list[list[int]] = field(
+        default_factory=list
+    )  # to each last token, the places from the first on
+    points: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # place -> (request, next token)
 
-
-class _SharedLayer(DynamicLayer):
-    """One layer's keys and values of the prefixes, read by many rows and never written.
-
-    Expanded to the rows only while its layer runs, so that one layer's copy is in memory and not all layers'.
-    """
-
-    def __init__(self, prefix: DynamicLayer, rows: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values, self.is_initialized = prefix.keys, prefix.values, True
-        self.rows = rows  # [row]: the prefix that each row continues
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        keys = torch.cat([self.keys[self.rows], key_states], dim=2)  # [row, head, prefix + token, head width]
-        return keys, torch.cat([self.values[self.rows], value_states], dim=2)
+    def add(self, sequence: _Sequence, common: int) -> None:
+        """Put in a sequence whose first `common` tokens are those of the last one."""
+        start, rest = len(self.tokens), sequence.tokens[common:]
+        path = [*(self.branches[-1][:common] if common else []), *range(start, start + len(rest))]
+        self.tokens += rest
+        self.positions += range(common, len(path))
+        if common and common == len(self.branches[-1]):  # the last one goes on: still one branch
+            self.branches.pop()
+        self.branches.append(path)
+        for request, continuation in sequence.uses:
+            for place, token in zip(path[-len(continuation) :], continuation, strict=True):
+                self.points.setdefault(place, []).append((request, token))
 
 
 class SharedContextLM(HFLM):
@@ -126,27 +116,21 @@ class SharedContextLM(HFLM):
 
         `override_bs` belongs to the harness's automatic batch sizes, which are not offered here.
         """
-        groups = _group(self._sequences(requests))
-        longest = max((len(s.tokens) for group in groups for s in group.sequences), default=0)
+        sequences = self._sequences(requests)
+        longest = max((len(sequence.tokens) for sequence in sequences), default=0)
+        batches = self._batches(sequences, longest)
         answers: list[Answer | None] = [None] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm or not sys.stderr.isatty(), desc="Scoring")
-        # Longest first: little padding, and the largest batches fail at once. Sequences on their own come
-        # apart from the others because they need no cache.
-        groups.sort(key=lambda group: (len(group.sequences) == 1, -group.prefix))
-        shared = sum(len(group.sequences) > 1 for group in groups)
-        lengths = [group.prefix for group in groups]
-        start, sizes = 0, None
-        while start < len(groups):
-            budget = self.batch_size * max(longest, MIN_LENGTH)
-            sizes = sizes or [*_sizes(lengths[:shared], budget), *_sizes(lengths[shared:], budget)]
+        while batches:
             try:
-                batch = self._score(groups[start : start + sizes[start]], budget)
+                answered = self._score(batches[0])
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
                 self.batch_size_per_gpu = self.batch_size // 2
                 logger.warning("out of memory: batch size halved to %d", self.batch_size)
-                sizes = None
+                left = [sequence for sequence in sequences if answers[sequence.uses[0][0]] is None]
+                batches = self._batches(left, longest)
                 continue
             except RuntimeError as error:
                 if "can't allocate memory" not in str(error):
@@ -156,12 +140,12 @@ class SharedContextLM(HFLM):
                 raise MemoryError(
                     f"{size} for a batch of {self.batch_size} x {longest} tokens failed: lower batch_size"
                 ) from error
-            for request, answer in batch.items():
+            for request, answer in answered.items():
                 answers[request] = answer
                 if (text := requests[request][0]) is not None:  # rolling windows are cached by their caller
                     self.cache_hook.add_partial("loglikelihood", text, answer)
-            bar.update(len(batch))
-            start += sizes[start]
+            bar.update(len(answered))
+            del batches[0]
         bar.close()
         return answers
 
@@ -177,80 +161,49 @@ class SharedContextLM(HFLM):
                 )
             truncated += len(context) + len(continuation) > self.max_length + 1
             tokens = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
-            sequence = sequences.setdefault(tokens, _Sequence(tokens, []))
-            sequence.uses.append(_Use(index, continuation, len(tokens)))
+            sequences.setdefault(tokens, _Sequence(tokens)).uses.append((index, continuation))
         if truncated:
             self.truncated += truncated
             logger.warning("%d of %d requests cut to %d tokens", truncated, len(requests), self.max_length)
         return list(sequences.values())
 
+    def _batches(self, sequences: list[_Sequence], longest: int) -> list[list[_Row]]:
+        """Rows to read in one pass: all of them trees, or all of them single sequences, which need no mask.
+
+        Longest first: little padding, and the largest batches fail at once.
+        """
+        budget = self.batch_size * max(longest, MIN_LENGTH)
+        rows = _rows(sequences, self.model.config.hidden_size, budget)
+        rows.sort(key=lambda row: -len(row.tokens))
+        batches = []
+        for alike in ([r for r in rows if len(r.branches) > 1], [r for r in rows if len(r.branches) == 1]):
+            sizes, start = _sizes([len(row.tokens) for row in alike], budget), 0
+            while start < len(alike):
+                batches.append(alike[start : start + sizes[start]])
+                start += sizes[start]
+        return batches
+
     @torch.no_grad()
-    def _score(self, groups: list[_Group], budget: int) -> dict[int, Answer]:
-        """Answer the requests of `groups`: prefixes in one pass, what follows them by `budget` tokens."""
+    def _score(self, rows: list[_Row]) -> dict[int, Answer]:
+        """Answer the requests of `rows`, which one pass reads."""
+        ids = self._pad([row.tokens for row in rows], self.tokenizer.pad_token_id)  # [row, token]
+        if len(rows[0].branches) == 1:  # a causal model never looks back at padding on the right: no mask
+            hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
+        else:
+            positions = self._pad([row.positions for row in rows], 0)
+            mask = _mask(rows, ids.shape[1], self.model.dtype).to(ids.device)
+            with _alibi_at(self.model.base_model, positions):
+                hidden = self.model.base_model(
+                    input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+                )[0]
         answers: dict[int, Answer] = {}
-        rests = [
-            (row, group.prefix, sequence)
-            for row, group in enumerate(groups)
-            for sequence in group.sequences
-            if len(sequence.tokens) > group.prefix
-        ]
-        cache = DynamicCache() if rests else None
-        ids = self._pad([g.sequences[0].tokens[: g.prefix] for g in groups])  # [group, token]
-        # Padding is on the right, where a causal model never looks back at it: no mask needed.
-        hidden = self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=bool(rests))[0]
-        parts = [(s, row, 0, g.prefix) for row, g in enumerate(groups) for s in g.sequences]
-        self._add(answers, hidden, parts)
-
-        rests.sort(key=lambda rest: rest[1] - len(rest[2].tokens))
-        sizes = _sizes([len(s.tokens) - prefix for _, prefix, s in rests], budget, ids.shape[1])
-        start = 0
-        while start < len(rests):
-            chunk = rests[start : start + sizes[start]]
-            hidden = self._continue(cache, chunk)
-            parts = [(s, row, prefix, len(s.tokens)) for row, (_, prefix, s) in enumerate(chunk)]
-            self._add(answers, hidden, parts)
-            start += len(chunk)
-        return answers
-
-    def _continue(self, cache: Cache, rests: list[tuple[int, int, _Sequence]]) -> Tensor:
-        """Run what follows the prefixes in `cache`; `rests` hold (prefix row, prefix length, sequence).
-
-        Returns hidden states [row, token, width].
-        """
-        rows = torch.tensor([row for row, _, _ in rests], device=self.device)
-        prefixes = torch.tensor([[prefix] for _, prefix, _ in rests], device=self.device)  # [row, 1]
-        ids = self._pad([s.tokens[prefix:] for _, prefix, s in rests])  # [row, token]
-        width = cache.get_seq_length()
-        # A shorter prefix leaves a hole before what follows it: masked, and not counted in the positions.
-        seen = torch.arange(width, device=self.device) < prefixes  # [row, prefix]
-        mask = torch.cat(
-            [seen, torch.ones_like(ids, dtype=torch.bool)], dim=1
-        ).long()  # [row, prefix + token]
-        # Padding may lie beyond the last position that a model with learned positions has: keep it inside.
-        positions = (mask.cumsum(1) - 1)[:, width:].clamp(max=self.max_length - 1)  # [row, token]
-        shared = Cache(layers=[_SharedLayer(layer, rows) for layer in cache.layers])
-        return self.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=shared, use_cache=True
-        )[0]
-
-    def _add(
-        self, answers: dict[int, Answer], hidden: Tensor, parts: list[tuple[_Sequence, int, int, int]]
-    ) -> None:
-        """Add to `answers` the scored positions of `hidden` [row, token, width].
-
-        `parts` say where it has what: (sequence, row, first and last + 1 position of the sequence there).
-        """
-        # Requests that share a prefix share its positions: each is projected once for all of them.
-        points: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for part in parts:
-            for row, position, request, target in _points(*part):
-                points.setdefault((row, position), []).append((request, target))
+        points = {(i, place): wants for i, row in enumerate(rows) for place, wants in row.points.items()}
         places = list(points)
         for at in range(0, len(places), HEAD_CHUNK):
             chunk = places[at : at + HEAD_CHUNK]
-            rows, positions = torch.tensor(chunk, device=hidden.device).T
-            logits = self.model.get_output_embeddings()(hidden[rows, positions]).float()  # [point, vocab]
-            wanted = [(i, *want) for i, place in enumerate(chunk) for want in points[place]]
+            row, place = torch.tensor(chunk, device=hidden.device).T
+            logits = self.model.get_output_embeddings()(hidden[row, place]).float()  # [point, vocab]
+            wanted = [(i, *want) for i, point in enumerate(chunk) for want in points[point]]
             index, requests, targets = torch.tensor(wanted, device=hidden.device).T
             hits = (logits.argmax(dim=-1)[index] == targets).tolist()
             # `logsumexp` is more exact on CPU, but this kernel rounds as `HFLM` does.
@@ -258,61 +211,77 @@ class SharedContextLM(HFLM):
             for request, log_prob, hit in zip(requests.tolist(), log_probs, hits, strict=True):
                 total, greedy = answers.get(request, (0.0, True))
                 answers[request] = (total + log_prob, greedy and hit)
+        return answers
 
-    def _pad(self, rows: list[tuple[int, ...]]) -> Tensor:
-        """Token ids [row, longest], padded on the right."""
+    def _pad(self, rows: list[list[int]], value: int) -> Tensor:
+        """Numbers of tokens as [row, longest], filled up on the right with `value`."""
         longest = max(map(len, rows))
-        padded = [[*row, *[self.tokenizer.pad_token_id] * (longest - len(row))] for row in rows]
-        return torch.tensor(padded, device=self.device)
+        return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=self.device)
 
 
-def _group(sequences: list[_Sequence]) -> list[_Group]:
-    """Put sequences that begin alike together where that saves tokens.
+def _rows(sequences: list[_Sequence], width: int, most: int) -> list[_Row]:
+    """Put sequences that begin alike into one row, of at most `most` tokens, where that pays.
 
-    Sequences with a common prefix are neighbours in lexicographic order, so one sweep finds the groups.
+    Sequences with a common beginning are neighbours in lexicographic order, so one sweep finds the rows. When
+    a row of T tokens takes n more, `common` fewer are read and 2 T n more pairs of tokens, masked ones, are
+    attended over; in a block of `width` w a token takes some 24 w^2 operations and a pair 4 w.
     """
-    groups: list[_Group] = []
+    rows: list[_Row] = []
+    last: tuple[int, ...] = ()
     for sequence in sorted(sequences, key=lambda s: s.tokens):
-        if groups:
-            group = groups[-1]
-            last = group.sequences[-1]
-            pairs = zip(last.tokens, sequence.tokens, strict=False)
-            common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-            if common == len(last.tokens):  # `last` begins this sequence, which then answers for both
-                sequence.uses += last.uses
-                group.sequences[-1] = sequence
-                if len(group.sequences) == 1:
-                    group.prefix = len(sequence.tokens)
-                continue
-            prefix = min(group.prefix, common)
-            lost = (group.prefix - prefix) * (len(group.sequences) - 1)
-            if common >= MIN_SHARED * len(sequence.tokens) and prefix > lost:
-                group.prefix = prefix
-                group.sequences.append(sequence)
-                continue
-        groups.append(_Group(len(sequence.tokens), [sequence]))
-    return groups
+        pairs = zip(last, sequence.tokens, strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        have, more = len(rows[-1].tokens) if rows else 0, len(sequence.tokens) - common
+        if common * 3 * width <= have * more or have + more > most:
+            rows.append(_Row())
+            common = 0
+        rows[-1].add(sequence, common)
+        last = sequence.tokens
+    return rows
 
 
-def _sizes(lengths: list[int], budget: int, prefix: int = 0) -> list[int]:
+def _sizes(lengths: list[int], budget: int) -> list[int]:
     """For each of `lengths` (descending), how many from it on to pad into one batch that it begins.
 
-    The sizes make for the cheapest way through the rest of `lengths`, in padded tokens and in passes. A batch
-    has at most `budget` tokens, and at most 4 times that with the `prefix` of each row: one layer's copies of
-    the prefixes' keys and values are in memory at a time.
+    The sizes make for the cheapest way through the rest of `lengths`, in padded tokens and in passes, with at
+    most `budget` tokens a batch.
     """
     costs = [0.0] * (len(lengths) + 1)  # [start]: of everything from there on
     sizes = [1] * len(lengths)
     for start, length in reversed(list(enumerate(lengths))):
-        most = max(1, min(budget // length, 4 * budget // (prefix + length), len(lengths) - start))
+        most = max(1, min(budget // length, len(lengths) - start))
         cost, sizes[start] = min((n * length + costs[start + n], n) for n in range(1, most + 1))
         costs[start] = cost + PASS_COST * budget
     return sizes
 
 
-def _points(sequence: _Sequence, row: int, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-    """Scored positions of `sequence` in [start, stop): (row, position - start, request, token to predict)."""
-    for use in sequence.uses:
-        first = use.end - len(use.continuation)
-        for position in range(max(first, start), min(use.end, stop)):
-            yield row, position - start, use.request, use.continuation[position - first]
+def _mask(rows: list[_Row], longest: int, dtype: torch.dtype) -> Tensor:
+    """What each token may not see, to be added to attention scores: [row, 1, token, token seen]."""
+    seen = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, not nothing
+    for row, allowed in zip(rows, seen, strict=True):
+        start = 0
+        for path in row.branches:
+            own = slice(start, start := path[-1] + 1)
+            allowed[own, [place for place in path if place < own.start]] = True
+            allowed[own, own] = torch.ones_like(allowed[own, own]).tril()
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+@contextlib.contextmanager
+def _alibi_at(base: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Within: BLOOM, whose position biases come from a mask of padding, takes `positions [row, token]`."""
+    original: Callable[..., Tensor] | None = getattr(base, "build_alibi_tensor", None)
+    if original is None:
+        yield
+        return
+
+    def build(_: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+        every = torch.ones(1, int(positions.max()) + 1, device=positions.device)
+        biases = original(every, heads, dtype)[:, 0, positions]  # [head, row, token]
+        return biases.transpose(0, 1).reshape(-1, 1, positions.shape[1])
+
+    base.build_alibi_tensor = build
+    try:
+        yield
+    finally:
+        del base.build_alibi_tensor

@@ -1,5 +1,6 @@
 """GPTQ over a model: block after block, each measured on what the quantized blocks before it put out."""
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -103,6 +104,10 @@ def _solve_block(
     return solutions
 
 
+class _AllSeen(Exception):
+    """Every linear has its input: what the block would still make of them is not needed."""
+
+
 def _measure(
     block: nn.Module, inside: Mapping[str, nn.Linear], hidden: list[Tensor], kwargs: dict[str, Any]
 ) -> dict[tuple[str, ...], Hessian]:
@@ -111,11 +116,13 @@ def _measure(
 
     def note(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            for tensor, names in readers:
-                if tensor is args[0]:
-                    names.append(name)
-                    return
-            readers.append((args[0], [name]))
+            same = next((names for tensor, names in readers if tensor is args[0]), None)
+            if same is None:
+                readers.append((args[0], [name]))
+            else:
+                same.append(name)
+            if sum(len(names) for _, names in readers) == len(inside):
+                raise _AllSeen
 
         return hook
 
@@ -124,7 +131,8 @@ def _measure(
     try:
         for sample in hidden:
             readers.clear()
-            run_block(block, sample, kwargs)
+            with contextlib.suppress(_AllSeen):
+                run_block(block, sample, kwargs)
             for tensor, names in readers:
                 if tuple(names) not in found:
                     found[tuple(names)] = Hessian(tensor.shape[-1], tensor.device)
