@@ -1,7 +1,7 @@
 """GPTQ over a model: ours, a plain port of the official algorithm, and the floor, on the same tokens.
 
-    python benchmarks/gptq.py [--samples 32] [--length 512] [--repeats 5] [--device cpu] [--json FILE]
-                              [overrides]
+    python benchmarks/gptq.py [--samples 32] [--length 512] [--repeats 5] [--blocks N] [--device cpu]
+                              [--json FILE] [overrides]
 
   ours   the project's own
   port   the official algorithm, linear by linear (benchmarks/gptq_port.py)
@@ -10,9 +10,12 @@
 They take turns, each on the model newly loaded, which is not timed. Printed: seconds measuring, quantizing
 and the rest (mostly propagating); the error tr(E H E^T) of the first block; the share of the first block's
 weights in which ours and the port's differ; perplexity on the first evaluation windows of the embedded text.
+`--blocks` stops after the first blocks, which are alike: enough for seconds, and there is no perplexity.
 
-Two correct runs agree on the first block and still differ in perplexity: a code that falls the other way by
-rounding error in one block changes what all later blocks see. Their distance is the noise of such a figure.
+Every turn after the first takes the calibration windows in another order, the same for all contenders: the
+Hessian is the same sum, rounded otherwise. Such runs agree on the first block and still differ in perplexity,
+for a code that falls the other way by rounding error in one block changes what all later blocks see. What a
+contender's perplexities span is the noise of such a figure.
 """
 
 import argparse
@@ -66,11 +69,17 @@ def perplexity(lm: LM, count: int) -> float | None:
     return math.exp(sum(losses) / len(losses))
 
 
-def turn(name: str, job: config.Job, device: str, windows: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """One run of one contender: what it took and gave, and the first block's weights after it."""
+def turn(
+    name: str, job: config.Job, device: str, number: int, blocks: int | None, windows: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Turn `number` of one contender: what it took and gave, and the first block's weights after it."""
     settings, clock = job.run.quantizer, Clock(device)
     lm = job.run.model.load(job.run.dtype, device)
     tokens = corpora.calibration(settings.calib, lm.tokenizer, settings.samples, settings.length)
+    if number:
+        tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(number))]
+    if blocks is not None:
+        del lm.model.get_submodule(lm.arch.blocks)[blocks:]
     with measure.cost(device) as cost:
         total, error = measuring.timed(lambda: CONTENDERS[name](lm, settings, tokens, clock), device)
     found = {"total": total, **{part: clock.spent[part] for part in ("measuring", "quantizing")}}
@@ -99,29 +108,35 @@ def main(argv: list[str]) -> int:
     )
     for name, default in (("samples", 32), ("length", 512), ("windows", 16), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--blocks", type=int, help="only the first so many blocks; all if not given")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:<n>")
     parser.add_argument("--dtype", help="of the weights; default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", default=["model=smollm2-135m"], help="as for run.py")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.repeats < 1:
-        raise UserError(f"--repeats {arguments.repeats} is not allowed: it must be at least 1")
+    for name, value in (("repeats", arguments.repeats), ("blocks", arguments.blocks)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} is not allowed: it must be at least 1")
+    windows = arguments.windows if arguments.blocks is None else 0
     device = pipeline.resolve_device(arguments.device)
     given = [f"gptq.samples={arguments.samples}", f"gptq.length={arguments.length}", "method=gptq"]
     given += [f"dtype={arguments.dtype or measuring.default_dtype(device)}", "evals=[python-docs]"]
     (job,) = config.jobs([*arguments.overrides, *given])
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.contenders}
     weights: dict[str, dict[str, Tensor]] = {}
-    for _ in range(arguments.repeats):
+    for number in range(arguments.repeats):
         for name in arguments.contenders:
-            run, weights[name] = turn(name, job, device, arguments.windows)
+            run, weights[name] = turn(name, job, device, number, arguments.blocks, windows)
             runs[name].append(run)
+            told = ", ".join(f"{key} {shown(value, 0)}" for key, value in run.items())
+            print(f"turn {number + 1} of {arguments.repeats}, {name}: {told}", file=sys.stderr)
     rows: dict[str, dict[str, Any]] = {}
     for name, made in runs.items():
         rows[name] = {part: measuring.spread([run[part] for run in made]) for part in PARTS}
-        rows[name] |= {key: value for key, value in made[-1].items() if key not in PARTS}
-        rows[name]["turns"] = [{part: run[part] for part in PARTS} for run in made]
+        perplexities = [run["perplexity"] for run in made if run.get("perplexity") is not None]
+        rows[name] |= {key: value for key, value in made[0].items() if key not in (*PARTS, "perplexity")}
+        rows[name] |= {"perplexity": measuring.spread(perplexities) if perplexities else None, "turns": made}
     turns = {name: {part: [run[part] for run in made] for part in PARTS} for name, made in runs.items()}
     nothing: dict[str, list[float]] = {}
     port_over_ours = {
@@ -138,7 +153,8 @@ def main(argv: list[str]) -> int:
     titles = [*PARTS, "first_block_error", "perplexity"]
     print(f"{'seconds, medians':<18}" + "".join(f"{title:>20}" for title in titles))
     for name, row in rows.items():
-        values = [row[part]["median"] for part in PARTS] + [row.get(key) for key in titles[len(PARTS) :]]
+        values = [row[part]["median"] for part in PARTS] + [row.get("first_block_error")]
+        values.append(row["perplexity"] and row["perplexity"]["median"])
         print(f"{name:<18}" + "".join(shown(value, 20, 3) for value in values))
     print("port over ours: " + ", ".join(f"{part} {shown(r, 0)}" for part, r in port_over_ours.items()))
     print("over the floor: " + ", ".join(f"{name} {shown(r, 0)}" for name, r in over_floor.items()))
@@ -146,6 +162,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         found = {"settings": job.run.quantizer.plain(), "overrides": arguments.overrides}
         found |= {"dtype": job.run.dtype, "machine": measure.machine(device), "repeats": arguments.repeats}
+        found |= {"blocks": arguments.blocks}
         found |= {"port_over_ours": port_over_ours, "total_over_floor": over_floor}
         measuring.write(arguments.json, found | {"first_block_differing": apart, **rows})
     return 0

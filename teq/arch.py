@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from teq.spec import Settings, UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 CLIP = "clip/"  # before a linear's name: the bounds of its folded weight, among the scales of the sites
@@ -204,14 +205,16 @@ def block_inputs(model: "nn.Module", arch: Arch, tokens: "Tensor") -> tuple["Ten
     return caught["hidden"], caught["kwargs"]
 
 
-def first_inputs(model: "nn.Module", arch: Arch, windows: "Tensor") -> tuple[list["Tensor"], dict[str, Any]]:
-    """The first block's inputs for `windows [sample, token]`, one `[1, token, width]` each, and its keywords,
-    the same for all of them.
+def first_inputs(
+    model: "nn.Module", arch: Arch, windows: "Tensor", kept: "torch.device | None" = None
+) -> tuple[list["Tensor"], dict[str, Any]]:
+    """The first block's inputs for `windows [sample, token]`, one `[1, token, width]` each, on the device
+    `kept` (the model's), and its keywords, the same for all of them.
     """
     device, hidden = model.get_input_embeddings().weight.device, []
     for window in windows:
         one, kwargs = block_inputs(model, arch, window[None].to(device))
-        hidden.append(one)
+        hidden.append(one.to(kept or device))
     return hidden, kwargs
 
 

@@ -19,7 +19,7 @@ from teq.arch import Arch
 from teq.spec import STRATEGIES, Runtime, UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PretrainedConfig
 
     from teq.models import LM
@@ -99,6 +99,19 @@ def choose(
         f"scales: the least that would do is {least / 1e9:.3g} GB, with {name}; shorten train.length, lower "
         "train.batch, or choose a larger device"
     )
+
+
+def fits(bytes_more: int, model: "nn.Module", runtime: Runtime) -> bool:
+    """Whether so many bytes may be made on the device beside a model that is there already.
+
+    A CPU's own memory cannot be relieved by itself: there they always do.
+    """
+    if runtime.device == "cpu":
+        return True
+    if runtime.memory in STRATEGIES:
+        return runtime.memory != "offload"
+    weights = 0 if runtime.memory == "auto" else sum(p.nbytes for p in model.parameters())
+    return weights + bytes_more <= budget(runtime.memory, runtime.device)
 
 
 def possible(device: str) -> tuple[str, ...]:

@@ -53,6 +53,16 @@ def test_codes_equal_the_official_codes(name):
     assert torch.equal(theirs, ours.codes.float())
 
 
+@pytest.mark.parametrize("width", [256, 257, 600, 2100])  # one band, a band of one row, some, wider ones
+def test_the_hessian_made_in_bands_is_twice_the_mean_product(width):
+    inputs = torch.randn(3, 2, 8, width, generator=torch.Generator().manual_seed(0))
+    total = Hessian(width, torch.device("cpu"))
+    for batch in inputs:
+        total.add(batch)
+    flat = inputs.flatten(0, -2).double()
+    torch.testing.assert_close(total.mean().double(), flat.T @ flat * (2 / 6), rtol=1e-5, atol=1e-4)
+
+
 def test_identity_hessian_is_rounding():
     weight = ORACLE["weight"]
     chosen = settings(group_size=32)

@@ -153,3 +153,16 @@ def test_offload_holds_three_blocks_at_most_and_copies_each_twice_a_step(tiny, m
     assert max(most) <= 3
     # forward 0 .. n-1, backward n-2 .. 0: the two turning points serve both ways
     assert len(copies) == 4 * (2 * count - 2) + 1
+
+
+@pytest.mark.parametrize(
+    ("given", "fit"),
+    [("auto", True), ("keep", True), ("offload", False), ("150MB", True), ("100MB", False)],
+)
+def test_what_comes_beside_a_model_fits_or_not(given, fit, monkeypatch):
+    model = torch.nn.Linear(25_000, 1000, bias=False, device="meta")  # 100 MB
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (50_000_000, 0))  # beside the weights
+    assert memory.fits(40_000_000, model, Runtime(device="cuda:0", memory=given)) is fit
+    assert memory.fits(40_000_000, model, Runtime(device="cpu", memory=given))
+    if given == "auto":
+        assert not memory.fits(46_000_000, model, Runtime(device="cuda:0"))

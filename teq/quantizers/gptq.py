@@ -1,5 +1,6 @@
 """GPTQ: round column by column and let the columns that follow make up for the error."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from teq.models import LM
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +44,18 @@ class Gptq(Settings):
         """Quantize block by block on calibration windows; see
         `teq.quantizers.gptq_blocks.quantize_blocks`.
         """
-        from teq import corpora
-        from teq.quantizers.gptq_blocks import quantize_blocks
+        import torch
+
+        from teq import corpora, memory
+        from teq.quantizers.gptq_blocks import quantize_blocks, waiting_bytes
 
         lm = load()
         windows = corpora.calibration(self.calib, lm.tokenizer, self.samples, self.length)
-        return quantize_blocks(self, lm, scales, windows)
+        beside = self.expected_bytes(lm) - sum(p.nbytes for p in lm.model.parameters())
+        if memory.fits(beside, lm.model, runtime):
+            return quantize_blocks(self, lm, scales, windows)
+        log.info("%.3g GB of hidden states wait in the host's memory", waiting_bytes(self, lm) / 1e9)
+        return quantize_blocks(self, lm, scales, windows, torch.device("cpu"))
 
     def expected_bytes(self, lm: "LM") -> int:
         """Predicted peak memory on an outline; see `teq.quantizers.gptq_blocks.expected_bytes`."""

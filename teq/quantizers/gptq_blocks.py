@@ -27,9 +27,15 @@ SMALL = 128  # columns of the matrix that a solution's memory is counted on
 
 @torch.no_grad()
 def quantize_blocks(
-    settings: "Gptq", lm: "LM", scales: Mapping[str, Tensor], windows: Tensor
+    settings: "Gptq",
+    lm: "LM",
+    scales: Mapping[str, Tensor],
+    windows: Tensor,
+    waiting: torch.device | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Quantize every linear of every block on calibration `windows [sample, token]`; `lm` is used up.
+
+    Hidden states wait for the next block on the device `waiting`, the model's own where none is given.
 
     Raises NothingDone when all codes equal plain rounding's.
     """
@@ -38,7 +44,7 @@ def quantize_blocks(
     by_block: dict[int, dict[str, nn.Module]] = {}
     for site in found:
         by_block.setdefault(site.block, {})[site.name] = site.source
-    hidden, kwargs = first_inputs(lm.model, lm.arch, windows)
+    hidden, kwargs = first_inputs(lm.model, lm.arch, windows, waiting)
     tensors: dict[str, Tensor] = {}
     report: dict[str, dict[str, float]] = {}
     for index, (block_name, block) in enumerate(track(blocks(lm.model, lm.arch).items(), "GPTQ blocks")):
@@ -67,7 +73,7 @@ def quantize_blocks(
         # packed and off the device block by block: a model's codes at once would be a byte for every weight
         tensors |= {name: t.cpu() for name, t in stored(quantized, changed, settings.grid).items()}
         for i in range(len(hidden)):
-            hidden[i] = run_block(block, hidden[i], kwargs)
+            hidden[i] = run_block(block, hidden[i].to(lm.device), kwargs).to(hidden[i].device)
     if not any(entry["moved"] for entry in report.values()):
         raise NothingDone(
             "GPTQ's codes equal plain rounding's in every linear: the calibration had no effect"
@@ -126,13 +132,14 @@ def _measure(
 
         return hook
 
+    device = next(iter(inside.values())).weight.device
     handles = [linear.register_forward_pre_hook(note(name)) for name, linear in inside.items()]
     found: dict[tuple[str, ...], Hessian] = {}
     try:
         for sample in hidden:
             readers.clear()
             with contextlib.suppress(_AllSeen):
-                run_block(block, sample, kwargs)
+                run_block(block, sample.to(device), kwargs)
             for tensor, names in readers:
                 if tuple(names) not in found:
                     found[tuple(names)] = Hessian(tensor.shape[-1], tensor.device)
@@ -149,11 +156,16 @@ def _assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         model.get_parameter(name).copy_(value)
 
 
+def waiting_bytes(settings: "Gptq", lm: "LM") -> int:
+    """Bytes of the hidden states that wait for the next block."""
+    return settings.samples * settings.length * lm.model.config.hidden_size * lm.model.dtype.itemsize
+
+
 def expected_bytes(settings: "Gptq", lm: "LM") -> int:
     """Predicted peak bytes of live tensors on the device while an outline's model is quantized, weights
-    included.
+    and hidden states included.
 
-    Beside the model and its hidden states: a block's weights in fp32, the Hessians of its distinct inputs,
+    Beside these: a block's weights in fp32, the Hessians of its distinct inputs,
     and what the largest of their solutions takes. That grows with the square of the width when the
     proportions stay, so it is counted on a small matrix of the same proportions.
     """
@@ -162,12 +174,10 @@ def expected_bytes(settings: "Gptq", lm: "LM") -> int:
     inside = linears(name, block)
     readers = [[inside[t] for t in site.targets] for site in sites(lm.model, lm.arch) if site.block == 0]
     readers += [[linear] for linear in inside.values() if not any(linear in group for group in readers)]
-    width = lm.model.config.hidden_size
-    hidden = settings.samples * settings.length * width * lm.model.dtype.itemsize
     exact = sum(4 * linear.weight.numel() for linear in inside.values())
     hessians = sum(4 * group[0].in_features ** 2 for group in readers)
     largest = max(_solution_bytes(settings, group) for group in readers)
-    return weights + hidden + exact + hessians + largest
+    return weights + waiting_bytes(settings, lm) + exact + hessians + largest
 
 
 def _solution_bytes(settings: "Gptq", readers: list[nn.Linear]) -> int:
