@@ -1,24 +1,17 @@
 """Checkpoints: where they come from, what identifies them, and how they become a model with its tokenizer."""
 
-import contextlib
 import hashlib
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teq.arch import Arch
+from teq.hub import WEIGHTS, Hub, brief
 from teq.spec import Settings, UserError, digest, option
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
-ELSEWHERE = (
-    "give a local folder with model.path=<folder>, or a mirror in the environment variable HF_ENDPOINT"
-)
-WEIGHTS = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,103 +30,6 @@ class LM:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hub(Settings):
-    """A checkpoint of the Hugging Face hub, or of its local cache when offline."""
-
-    repo: str
-    revision: str = "main"
-
-    def identity(self) -> str:
-        """`repo@commit`: the revision resolved by the hub, or by the local cache where the hub is out of
-        reach.
-        """
-        return f"{self.repo}@{self._commit()}"
-
-    def folder(self) -> Path:
-        """The snapshot's folder, downloaded where it is missing."""
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        files = [WEIGHTS, "*.json", "*.model", "*.txt", "*.jinja"]
-        commit = self._commit()
-        with contextlib.suppress(LocalEntryNotFoundError):
-            cached = Path(
-                snapshot_download(self.repo, revision=commit, local_files_only=True, allow_patterns=files)
-            )
-            if _complete(cached):
-                return cached
-        try:
-            return Path(snapshot_download(self.repo, revision=commit, allow_patterns=files))
-        except (
-            Exception
-        ) as error:  # the hub's client raises many kinds; each of them means the same to the user
-            raise UserError(
-                f"{self.repo}@{commit} could not be downloaded ({_brief(error)}): {ELSEWHERE}"
-            ) from error
-
-    def _commit(self) -> str:
-        from huggingface_hub import HfApi, constants
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-        cached = self._cached_commit()
-        if constants.HF_HUB_OFFLINE:
-            if cached is None:
-                raise UserError(
-                    f"{self.repo}@{self.revision} is not in the local hub cache {constants.HF_HUB_CACHE} and "
-                    f"HF_HUB_OFFLINE is set: {ELSEWHERE}"
-                )
-            return cached
-        try:
-            info = HfApi().model_info(self.repo, revision=self.revision, timeout=10)
-        except GatedRepoError:
-            raise UserError(
-                f"{self.repo} is gated: accept its licence on the hub and log in with `hf auth login`, "
-                f"or {ELSEWHERE}"
-            ) from None
-        except (RepositoryNotFoundError, RevisionNotFoundError):
-            raise UserError(
-                f"{self.repo}@{self.revision} does not exist on the hub, or is private: {ELSEWHERE}"
-            ) from None
-        except Exception as error:  # no route, no name, a proxy's refusal: the cache is what remains
-            if cached is None:
-                raise UserError(
-                    f"{self.repo}@{self.revision}: the hub is out of reach ({_brief(error)}) and the local "
-                    f"cache {constants.HF_HUB_CACHE} does not hold it: {ELSEWHERE}"
-                ) from None
-            log.warning("hub out of reach, using the cached %s@%s", self.repo, cached)
-            return cached
-        if any(file.rfilename.endswith(".safetensors") for file in info.siblings or []):
-            return str(info.sha)
-        return self._converted_commit()
-
-    def _cached_commit(self) -> str | None:
-        from huggingface_hub import try_to_load_from_cache
-
-        config = try_to_load_from_cache(self.repo, "config.json", revision=self.revision)
-        return Path(config).parent.name if isinstance(config, str) else None
-
-    def _converted_commit(self) -> str:
-        """The commit of the hub's own safetensors conversion (an open pull request) of a repository
-        without them.
-        """
-        from huggingface_hub import get_repo_discussions, list_repo_commits
-
-        for discussion in get_repo_discussions(self.repo):
-            if (
-                discussion.is_pull_request
-                and discussion.title == "Adding `safetensors` variant of this model"
-            ):
-                reference = f"refs/pr/{discussion.num}"
-                log.warning("%s has no safetensors at %s: using %s", self.repo, self.revision, reference)
-                return str(list_repo_commits(self.repo, revision=reference)[0].commit_id)
-        raise UserError(
-            f"{self.repo}@{self.revision} has no safetensors and pickles are not loaded: choose another "
-            "revision with model.source.revision=<revision>, or convert it once with save_pretrained and "
-            "pass model.path=<folder>"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Folder(Settings):
     """A checkpoint in a local folder, in the layout of `save_pretrained`."""
 
@@ -142,7 +38,7 @@ class Folder(Settings):
     def identity(self) -> str:
         """Digest over the configuration, the tokenizer and the weights: moving the folder changes nothing."""
         folder = self.folder()
-        files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".model"))
+        files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".model", ".txt"))
         return "sha256:" + digest({file.name: file_digest(file) for file in files})
 
     def folder(self) -> Path:
@@ -290,13 +186,24 @@ class Checkpoint(Settings):
                 tokenizer = AutoTokenizer.from_pretrained(
                     folder, local_files_only=True, trust_remote_code=False
                 )
-                model = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=kind, use_safetensors=True, local_files_only=True, trust_remote_code=False
+                model, loading = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=kind,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
                 )
             except (OSError, ValueError, KeyError, SafetensorError) as error:
                 raise UserError(
-                    f"model={self.name} could not be loaded from {folder}: {_brief(error)}"
+                    f"model={self.name} could not be loaded from {folder}: {brief(error)}"
                 ) from error
+            if absent := sorted(loading["missing_keys"]):
+                raise UserError(
+                    f"model={self.name}: {folder} lacks {len(absent)} of the model's tensors, {absent[0]} "
+                    "first: transformers would make them up; give a folder that save_pretrained wrote of the "
+                    "whole model"
+                )
         model.eval().requires_grad_(False).to(device)
         return LM(model, tokenizer, self.arch, identity)
 
@@ -312,21 +219,3 @@ def file_digest(file: Path) -> str:
 
 
 _digests: dict[tuple[str, int, int], str] = {}
-
-
-def _complete(folder: Path) -> bool:
-    """Whether a snapshot holds its weights, all shards of them."""
-    import json
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return all(
-            (folder / shard).is_file() for shard in set(json.loads(index.read_text())["weight_map"].values())
-        )
-    return any(folder.glob(WEIGHTS))
-
-
-def _brief(error: BaseException) -> str:
-    """An error in one line."""
-    lines = (str(error) or type(error).__name__).splitlines()
-    return " ".join(line.strip() for line in lines if line.strip())[:200]

@@ -16,6 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose more to thread
 def own_home(tmp_path, monkeypatch):
     """No test sees another's records or artefacts, or the user's."""
     monkeypatch.setenv("TEQ_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("teq.hub._commits", {})
+    monkeypatch.setattr("teq.hub.user_cache_dir", lambda _: str(tmp_path / "user"))
     return tmp_path / "home"
 
 

@@ -1,13 +1,15 @@
 """Checkpoints from every source, and what each source refuses."""
 
 import hashlib
+import types
 import zipfile
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
-from teq import config, models, wheel
+from teq import config, hub, models, wheel
 from teq.models import Folder, Hub, Random, Synthetic, Wheel
 from teq.random_model import build, byte_tokenizer, fill
 from teq.spec import UserError
@@ -250,6 +252,103 @@ def test_unreachable_hub_falls_back_to_the_cache(hub_cache, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     assert Hub(repo="facebook/opt-6.7b").identity().endswith(commit)
+
+
+def hosted(monkeypatch, commit, *files):
+    """The hub is within reach and its `main` is `commit`, which holds `files`."""
+    import huggingface_hub
+
+    siblings = [types.SimpleNamespace(rfilename=name) for name in files]
+    info = types.SimpleNamespace(sha=commit, siblings=siblings)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
+
+
+def test_what_was_downloaded_by_commit_is_found_again_offline(hub_cache, monkeypatch, tmp_path):
+    """As huggingface_hub leaves it: a snapshot, and no ref that names its commit."""
+    import huggingface_hub
+
+    commit = hub_cache("facebook/opt-6.7b", "tiny-opt")
+    (tmp_path / "hub" / "models--facebook--opt-6.7b" / "refs" / "main").unlink()
+    with pytest.raises(UserError, match="is not in the local hub cache"):
+        Hub(repo="facebook/opt-6.7b").identity()
+    hosted(monkeypatch, commit, "model.safetensors")
+    online = Hub(repo="facebook/opt-6.7b").identity()
+    monkeypatch.setattr("teq.hub._commits", {})  # another process,
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # offline
+    assert Hub(repo="facebook/opt-6.7b").identity() == online == f"facebook/opt-6.7b@{commit}"
+
+
+def test_a_revision_means_one_commit_for_as_long_as_a_process_lives(hub_cache, monkeypatch):
+    hosted(monkeypatch, "1" * 40, "model.safetensors")
+    first = Hub(repo="facebook/opt-6.7b").identity()
+    hosted(monkeypatch, "2" * 40, "model.safetensors")
+    assert Hub(repo="facebook/opt-6.7b").identity() == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "revision", "accepted"),
+    [
+        ({}, "main", True),
+        ({"status": "closed"}, "main", False),
+        ({"title": "Please add safetensors"}, "main", False),
+        ({}, "an-old-tag", False),
+    ],
+)
+def test_weights_in_pickles_alone_need_the_hubs_own_open_conversion(
+    hub_cache, monkeypatch, changes, revision, accepted
+):
+    import huggingface_hub
+
+    hosted(monkeypatch, "1" * 40, "pytorch_model.bin")
+    request = {"num": 7, "status": "open", "title": hub.CONVERSION} | changes
+    asked = []
+
+    def discussions(_, **options):
+        asked.append(options)
+        return [types.SimpleNamespace(**request)]
+
+    monkeypatch.setattr(huggingface_hub, "get_repo_discussions", discussions)
+    commits = [types.SimpleNamespace(commit_id="c" * 40)]
+    monkeypatch.setattr(huggingface_hub, "list_repo_commits", lambda *_, **__: commits)
+    source = Hub(repo="facebook/opt-6.7b", revision=revision)
+    if accepted:
+        assert source.identity() == f"facebook/opt-6.7b@{'c' * 40}"
+        assert asked == [{"author": "SFconvertbot", "discussion_type": "pull_request"}]
+    else:
+        with pytest.raises(UserError, match="has no safetensors and pickles are not loaded"):
+            source.identity()
+
+
+def test_a_mirror_without_pull_requests_is_one_line(hub_cache, monkeypatch):
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        raise OSError("404")
+
+    hosted(monkeypatch, "1" * 40, "pytorch_model.bin")
+    monkeypatch.setattr(huggingface_hub, "get_repo_discussions", refuse)
+    with pytest.raises(UserError, match=r"whether the hub has converted it could not be found out \(404\)"):
+        Hub(repo="facebook/opt-6.7b").identity()
+
+
+def test_a_checkpoint_without_all_its_tensors_is_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in tensors.items() if "up_proj" not in k},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    checkpoint = models.Checkpoint(name="part", source=Folder(path=str(folder)), arch=arch_of("llama"))
+    with pytest.raises(UserError, match=r"lacks 2 of the model's tensors, model\.layers\.0\.mlp\.up_proj"):
+        checkpoint.load("float32", "cpu")
+
+
+def test_a_folders_identity_covers_the_tokenizer(folder):
+    (folder / "merges.txt").write_text("a b")
+    before = Folder(path=str(folder)).identity()
+    (folder / "merges.txt").write_text("a c")
+    assert Folder(path=str(folder)).identity() != before
 
 
 def make_wheel(tmp_path, content=b"GGUF"):
