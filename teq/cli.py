@@ -2,12 +2,14 @@
 
 import logging
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
-from teq import config, memory, pipeline, record, tables
+from teq import config, memory, pipeline, plan, record, tables
 from teq.config import Job
 from teq.loggers import Silent
 from teq.lookup import Library
+from teq.models import Hub, Wheel
 from teq.spec import Runtime, UserError
 from teq.store import Store
 
@@ -46,8 +48,9 @@ def checked_jobs(argv: list[str]) -> list[Job]:
     """
     found = config.jobs(argv)
     Store(config.home() / "store")
-    pipeline.resolve_device(found[0].options.device)
-    memory.check(found[0].options.memory)
+    for options in dict.fromkeys(job.options for job in found):
+        pipeline.resolve_device(options.device)
+        memory.check(options.memory)
     for stage in zip(*(pipeline.checks(job.run) for job in found), strict=True):
         problems, passed = [], set()
         for job, checks in zip(found, stage, strict=True):
@@ -60,7 +63,22 @@ def checked_jobs(argv: list[str]) -> list[Job]:
                         problems.append(f"model={job.run.model.name}: {error}")
         if problems:
             raise UserError("\n".join(problems))
+    if too_long := [problem for job in found for problem in _too_long(job)]:
+        raise UserError("\n".join(dict.fromkeys(too_long)))
     return found
+
+
+def _too_long(job: Job) -> Iterator[str]:
+    """A line for each window of the run that is longer than its model's positions reach."""
+    if job.dimensions is None and isinstance(job.run.model.source, Hub | Wheel):
+        return  # its configuration would have to be fetched
+    positions = getattr(plan.dimensions(job), "max_position_embeddings", None)
+    for stage in (job.run.transform, job.run.quantizer, *job.run.evals):
+        for name in ("length", "context"):
+            length = getattr(stage, name, 0)
+            if positions is not None and length > positions:
+                model = job.run.model.name
+                yield f"{stage.group}.{name}={length} is not allowed: model={model} has {positions} positions"
 
 
 def run_job(job: Job) -> None:
@@ -74,8 +92,8 @@ def run_job(job: Job) -> None:
             memory=job.options.memory,
             batch_size=job.options.batch_size,
         )
-        logger = job.logger.start(job.run.title(), job.run.plain(), str(home), job.experiment)
-        pipeline.run(job.run, Store(home / "store"), home, runtime, logger)
+        with job.logger.start(job.run.title(), job.run.plain(), str(home), job.experiment) as logger:
+            pipeline.run(job.run, Store(home / "store"), home, runtime, logger)
     except Exception as error:  # the other jobs of a sweep go on; this one is reported at the end
         line = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, UserError):
@@ -91,9 +109,9 @@ def summary(jobs: list[Job]) -> int:
     status.
     """
     failed = [(job, _failure_note(job)) for job in jobs if _failure_note(job).is_file()]
-    wanted = {job.run.key() for job in jobs}
-    found = [r for r in record.load(config.home() / "records") if r.id in wanted]
-    if found:
+    wanted = {job.run.key() for job in jobs} - {job.run.key() for job, _ in failed}
+    latest = {r.id: r for r in record.load(config.home() / "records") if r.id in wanted}  # oldest first
+    if found := list(latest.values()):
         print(tables.plain(found))
         print(f"{len(found)} records in {config.home() / 'records'}")
     _log_table(jobs)
@@ -114,8 +132,8 @@ def _log_table(jobs: list[Job]) -> None:
     except UserError as error:
         log.warning("%s: its table is not logged: %s", name, error)
         return
-    started = logger.start(f"{name}: table", {"experiment": name}, str(home), name)
-    started.table(shown.rows(), shown.drawings.get("png"))
+    with logger.start(f"{name}: table", {"experiment": name}, str(home), name) as started:
+        started.table(shown.rows(), shown.drawings.get("png"))
 
 
 def _failure_note(job: Job) -> Path:

@@ -179,6 +179,9 @@ def _expand(overrides: list[str], multirun: bool) -> list[list[str]]:
     """The override lists of the single jobs, as Hydra's own sweeper makes them."""
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
+        for one in parsed:
+            if one.is_sweep_override() and one.key_or_group == "experiments":
+                raise UserError(f"{one.input_line} names several experiments: run one after the other")
         fixed = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
         experiment = _compose([line for line in fixed if line.startswith("experiments=")])
         params = experiment.hydra.sweeper.params or {}

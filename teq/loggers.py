@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from teq.hub import brief
 from teq.spec import Settings, option
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ class Silent(Settings):
     def start(self, title: str, run: dict[str, Any], folder: str, group: str | None = None) -> "Silent":
         """Nothing to start."""
         return self
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Nothing to end."""
 
     def table(self, rows: Sequence[Sequence[str]], picture: bytes | None) -> None:
         """Nothing."""
@@ -50,7 +57,7 @@ class Wandb(Settings):
         import wandb
 
         try:
-            settings = wandb.Settings(silent=True, console="off", init_timeout=20)
+            settings = wandb.Settings(silent=True, console="off", init_timeout=20, reinit="create_new")
             opened = wandb.init(
                 project=self.project,
                 name=title,
@@ -61,28 +68,33 @@ class Wandb(Settings):
                 settings=settings,
             )
         except Exception as error:  # whatever goes wrong in there, the experiment matters more
-            log.warning(
-                "wandb could not start (%s): this run is not logged there", str(error).splitlines()[0]
-            )
+            log.warning("wandb could not start (%s): this run is not logged there", brief(error))
             return Silent()
         return WandbRun(opened)
 
 
 class WandbRun:
-    """An open Weights & Biases run."""
+    """An open Weights & Biases run. What leaves the `with` by an error is closed there as failed."""
 
     def __init__(self, run: Any) -> None:
         self.run = run
-        self.stepped = False
+        self.steps: set[int] = set()
+
+    def __enter__(self) -> "WandbRun":
+        return self
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        with contextlib.suppress(Exception):
+            self.run.finish(exit_code=0 if kind is None else 1)
 
     def step(self, step: int, loss: float) -> None:
         """The training loss of a step, as it happens."""
-        self.stepped = True
+        self.steps.add(step)
         with contextlib.suppress(Exception):
             self.run.log({"train/loss": loss, "train/step": step})
 
     def table(self, rows: Sequence[Sequence[str]], picture: bytes | None) -> None:
-        """An experiment's table, its header first, and its figure as a PNG; closes the run."""
+        """An experiment's table, its header first, and its figure as a PNG."""
         import wandb
 
         try:
@@ -91,18 +103,17 @@ class WandbRun:
                 from PIL import Image
 
                 self.run.log({"figure": wandb.Image(Image.open(io.BytesIO(picture)))})
-            self.run.finish()
         except Exception as error:
-            log.warning("wandb could not take the table (%s)", str(error).splitlines()[0])
+            log.warning("wandb could not take the table (%s)", brief(error))
 
     def finish(self, finished: "Record") -> None:
-        """The loss curve where it came from the cache, the metrics, and the scales' histogram."""
+        """What came of the loss curve from the cache, the metrics, and the scales' histogram."""
         import numpy as np
         import wandb
 
         try:
-            if not self.stepped:
-                for step, loss in enumerate(finished.data["training"]["loss"]):
+            for step, loss in enumerate(finished.data["training"]["loss"]):
+                if step not in self.steps:
                     self.step(step, loss)
             for name, metric in finished.metrics.items():
                 self.run.log({f"{name}/{key}": value for key, value in metric["values"].items()})
@@ -112,8 +123,5 @@ class WandbRun:
                 histogram = wandb.Histogram(np_histogram=(np.asarray(bins["counts"]), edges))
                 self.run.log({f"scales/{site}": histogram})
             self.run.summary["record"] = finished.file.name
-            self.run.finish()
         except Exception as error:
-            log.warning(
-                "wandb could not take the results (%s): the record has them", str(error).splitlines()[0]
-            )
+            log.warning("wandb could not take the results (%s): the record has them", brief(error))

@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
 
 def shown(job: Job, device: str) -> str:
     """The table of one run: parameters, peak bytes, strategy and seconds by stage."""
-    run, dimensions = job.run, _dimensions(job)
-    outline = _outline(dimensions, run.dtype, run.model.arch)
+    run, sizes = job.run, dimensions(job)
+    outline = _outline(sizes, run.dtype, run.model.arch)
     parameters = sum(p.numel() for p in outline.model.parameters())
     rate = _rates().get(_rate_name(device, run.dtype))
     rows = [["stage", "peak memory", "strategy", "seconds"]]
@@ -58,11 +58,11 @@ def shown(job: Job, device: str) -> str:
         rows.append([stage, "not known" if size is None else _amount(size), strategy, seconds])
 
     def needed(stage: Any, strategy: str) -> memory.Need:
-        return memory.need(stage, dimensions, run.model.arch, run.dtype, strategy)
+        return memory.need(stage, sizes, run.model.arch, run.dtype, strategy)
 
     if isinstance(run.transform, memory.Rehearsable):
         runtime = Runtime(device=device, memory=job.options.memory)
-        picked = memory.choose(run.transform, lambda: dimensions, run.model.arch, run.dtype, runtime)
+        picked = memory.choose(run.transform, lambda: sizes, run.model.arch, run.dtype, runtime)
         for strategy in memory.possible(device):
             one = needed(run.transform, strategy)
             mark = f"{strategy} (picked)" if strategy == picked else strategy
@@ -119,7 +119,7 @@ def _rate_name(device: str, dtype: str) -> str:
     return f"{found['name']}, {found['threads']} threads, {dtype}"
 
 
-def _dimensions(job: Job) -> "PretrainedConfig":
+def dimensions(job: Job) -> "PretrainedConfig":
     """The architecture's dimensions: of the folder that was named, else those that conf/model carries."""
     source = Outline(config=dict(job.dimensions)) if job.dimensions else job.run.model.source
     given = job.run.model.source if isinstance(job.run.model.source, Folder) else source

@@ -94,3 +94,33 @@ def test_a_failing_start_is_said_and_the_run_goes_on(monkeypatch, caplog, tmp_pa
     monkeypatch.setattr(wandb, "init", refuse)
     assert isinstance(Wandb(project="teq").start("run", {}, str(tmp_path)), Silent)
     assert "no network" in caplog.text and "not logged" in caplog.text
+
+
+def test_a_failed_job_does_not_leave_its_run_to_the_next(own_home, monkeypatch):
+    jobs = config.jobs(["-m", *TINY, "method=rtn,fp", "logger=wandb"])
+    plain, failed = cli.pipeline.run, []
+
+    def run(spec, *rest):
+        if spec.method == "rtn":
+            failed.append(spec.method)
+            raise RuntimeError("out of luck")
+        return plain(spec, *rest)
+
+    monkeypatch.setattr(cli.pipeline, "run", run)
+    for job in jobs:
+        cli.run_job(job)
+    assert failed == ["rtn"]
+    found = [file.read_bytes() for file in runs(own_home / "wandb")]
+    assert len(found) == 2
+    assert sorted(b"python-docs/ppl" in content for content in found) == [False, True]
+
+
+def test_an_error_without_words_stops_no_run(monkeypatch, caplog, tmp_path):
+    import wandb
+
+    def refuse(**_):
+        raise TimeoutError
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    assert isinstance(Wandb(project="teq").start("run", {}, str(tmp_path)), Silent)
+    assert "TimeoutError" in caplog.text

@@ -1,5 +1,6 @@
 """The command line: what it runs, what it refuses before any work, what it says when a job fails."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -168,10 +169,36 @@ def test_unwritable_cache_is_refused_before_any_work(monkeypatch, tmp_path, caps
     assert "set TEQ_HOME to a folder you own" in refused(["model=tiny-llama"], capsys)
 
 
-def test_window_longer_than_the_model_is_one_line(capsys, own_home):
-    argv = ["model=tiny-llama", "method=rtn", *TINY, "ppl.context=100000000"]
-    assert entry.main(argv) == 1
-    assert "ppl.context=100000000 is not allowed: the model has 2048 positions" in capsys.readouterr().out
+@pytest.mark.parametrize("key", ["ppl.context", "train.length", "gptq.length"])
+@pytest.mark.parametrize("model", ["tiny-llama", "smollm2-135m"])
+def test_a_window_longer_than_the_model_is_refused_before_any_work(key, model, capsys):
+    argv = [f"model={model}", "method=teq+gptq", *TINY, f"{key}=100000000"]
+    assert f"{key}=100000000 is not allowed: model={model} has" in refused(argv, capsys)
+
+
+def test_every_job_is_checked_before_the_first_starts(capsys):
+    jobs = ["-m", "model=tiny-llama", "method=rtn", *TINY]
+    assert "device=cuda:99 does not exist" in refused([*jobs, "device=cpu,cuda:99"], capsys)
+    assert "memory=much is not allowed" in refused([*jobs, "memory=auto,much"], capsys)
+    message = refused(["-m", "experiments=quickstart,lowbit"], capsys)
+    assert "experiments=quickstart,lowbit names several experiments" in message
+
+
+def test_the_summary_shows_one_row_a_run_and_none_of_a_failed_one(own_home, capsys):
+    argv = ["model=tiny-llama", "method=rtn", *TINY]
+    assert entry.main(argv) == 0
+    (file,) = (own_home / "records").glob("*.json")
+    older = json.loads(file.read_text()) | {"created": "2020-01-01T00:00:00+00:00"}
+    (own_home / "records" / file.name.replace("-", "-0")).write_text(json.dumps(older))
+    capsys.readouterr()
+    jobs = config.jobs(argv)
+    assert cli.summary(jobs) == 0
+    assert "1 records" in capsys.readouterr().out
+    (own_home / "failed").mkdir(exist_ok=True)
+    (own_home / "failed" / f"{jobs[0].run.key()}.txt").write_text("no luck")
+    assert cli.summary(jobs) == 1
+    out = capsys.readouterr().out
+    assert "no luck" in out and "records in" not in out
 
 
 def test_a_value_by_hand_and_the_same_value_from_the_recipe_are_one_run():
