@@ -238,8 +238,9 @@ def run_block(block: "nn.Module", hidden: "Tensor", kwargs: dict[str, Any]) -> "
 def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -> None:
     """Fold random scales from 0.01 to 100 into each site of the first block and compare the block's output.
 
-    Works on a copy of the block in fp64, so the model itself is never touched. Raises UserError with the name
-    of the site whose folding changes the function.
+    Works on a copy of the block in fp64 in the host's memory: the model is never touched, and a device that
+    it hardly fits need not hold the copy. Raises UserError with the name of the site whose folding changes
+    the function.
     """
     import torch
 
@@ -248,16 +249,16 @@ def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (1, 16), generator=generator).to(device)
     hidden, kwargs = block_inputs(model, arch, tokens)
-    hidden, kwargs = hidden.double(), _double(kwargs)
+    hidden, kwargs = hidden.cpu().double(), _exact(kwargs)
     name, original = next(iter(blocks(model, arch).items()))
+    block = copy.deepcopy(original).cpu().double()
     with torch.no_grad():
-        expected = run_block(copy.deepcopy(original).double(), hidden, kwargs)
+        expected = run_block(block, hidden, kwargs)
         for source, names in arch.sites.items():
-            block = copy.deepcopy(original).double()
             targets = {f"{name}.{t}": block.get_submodule(t) for t in names}
             site = _site(f"{name}.{source}", 0, block.get_submodule(source), targets)
             s = torch.empty(site.width, dtype=torch.float64).uniform_(-2, 2, generator=generator)
-            fold([site], {site.name: (10**s).to(device)})
+            fold([site], {site.name: 10**s})
             change = (run_block(block, hidden, kwargs) - expected).norm() / expected.norm()
             if not change <= tolerance:
                 raise UserError(
@@ -265,14 +266,15 @@ def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -
                     f"positive scales into block 0 changes its output by {change:.1e} (relative), at most "
                     f"{tolerance:.0e} is allowed; correct the site in conf/model/arch/{arch.name}.yaml"
                 )
+            block.load_state_dict(original.state_dict())
 
 
-def _double(value: Any) -> Any:
-    """Floating-point tensors inside keyword arguments as fp64; everything else as it is."""
+def _exact(value: Any) -> Any:
+    """Tensors inside keyword arguments in the host's memory, those of numbers as fp64; the rest as it is."""
     import torch
 
     if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
+        return value.cpu().double() if value.is_floating_point() else value.cpu()
     if isinstance(value, tuple | list):
-        return type(value)(_double(v) for v in value)
-    return {k: _double(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return type(value)(_exact(v) for v in value)
+    return {k: _exact(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -1,6 +1,7 @@
-"""What a stage cost and where it ran: seconds, peak memory, machine, versions."""
+"""What a stage cost and where it ran: seconds, peak memory, machine, versions, code."""
 
 import contextlib
+import functools
 import os
 import platform
 import subprocess
@@ -28,9 +29,9 @@ LIBRARIES = (
 @contextlib.contextmanager
 def cost(device: str) -> Iterator[dict[str, Any]]:
     """Fills the yielded dict at its end: seconds, peak_bytes (of the device, or of the process on a CPU),
-    machine.
+    machine, and the code that did it.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"code": code()}
     _reset_peak(device)
     start, before = time.perf_counter(), _Uncounted.seconds
     yield found
@@ -78,8 +79,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_state(folder: Path) -> dict[str, Any]:
-    """The commit of the code and whether the tree had uncommitted changes; nulls outside a git checkout."""
+@functools.cache
+def code() -> dict[str, Any]:
+    """The commit of this code and whether the tree had uncommitted changes when the process first asked: what
+    is committed while it runs is not what runs. Nulls outside a git checkout.
+    """
+    folder = Path(__file__).resolve().parent.parent
 
     def git(*args: str) -> str | None:
         try:

@@ -49,7 +49,9 @@ def budget(memory: str, device: str) -> int:
     if memory != "auto":
         return _bytes(memory)
     if device.startswith("cuda"):
-        return int(RESERVE * torch.cuda.mem_get_info(device)[0])
+        # what PyTorch keeps for later and does not use is free as well
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(RESERVE * (torch.cuda.mem_get_info(device)[0] + kept))
     with contextlib.suppress(OSError):  # Linux
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable"):

@@ -105,11 +105,15 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
             return ranks.fit(spec.transform, bench, load, how, logger.step)
 
         try:
-            chosen = memory.choose(spec.transform, spec.model.config, spec.model.arch, spec.dtype, runtime)
+            with measure.uncounted():
+                chosen = memory.choose(
+                    spec.transform, spec.model.config, spec.model.arch, spec.dtype, runtime
+                )
             tensors, info = memory.attempt(with_strategy, chosen, runtime.device)
         except Diverged as error:
             raise _kept(error, home / "failed" / f"{spec.key()}.safetensors") from error
-        return tensors, {**info, "scales": summaries(tensors)}
+        # where the strategy that was used is not the planned one, memory ran out
+        return tensors, {**info, "planned_strategy": chosen, "scales": summaries(tensors)}
 
     def quantize() -> tuple[dict[str, "Tensor"], dict[str, Any]]:
         moved = {name: s.to(runtime.device) for name, s in folded(scales.tensors()).items()}
@@ -146,11 +150,11 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
             "run": spec.plain(),
             "identity": identity,
             "metrics": metrics,
-            "training": {"loss": scales.info.get("loss", []), "scales": scales.info.get("scales", {})},
+            "training": {"loss": [], "scales": {}} | scales.info,
             "quantization": quantized.info,
             "text": {"transform": _text(spec.transform), "quantizer": _text(spec.quantizer)},
             "stages": {name: _stage(artefact) for name, artefact in stages.items()},
-            "code": measure.git_state(Path(__file__).resolve().parent.parent),
+            "code": measure.code(),
             "machine": measure.machine(runtime.device),
         },
         home / "records",
