@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
@@ -192,7 +193,7 @@ def _expand(overrides: list[str], multirun: bool) -> list[list[str]]:
             return [overrides]
         lines = [f"{key}={value}" for key, value in params.items()] + overrides
         return BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(lines), None)[0]
-    except HydraException as error:
+    except (HydraException, yaml.YAMLError) as error:
         raise UserError(_one_line(error, overrides)) from error
 
 
@@ -204,7 +205,7 @@ def _composer() -> Composer:
 def _compose(overrides: list[str]) -> DictConfig:
     try:
         return compose("config", overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(_one_line(error, overrides)) from error
 
 

@@ -12,6 +12,7 @@ layout:
 
 import dataclasses
 import difflib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,16 +137,21 @@ class Layout(Settings):
     panels: dict[str, Any] | None = None
 
 
-def parse(name: str, raw: Mapping[str, Any] | None) -> Layout:
+def parse(
+    name: str, raw: Mapping[str, Any] | None, known: Mapping[str, Sequence[str]] | None = None
+) -> Layout:
     """The layout of experiments/<name>.yaml. Raises UserError that names the file, the key, the value, the
     way out.
+
+    `known` are the values that an axis can have, for the axes of which that is known: a published number at
+    any other would never be shown.
     """
     where = f"experiments/{name}.yaml: layout"
     if raw is None:
         raise UserError(
             f"{where} is missing: it says how the experiment is shown (title, caption, rows, cells)"
         )
-    nested = dict(raw)
+    nested = dict(_mapping(raw, where))
     if raw.get("published") is not None:
         nested["published"] = _build(Published, raw["published"], f"{where}.published")
     nested["cells"] = {
@@ -162,6 +168,7 @@ def parse(name: str, raw: Mapping[str, Any] | None) -> Layout:
     _check_cells(layout, where)
     if layout.published is not None:
         _check_published(layout, layout.published, f"{where}.published")
+        _check_places(layout, layout.published, known or {}, f"{where}.published")
     return layout
 
 
@@ -247,6 +254,33 @@ def _check_published(layout: Layout, published: Published, where: str) -> None:
             )
         if wrong := [v for v in leaf if not isinstance(v, int | float | str | None) or isinstance(v, bool)]:
             raise UserError(f"{at} holds {wrong[0]!r}: it must be numbers, texts or null")
+
+
+def _check_places(
+    layout: Layout, published: Published, known: Mapping[str, Sequence[str]], where: str
+) -> None:
+    """Published numbers stand where a cell can be, and are texts only where the cell is one."""
+    given = [(axis, value) for axis, values in published.across.items() for value in values]
+    given += (published.only or {}).items()
+    for path, _ in _leaves(published.numbers):
+        given += zip(layout.rows, path, strict=True)
+    for axis, value in given:
+        if axis in known and value not in known[axis]:
+            close = difflib.get_close_matches(str(value), known[axis], 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(
+                f"{where} has numbers for {axis}={value}, which no cell can have: {hint}it must be one of "
+                f"{', '.join(known[axis])}"
+            )
+    cells = layout.cells or {}
+    places = list(itertools.product(*published.across.values()))
+    for path, leaf in _leaves(published.numbers):
+        for place, number in zip(places, leaf, strict=True):
+            name = dict(zip(published.across, place, strict=True)).get(CELL, next(iter(cells)))
+            if isinstance(number, str) and cells[name].setting is None:
+                raise UserError(
+                    f"{where}.numbers.{'.'.join(path)} holds {number!r} for {name}: it must be a number"
+                )
 
 
 def _leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

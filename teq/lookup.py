@@ -75,6 +75,9 @@ class Library:
             )
             if not differences.keys().isdisjoint(fixed):
                 continue
+            if candidate.synthetic:  # said by a mark of its own; which checkpoint was meant says nothing more
+                differences = {k: v for k, v in differences.items() if not k.startswith("model.source")}
+            differences |= _parts(candidate, evaluations)
             if best is None or len(differences) < len(best.differences):
                 best = Found(candidate, own, differences)
         return best
@@ -97,6 +100,13 @@ def varying(runs: Iterable["Run"]) -> dict[tuple[Any, ...], set[str]]:
 def _relevant(run: Mapping[str, Any], evals: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     parts = {key: run[key] for key in ("model", "dtype", "transform", "quantizer")}
     return parts | {name: evals.get(name, MISSING) for name in sorted(names)}
+
+
+def _parts(candidate: Record, evaluations: set[str]) -> dict[str, tuple[Any, Any]]:
+    """The texts of which a mirror held only a part, as settings: rows of the whole, rows that were read."""
+    read = {f"{name}.rows": candidate.metrics[name]["info"] for name in sorted(evaluations)}
+    read |= {f"{stage}.calib.rows": text or {} for stage, text in candidate.data["text"].items()}
+    return {name: (info["expected_rows"], info["rows"]) for name, info in read.items() if info.get("partial")}
 
 
 def place(run: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -13,12 +13,12 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0
 
 
-def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+def track(items: Iterable[T], what: str) -> Iterator[T]:
     """Yield `items` while showing how many are done, the rate and the time left."""
     if not ranks.leads():
         yield from items
         return
-    count = total if total is not None else len(items) if isinstance(items, Sized) else None
+    count = len(items) if isinstance(items, Sized) else None
     if sys.stderr.isatty():
         from tqdm import tqdm
 

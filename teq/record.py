@@ -91,7 +91,7 @@ def load(*folders: Path) -> list[Record]:
                 if data["schema"] != SCHEMA:
                     raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
                 _check(data)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except Exception as error:  # whatever a damaged file may lead to: it must not hide the others
                 reason = f"no {error} in it" if isinstance(error, KeyError) else error
                 log.warning("record %s is left out: %s", file, reason)
                 continue
@@ -101,14 +101,21 @@ def load(*folders: Path) -> list[Record]:
 
 
 def _check(data: dict[str, Any]) -> None:
-    """Raise KeyError or ValueError where a record lacks what its readers rely on."""
-    data["id"], data["created"], data["training"]["scales"], data["run"]["model"]["source"]["kind"]
+    """Raise an error where a record lacks what its readers rely on: they read it without a further check."""
+    run, metrics = data["run"], data["metrics"]
+    data["id"], data["created"], data["training"]["scales"], data["text"], data["identity"]
+    run["model"]["name"], run["model"]["source"]["kind"], run["method"], run["quantizer"]["kind"]
+    run["transform"]["kind"], (run["quantizer"].get("grid") or {}).get("bits")
     for stage in data["stages"].values():
-        stage["cost"]["seconds"], stage["cost"]["peak_bytes"]
-    for metric in data["metrics"].values():
-        metric["values"], metric["arrays"], metric["info"]
-    if len(data["metrics"]) != len(data["run"]["evals"]):
-        raise ValueError(f"{len(data['metrics'])} metrics of {len(data['run']['evals'])} evaluations")
+        float(stage["cost"]["seconds"]), stage["cost"]["peak_bytes"]
+    for metric in metrics.values():
+        metric["info"].items()
+        for value in metric["values"].values():
+            float(value)
+        for packed in metric["arrays"].values():
+            unpack(packed)
+    if len(metrics) != len(run["evals"]):
+        raise ValueError(f"{len(metrics)} metrics of {len(run['evals'])} evaluations")
 
 
 def frame(records: Iterable[Record]) -> "pd.DataFrame":

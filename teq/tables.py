@@ -11,7 +11,7 @@ from teq.layout import ANY, CELL, COSTS, FULL, Cell, Layout
 from teq.lookup import Found, Library
 from teq.record import Record
 from teq.spec import UserError
-from teq.uncertainty import cell_stderr, indistinct, stderr
+from teq.uncertainty import against, cell_stderr, stderr
 
 if TYPE_CHECKING:
     from teq.config import Job
@@ -43,13 +43,18 @@ class Value:
     spread: float | None
     published: float | str | None
     verdict: str
-    noise: bool = False  # not distinguishable from the baseline on the same documents or windows
+    beside: Sequence[tuple[float, float]] = ()  # each record minus the baseline's: ends of the 95 % interval
     best: bool = False
 
     @property
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """The settings in which the records differ from the run that the cell stands for."""
         return {key: pair for found in self.found for key, pair in found.differences.items()}
+
+    @property
+    def noise(self) -> bool:
+        """Whether no record of the cell can be told from the baseline on the same documents or windows."""
+        return bool(self.beside) and all(low <= 0 <= high for low, high in self.beside)
 
     @property
     def synthetic(self) -> bool:
@@ -106,7 +111,7 @@ def fill(name: str, layout: Layout, jobs: Sequence["Job"], library: Library) -> 
             at = dict(zip([*row_axes, *column_axes], (*place, cell_name), strict=True))
             row, column = tuple(at[a] for a in row_axes), tuple(at[a] for a in column_axes)
             values[row, column] = _value(name, layout, at, formula, alike, library, fixed)
-    values = _with_best(_with_noise(values), column_axes)
+    values = _with_best(_beside_baseline(values), column_axes)
     rows = _in_order([row for row, _ in values])
     columns = _in_order([column for _, column in values])
     constant = {
@@ -249,15 +254,17 @@ def _setting(name: str, job: "Job", path: str) -> Any:
     return node
 
 
-def _with_noise(values: dict[tuple[Place, Place], Value]) -> dict[tuple[Place, Place], Value]:
-    """Mark the differences to the baseline that its own documents or windows cannot tell from chance."""
+def _beside_baseline(values: dict[tuple[Place, Place], Value]) -> dict[tuple[Place, Place], Value]:
+    """Compare each cell with its baseline on the same documents or windows."""
     baselines = [value for value in values.values() if value.at.get("method") == BASELINE]
     out = {}
     for place, value in values.items():
         beside = [one for one in baselines if one is not value and _same_but_method(value, one)]
         if beside and beside[0].found and value.found:
-            chance = indistinct(value.formula, value.found[0].record, beside[0].found[0].record)
-            value = dataclasses.replace(value, noise=chance)
+            baseline = beside[0].found[0].record
+            intervals = [against(value.formula, one.record, baseline) for one in value.found]
+            if None not in intervals:
+                value = dataclasses.replace(value, beside=intervals)
         out[place] = value
     return out
 
@@ -269,11 +276,12 @@ def _same_but_method(value: Value, baseline: Value) -> bool:
 def _with_best(
     values: dict[tuple[Place, Place], Value], column_axes: Sequence[str]
 ) -> dict[tuple[Place, Place], Value]:
-    """Mark the best of our numbers in a column among the rows of one grid."""
+    """Mark the best of our numbers in a column among the rows of one grid and one model."""
     blocks: dict[tuple[Any, ...], list[tuple[Place, Place]]] = {}
     for place, value in values.items():
         if isinstance(value.ours, float) and value.formula.best and value.at.get("grid") != FULL:
-            blocks.setdefault((place[1], value.at.get("grid")), []).append(place)
+            block = place[1], value.at.get("grid"), value.at.get("model")
+            blocks.setdefault(block, []).append(place)
     out = dict(values)
     for places in blocks.values():
         numbers = [values[place].ours for place in places if isinstance(values[place].ours, float)]

@@ -36,20 +36,21 @@ def cell_stderr(formula: Cell, record: Record) -> float | None:
     return formula.times * (total / len(errors) if formula.mean else total)
 
 
-def indistinct(formula: Cell, one: Record, other: Record) -> bool:
-    """Whether the difference of a cell's number between two records lies within chance on the same documents
-    or windows; False where it cannot be told.
+def against(formula: Cell, one: Record, other: Record) -> tuple[float, float] | None:
+    """The ends of the 95 % interval of a cell's number in `one` minus that in `other`, by the paired
+    bootstrap on the same documents or windows; None where they are not, or nothing can be resampled.
     """
     if formula.ratio or formula.setting:
-        return False
+        return None
     pairs = []
     for name in formula.names:
         pair = _paired(one, other, name)
         if pair is None:
-            return False
+            return None
         pairs.append(pair)
-    low, high = statistics.combined_bootstrap(pairs, RESAMPLES)
-    return low <= 0 <= high
+    low, high = statistics.paired_bootstrap(pairs, RESAMPLES)
+    scale = formula.times / (len(pairs) if formula.mean else 1)
+    return scale * low, scale * high
 
 
 def _paired(one: Record, other: Record, name: str) -> "tuple[np.ndarray, np.ndarray, str] | None":

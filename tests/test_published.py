@@ -1,6 +1,8 @@
 """The published records against the real model: what stands in results/ can be measured again."""
 
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from teq.spec import Runtime, UserError
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
 OFFICIAL = {"fp": 12.956, "rtn": 40.731}  # measured for this project with other code, on the same windows
+ROUNDED = {(4, -1): 24.235, (4, 64): 16.677}  # likewise: plain rounding by bits and group size
 
 
 def published(method):
@@ -24,6 +27,36 @@ def published(method):
 def test_baselines_are_those_of_other_code(method):
     ppl = published(method).metrics["python-docs"]["values"]["ppl"]
     assert ppl == pytest.approx(OFFICIAL[method], rel=1e-3)
+
+
+@pytest.mark.parametrize("grid", ROUNDED)
+def test_plain_rounding_is_that_of_other_code_on_every_grid(grid):
+    found = {
+        (run.quantizer.grid.bits, run.quantizer.grid.group_size): run.key()
+        for run in (job.run for job in config.jobs(["experiments=grids", "method=rtn"]))
+    }
+    (one,) = [r for r in record.load(RESULTS / "records") if r.id == found[grid]]
+    assert one.metrics["python-docs"]["values"]["ppl"] == pytest.approx(ROUNDED[grid], rel=1e-3)
+
+
+def test_the_committed_tables_are_what_the_committed_records_give_without_torch():
+    code = """
+import sys
+sys.modules["torch"] = None
+from teq import report
+shown, problems = report.read_all(report.experiments(), (), report.Library(report.RESULTS / "records"))
+assert not problems, problems
+for name, one in shown.items():
+    module = report.text if isinstance(one.body, report.Table) else report.figure_text
+    for ending, made in (("md", one.markdown()), ("tex", module.latex(one.body)),
+                         ("csv", module.comma_separated(one.body))):
+        file = report.RESULTS / "tables" / f"{name}.{ending}"
+        assert file.read_bytes() == made.encode(), f"{file} is stale: python -m teq report all"
+print(len(shown), "experiments")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{len(config.groups()['experiments'])} experiments\n"
 
 
 def test_training_helps_rounding():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made import add_experiment, made
 
-from teq import claims, config, lookup, record, statistics, tables
+from teq import claims, config, lookup, record, tables
 from teq.layout import parse
 from teq.lookup import Library
 from teq.report import text
@@ -167,17 +167,6 @@ def _again(data):
     data["stages"]["weights"]["key"] = "again"
 
 
-def test_the_combined_bootstrap_agrees_with_the_plain_one():
-    draw = np.random.default_rng(1)
-    a, b = draw.random(500) < 0.6, draw.random(500) < 0.5
-    _, low, high = statistics.paired_bootstrap(a, b, "mean")
-    both = statistics.combined_bootstrap([(a, b, "mean")])
-    assert both == pytest.approx((low, high), abs=0.01)
-    losses = draw.normal(2, 0.1, (2, 50))
-    _, low, high = statistics.paired_bootstrap(*losses, "ppl")
-    assert statistics.combined_bootstrap([(*losses, "ppl")]) == pytest.approx((low, high), abs=0.05)
-
-
 def test_claims_from_published_numbers_and_ours(golden):
     table = filled("golden", golden)
     (claim,) = claims.check_claims({"golden": table})["golden"]
@@ -297,6 +286,92 @@ def test_a_wrong_layout_is_one_line_that_names_file_key_and_way_out(path, value,
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            ["across", "model"],
+            ["tiny-opd"],
+            r"model=tiny-opd, which no cell can have: did you mean tiny-opt\?",
+        ),
+        (["only"], {"model": "gpt5"}, "model=gpt5, which no cell can have"),
+        (["numbers", "w3_g64"], {"rnt": [1, 2]}, r"method=rnt, which no cell can have: did you mean rtn\?"),
+        (
+            ["numbers", "w3_g64", "rtn"],
+            [1, "two"],
+            r"numbers.w3_g64.rtn holds 'two' for second: it must be a number",
+        ),
+    ],
+)
+def test_published_numbers_that_no_cell_can_show_are_refused(path, value, message):
+    published = {"across": {"model": ["tiny-opt"], "cell": ["first", "second"]}, "numbers": {"w3_g64": {}}}
+    published["numbers"]["w3_g64"]["rtn"] = [1, 2]
+    cells = {name: {"label": name, "mean": ["python-docs.ppl"]} for name in ("first", "second")}
+    raw = {"title": "t", "caption": "c", "rows": ["grid", "method"], "columns": ["model"], "cells": cells}
+    node = published
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    known = {"model": ["tiny-opt"], "method": ["rtn", "teq"], "grid": ["w3_g64"]}
+    with pytest.raises(UserError, match=message):
+        parse("mine", raw | {"published": published}, known)
+
+
+def test_an_experiment_that_is_no_yaml_is_one_line(monkeypatch, tmp_path):
+    add_experiment(monkeypatch, tmp_path, "broken", "layout: {title: [")
+    with pytest.raises(UserError, match="broken") as error:
+        config.jobs(["experiments=broken"])
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"layout=\[1, 2\] is not allowed: it must be a mapping"):
+        parse("mine", [1, 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data["run"].pop("method"),
+        lambda data: data["run"].pop("quantizer"),
+        lambda data: data.update(metrics=[1]),
+        lambda data: data.update(stages=[1]),
+        lambda data: data["metrics"]["python-docs"]["arrays"]["window_loss"].update(data="AAAA"),
+        lambda data: data["metrics"]["python-docs"]["values"].update(ppl="high"),
+        lambda data: data.pop("text"),
+    ],
+)
+def test_a_damaged_record_is_left_out_and_hides_no_other(golden, damage, caplog):
+    file = next(f for f in golden.iterdir() if json.loads(f.read_text())["run"]["method"] == "rtn")
+    data = json.loads(file.read_text())
+    damage(data)
+    file.write_text(json.dumps(data))
+    table = filled("golden", golden)
+    assert "is left out" in caplog.text and file.name in caplog.text
+    assert table.values[("full", "fp"), ("tiny-opt", "ppl")].verdict == tables.MATCH
+
+
+def test_the_best_is_found_for_each_model_even_where_models_are_rows(monkeypatch, tmp_path):
+    rows = GOLDEN.replace("rows: [grid, method]\n  columns: [model]", "rows: [model, grid, method]")
+    rows = rows[: rows.index("  published:")]
+    add_experiment(monkeypatch, tmp_path, "rows", rows)
+    jobs, folder = config.jobs(["experiments=rows"]), tmp_path / "records"
+    for model, shift in (("tiny-opt", 0), ("tiny-llama", 2)):
+        for method, gain in (("rtn", 0), ("teq", 0.1)):
+            made(folder, of(jobs, model, method), evals={"python-docs": LOSSES + shift - gain})
+    values = filled("rows", folder).values
+    best = {row for (row, column), value in values.items() if value.best and column[-1] == "ppl"}
+    assert best == {("tiny-opt", "w3_g64", "teq"), ("tiny-llama", "w3_g64", "teq")}
+
+
+def test_a_text_of_which_only_a_part_was_read_makes_a_cell_partial(golden):
+    jobs = config.jobs(["experiments=golden"])
+    (file,) = [f for f in golden.iterdir() if f.name.startswith(of(jobs, "tiny-opt", "fp").run.key())]
+    data = json.loads(file.read_text())
+    data["metrics"]["python-docs"]["info"] |= {"partial": True, "rows": 10, "expected_rows": 11}
+    file.write_text(json.dumps(data))
+    value = filled("golden", golden).values[("full", "fp"), ("tiny-opt", "ppl")]
+    assert value.verdict == tables.PARTIAL
+    assert text.difference_text(value) == "python-docs.rows 10 instead of 11"
+
+
 def test_an_experiment_without_layout():
     with pytest.raises(UserError, match=r"experiments/mine.yaml: layout is missing"):
         parse("mine", None)
@@ -353,8 +428,7 @@ def test_latex_and_csv(golden):
     table = filled("golden", golden)
     latex = text.latex(table)
     assert (
-        r"w3\_g64 & rtn & 13.19 $\pm$ 0.09 (9.00, +4.19, worse) & \textbf{4} & -- & 6 [a, synthetic] \\"
-        in latex
+        r"w3\_g64 & rtn & 13.19 $\pm$ 0.09 (9.00, +4.19, worse) & \textbf{4} & -- & 6 [synthetic] \\" in latex
     )
     assert latex.count(r"\begin{") == latex.count(r"\end{") == 2
     rows = text.comma_separated(table).splitlines()

@@ -82,7 +82,6 @@ class SharedContextLM(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
         max_length: int | None = None,
-        add_bos_token: bool | None = None,
     ) -> None:
         super().__init__(
             pretrained=model,
@@ -90,7 +89,6 @@ class SharedContextLM(HFLM):
             backend="causal",
             batch_size=batch_size,
             max_length=max_length,
-            add_bos_token=add_bos_token,
         )
         self.truncated = 0
         self._check_projection()

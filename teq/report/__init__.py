@@ -12,7 +12,7 @@ from pathlib import Path
 from teq import claims, config, figures, tables
 from teq.config import Job
 from teq.figures import Figure
-from teq.layout import Layout, parse
+from teq.layout import FULL, Layout, parse
 from teq.lookup import Library
 from teq.report import figure_text, page, text
 from teq.spec import UserError
@@ -82,7 +82,9 @@ def read(name: str, overrides: Sequence[str], library: Library) -> Shown:
 
 def of(name: str, jobs: Sequence[Job], library: Library) -> Shown:
     """Some runs of an experiment, shown by its layout."""
-    layout = parse(name, jobs[0].layout)
+    groups = config.groups()
+    known = {axis: groups[axis] for axis in ("model", "method")} | {"grid": [FULL, *groups["grid"]]}
+    layout = parse(name, jobs[0].layout, known)
     fill = tables.fill if layout.kind == "table" else figures.fill
     return Shown(name, layout, jobs, fill(name, layout, jobs, library))
 

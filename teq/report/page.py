@@ -109,8 +109,12 @@ def _figure(figure: Figure, drawings: Mapping[str, bytes], cells: list[dict[str,
         shown: list[dict[str, Any]] = [{"head": part} for part in row[:2]]
         verdict = tables.NOT_RUN if panel.found is None else tables.OURS
         verdict = tables.PARTIAL if panel.found is not None and panel.found.differences else verdict
-        shown.append({"index": len(cells), "ours": row[2], "verdict": verdict, "symbol": SYMBOLS[verdict]})
-        shown += [{"head": part} for part in row[3:]]
+        sort = "" if panel.found is None else panel.near
+        symbol = SYMBOLS[verdict]
+        shown.append(
+            {"index": len(cells), "ours": row[2], "verdict": verdict, "symbol": symbol, "sort": sort}
+        )
+        shown += [{"text": part} for part in row[3:]]
         body.append({"model": panel.model, "cells": shown})
         cells.append(
             {

@@ -66,8 +66,11 @@ def latex(table: Table) -> str:
         block = row[0]
         cells = [_tex_cell(table.values.get((row, column)), notes) for column in table.columns]
         lines.append(" & ".join([*(escaped(coordinate(part)) for part in row), *cells]) + r" \\")
+    quoted = [" & ".join(map(escaped, row)) + r" \\" for row in quotations(table)]
+    lines += [r"\midrule", *quoted] if quoted else []
     lines += [r"\bottomrule", r"\end{tabular}"]
-    lines += [rf"\par\footnotesize {escaped(line)}" for line in legend(table, notes)]
+    said = [*legend(table, notes), *claims(table.claims)]
+    lines += [rf"\par\footnotesize {escaped(line)}" for line in said]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
@@ -83,6 +86,8 @@ def comma_separated(table: Table) -> str:
         "published",
         "difference",
         "verdict",
+        f"minus_{BASELINE}_low",
+        f"minus_{BASELINE}_high",
         "noise",
         "synthetic",
         "records",
@@ -95,9 +100,11 @@ def comma_separated(table: Table) -> str:
                 continue
             plain = [value.ours, value.stderr, value.spread, value.published, value.difference]
             numbers = ["" if v is None else f"{v:.8g}" if isinstance(v, float) else v for v in plain]
+            # several records are several seeds, each with an interval of its own
+            ends = [f"{end:.6g}" for end in value.beside[0]] if len(value.beside) == 1 else ["", ""]
             records = " ".join(found.record.file.stem for found in value.found)
             differs = "; ".join(f"{key}={had}" for key, (_, had) in value.differences.items())
-            flags = [value.verdict, *(str(flag).lower() for flag in (value.noise, value.synthetic))]
+            flags = [value.verdict, *ends, *(str(flag).lower() for flag in (value.noise, value.synthetic))]
             writer.writerow([*row, *column, *numbers, *flags, records, differs])
     return out.getvalue()
 
@@ -156,8 +163,10 @@ def claims(checked: Sequence[Checked]) -> list[str]:
     """One line a claim: what was claimed, what its own numbers say, what ours say."""
     lines = []
     for claim in checked:
-        counted = f"{claim.published[0]} of {claim.published[1]}"
+        counted = _of(claim.published)
         agrees = "as claimed" if claim.published == claim.claimed else f"claimed: {_of(claim.claimed)}"
+        if claim.published[1] < claim.claimed[1]:
+            agrees += ", not all of them shown here"
         partly = ", partial cells among them" if claim.partial else ""
         ours = f"ours: {_of(claim.ours)}{partly}" if claim.ours[1] else "ours: no scenario run"
         lines.append(f"Claim: {claim.says}. Published numbers: {counted} ({agrees}); {ours}.")
