@@ -35,12 +35,13 @@ CALIBRATION = {  # a model whose matrix products dominate its step, as they do i
 def main(argv: Sequence[str]) -> int:
     """Print a table for each run of a command line. Returns the exit status."""
     jobs = config.jobs([word for word in argv if word != "--calibrate"])
-    device = pipeline.resolve_device(jobs[0].options.device)
-    memory.check(jobs[0].options.memory)
-    if "--calibrate" in argv:
-        for dtype in sorted({job.run.dtype for job in jobs}):
-            calibrate(device, dtype)
+    devices = [pipeline.resolve_device(job.options.device) for job in jobs]
     for job in jobs:
+        memory.check(job.options.memory)
+    if "--calibrate" in argv:
+        for device, dtype in sorted({(d, job.run.dtype) for d, job in zip(devices, jobs, strict=True)}):
+            calibrate(device, dtype)
+    for device, job in zip(devices, jobs, strict=True):
         print(shown(job, device))
     return 0
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,7 @@ def fill(name: str, layout: Layout, jobs: Sequence["Job"], library: Library) -> 
             at = dict(zip([*row_axes, *column_axes], (*place, cell_name), strict=True))
             row, column = tuple(at[a] for a in row_axes), tuple(at[a] for a in column_axes)
             values[row, column] = _value(name, layout, at, formula, alike, library, fixed)
-    values = _with_best(_beside_baseline(values), column_axes)
+    values = _with_best(_beside_baseline(_strangers_marked(values)), column_axes)
     rows = _in_order([row for row, _ in values])
     columns = _in_order([column for _, column in values])
     constant = {
@@ -252,6 +253,39 @@ def _setting(name: str, job: "Job", path: str) -> Any:
             )
         node = node[key]
     return node
+
+
+def _strangers_marked(values: dict[tuple[Place, Place], Value]) -> dict[tuple[Place, Place], Value]:
+    """Make partial the cells whose records read other weights or another text than most records here did,
+    under the same name: another commit of a revision, the embedded text of another Python.
+    """
+    records = {f.record.file: f.record for value in values.values() for f in value.found}.values()
+    counts: dict[str, Counter[str]] = {}
+    for record in records:
+        for name, digest in _read(record):
+            counts.setdefault(name, Counter())[digest] += 1
+    usual = {name: counter.most_common(1)[0][0] for name, counter in counts.items()}
+    out = {}
+    for place, value in values.items():
+        mine = {f"{value.at.get('model')}.weights"} | {f"{name}.text" for name in value.formula.evaluations()}
+        found = []
+        for one in value.found:
+            strange = {
+                n: (usual[n][:16], d[:16]) for n, d in _read(one.record) if n in mine and d != usual[n]
+            }
+            found.append(dataclasses.replace(one, differences={**one.differences, **strange}))
+        verdict = PARTIAL if any(one.differences for one in found) else value.verdict
+        out[place] = dataclasses.replace(value, found=found, verdict=verdict)
+    return out
+
+
+def _read(record: Record) -> Iterator[tuple[str, str]]:
+    """What a record's numbers were measured on, as (name, digest)."""
+    if not record.synthetic:
+        yield f"{record.data['run']['model']['name']}.weights", record.data["identity"]
+    for name, measured in record.metrics.items():
+        if "sha256" in measured["info"]:
+            yield f"{name}.text", measured["info"]["sha256"]
 
 
 def _beside_baseline(values: dict[tuple[Place, Place], Value]) -> dict[tuple[Place, Place], Value]:

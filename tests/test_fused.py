@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler: install g++")
 def test_compiled_codes_are_the_plain_ones_on_every_shape():
     grid = Grid(bits=3, group_size=32)
-    quantize, name = fused.compiled(grid, CPU)
+    quantize, name = fused.compiled(grid, CPU, torch.float32)
     assert name == "compiled"
     generator = torch.Generator().manual_seed(1)
     for shape in ((64, 96), (40, 70)):
@@ -34,10 +34,10 @@ def test_a_compiler_that_fails_or_rounds_otherwise_is_not_used(monkeypatch, capl
 
     for fake, said in ((broken, "is not compiled: no compiler"), (sloppy, "differs from the plain one")):
         monkeypatch.setattr(torch, "compile", lambda function, options, fake=fake: fake)
-        quantize, name = fused.compiled(grid, CPU)
+        quantize, name = fused.compiled(grid, CPU, torch.float32)
         assert name == "plain" and said in caplog.text
         assert torch.equal(quantize(weight, None), fake_quant(weight, grid))
 
 
 def test_a_cpu_takes_the_plain_one():
-    assert fused.chosen(Grid(bits=3, group_size=32), CPU)[1] == "plain"
+    assert fused.chosen(Grid(bits=3, group_size=32), CPU, torch.float32)[1] == "plain"

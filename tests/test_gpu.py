@@ -50,7 +50,7 @@ def test_gptq_gives_the_same_codes_wherever_hidden_states_wait(family):
 @pytest.mark.parametrize("group_size", [-1, 32])
 def test_the_compiled_fake_quantization_has_the_plain_ones_bits(group_size):
     grid = Grid(bits=3, group_size=group_size)
-    quantize, name = fused.chosen(grid, GPU)
+    quantize, name = fused.chosen(grid, GPU, torch.bfloat16)
     assert name == "compiled"
     generator = torch.Generator(GPU).manual_seed(1)
     weight = torch.randn(96, 80, device=GPU, generator=generator).bfloat16()

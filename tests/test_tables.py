@@ -372,6 +372,31 @@ def test_a_text_of_which_only_a_part_was_read_makes_a_cell_partial(golden):
     assert text.difference_text(value) == "python-docs.rows 10 instead of 11"
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda data: data["metrics"]["python-docs"]["info"].update(sha256="b" * 64),
+            "python-docs.text bbbb",
+        ),
+        (lambda data: data.update(identity="other@2222"), "tiny-opt.weights other@2222"),
+    ],
+)
+def test_a_record_of_another_text_or_other_weights_is_marked(golden, change, said):
+    jobs = config.jobs(["experiments=golden"])
+    made(golden, of(jobs, "tiny-opt", "teq"), evals={"python-docs": LOSSES})
+    for file in golden.iterdir():
+        data = json.loads(file.read_text())
+        data["metrics"]["python-docs"]["info"]["sha256"] = "a" * 64
+        if data["run"]["method"] == "fp":
+            change(data)
+        file.write_text(json.dumps(data))
+    values = filled("golden", golden).values
+    value = values[("full", "fp"), ("tiny-opt", "ppl")]
+    assert value.verdict == tables.PARTIAL and said in text.difference_text(value)
+    assert values[("w3_g64", "rtn"), ("tiny-opt", "ppl")].verdict == tables.WORSE
+
+
 def test_an_experiment_without_layout():
     with pytest.raises(UserError, match=r"experiments/mine.yaml: layout is missing"):
         parse("mine", None)

@@ -24,7 +24,7 @@ def plain(grid: Grid) -> FakeQuant:
     return quantized
 
 
-def chosen(grid: Grid, device: torch.device) -> tuple[FakeQuant, str]:
+def chosen(grid: Grid, device: torch.device, dtype: torch.dtype) -> tuple[FakeQuant, str]:
     """The compiled pass where it helps and gives the same numbers, else the plain one, and its name.
 
     It helps on a GPU, where every pass over a weight is a trip to memory and every operator a launch. On a
@@ -33,16 +33,19 @@ def chosen(grid: Grid, device: torch.device) -> tuple[FakeQuant, str]:
     """
     if device.type != "cuda":
         return plain(grid), "plain"
-    return compiled(grid, device)
+    return compiled(grid, device, dtype)
 
 
-def compiled(grid: Grid, device: torch.device) -> tuple[FakeQuant, str]:
-    """The compiled pass and its name, or the plain one with a log line when it fails or differs in a bit."""
+def compiled(grid: Grid, device: torch.device, dtype: torch.dtype) -> tuple[FakeQuant, str]:
+    """The compiled pass for weights of `dtype` and its name, or the plain one with a log line when it fails
+    or differs in a bit.
+    """
     expected, made = plain(grid), torch.compile(functools.partial(_in_one_pass, grid), options=EXACT)
     generator = torch.Generator(device).manual_seed(0)
     size = 64 if grid.group_size == -1 else 3 * grid.group_size + 1  # with a shorter last group
     weight = torch.randn(96, size, device=device, generator=generator)
     weight[0] = 0  # a group without extremes
+    weight = weight.to(dtype)
     s = torch.rand(size, device=device, generator=generator) + 0.5
     try:
         same = all(torch.equal(made(weight, scale), expected(weight, scale)) for scale in (None, s))

@@ -239,7 +239,7 @@ def through(
     found_blocks = architecture.blocks(model, arch)
     replaced: list[nn.Module] = []
     device = model.get_input_embeddings().weight.device
-    quantize, rounding = chosen(grid, device)
+    quantize, rounding = chosen(grid, device, model.dtype)
     stream = Stream(list(found_blocks.values()), device) if strategy == "offload" else None
     together = [_Together(site.targets, quantize, functools.partial(scale, site.name)) for site in found]
     readers = {target: group for group in together for target in group.linears}
