@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from teq import corpora, measure, memory, ranks, record
 from teq.models import Checkpoint
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from teq.models import LM
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Logger(Protocol):
@@ -115,6 +116,7 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
         # where the strategy that was used is not the planned one, memory ran out
         return tensors, {**info, "planned_strategy": chosen, "scales": summaries(tensors)}
 
+    @_with_a_way_out("the weights are quantized", runtime.device)
     def quantize() -> tuple[dict[str, "Tensor"], dict[str, Any]]:
         moved = {name: s.to(runtime.device) for name, s in folded(scales.tensors()).items()}
         return spec.quantizer.quantize(bench.to_use_up, moved, runtime)
@@ -131,6 +133,7 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
     metrics = {}
     for evaluation in spec.evals:
 
+        @_with_a_way_out(f"{evaluation.name} is measured", runtime.device)
         def evaluate(evaluation: Any = evaluation) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
             metric = evaluation.measure(bench.holding(quantized, spec.quantizer.grid), runtime)
             arrays = {name: record.pack(array) for name, array in metric.arrays.items()}
@@ -198,6 +201,26 @@ class Bench:
             self._state = weights.key
         assert self._lm is not None
         return self._lm
+
+
+def _with_a_way_out(doing: str, device: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Memory of a device that runs out in a stage that holds the whole model there is a UserError."""
+
+    def guarded(work: Callable[..., T]) -> Callable[..., T]:
+        def guard() -> T:
+            try:
+                return work()
+            except RuntimeError as error:
+                if device == "cpu" or not memory.exhausted(error):
+                    raise
+                raise UserError(
+                    f"the memory of {device} ran out while {doing}, which holds the whole model there: "
+                    "what was finished is kept, the same command with device=cpu goes on from it"
+                ) from None
+
+        return guard
+
+    return guarded
 
 
 def _text(reader: Any) -> dict[str, Any] | None:

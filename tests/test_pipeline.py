@@ -189,6 +189,27 @@ def test_gptq_blocks_equal_a_plain_walk(tiny, family, options):
                     linear.weight.copy_(expected)
 
 
+@pytest.mark.parametrize("stage", ["quantize", "measure"])
+def test_a_device_that_cannot_hold_the_model_says_what_to_do_and_keeps_the_scales(
+    own_home, monkeypatch, stage
+):
+    (job,) = config.jobs([*QUICK, "method=teq", "train.steps=2"])
+
+    def full(*_):
+        raise torch.OutOfMemoryError("20 GB more were asked for")
+
+    owner = type(job.run.quantizer if stage == "quantize" else job.run.evals[0])
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, stage, full)
+        guard = pipeline._with_a_way_out
+        patched.setattr(pipeline, "_with_a_way_out", lambda doing, _: guard(doing, "cuda:0"))
+        with pytest.raises(
+            UserError, match=r"the memory of cuda:0 ran out while .* device=cpu goes on from it"
+        ):
+            run(own_home, "method=teq", "train.steps=2")
+    assert cached(run(own_home, "method=teq", "train.steps=2"))["scales"]
+
+
 def test_divergence_keeps_the_scales_and_stores_no_stage(own_home, monkeypatch):
     def diverge(*_):
         raise Diverged("training stopped: the loss is nan at step 7", {"site": torch.ones(3)})
