@@ -148,8 +148,8 @@ def report(argv: Sequence[str]) -> int:
 
 
 def publish(argv: Sequence[str]) -> int:
-    """`publish <experiment> ...`: copy the records that its cells use to results/records, and render
-    results/: the experiment's files and the page of all.
+    """`publish <experiment> ...`: copy the records that its cells use to results/records, and render all of
+    results/, for other experiments may show these records too.
     """
     names, overrides, _ = _split(argv)
     if not argv:
@@ -166,8 +166,10 @@ def publish(argv: Sequence[str]) -> int:
             shutil.copyfile(file, RESULTS / "records" / file.name)
         print(f"{one.name}: {len(new)} records copied to {RESULTS / 'records'}")
     published, elsewhere = read_all(experiments(), (), Library(RESULTS / "records"))
-    for name in shown:
-        print(f"{name}: {published[name].write(RESULTS)[0]}")
+    for name, one in published.items():
+        files = one.write(RESULTS)
+        if name in shown:
+            print(f"{name}: {files[0]}")
     print(f"report: {_write_page(published, elsewhere, RESULTS / 'report')}")
     return _said(problems)
 
