@@ -177,6 +177,7 @@ def draw(figure: Figure) -> dict[str, bytes]:
         return {}
     import matplotlib
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.gridspec import GridSpec
 
     style = {
         "svg.hashsalt": figure.name,
@@ -190,12 +191,15 @@ def draw(figure: Figure) -> dict[str, bytes]:
     with matplotlib.rc_context(style):
         columns = min(len(shown), 2)
         rows = -(-len(shown) // columns)
-        canvas = Canvas(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
-        cells = canvas.subfigures(rows, columns, squeeze=False).ravel()
-        for cell, panel in zip(cells, shown, strict=False):
-            above, below = cell.subplots(2, 1, gridspec_kw={"height_ratios": [3, 1]})
-            _histogram(above, panel)
-            _outliers(below, panel)
+        width, height = 4.6 * columns, 3.9 * rows
+        canvas = Canvas(figsize=(width, height))
+        # margins in inches; matplotlib's own layout engines give other last digits from process to process
+        margins = {"left": 0.65 / width, "right": 1 - 0.15 / width, "top": 1 - 0.3 / height}
+        grid = GridSpec(rows, columns, canvas, bottom=0.5 / height, wspace=0.25, hspace=0.35, **margins)
+        for cell, panel in zip(grid, shown, strict=False):
+            parts = cell.subgridspec(2, 1, height_ratios=[3, 1], hspace=0.4)
+            _histogram(canvas.add_subplot(parts[0]), panel)
+            _outliers(canvas.add_subplot(parts[1]), panel)
         out = {}
         for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
             buffer = io.BytesIO()

@@ -1,5 +1,6 @@
 """The published records against the real model: what stands in results/ can be measured again."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -57,6 +58,23 @@ print(len(shown), "experiments")
     done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{len(config.groups()['experiments'])} experiments\n"
+
+
+def test_figures_are_the_same_bytes_from_process_to_process():
+    code = """
+import hashlib
+from teq import report
+shown, _ = report.read_all(["figure2"], (), report.Library(report.RESULTS / "records"))
+for kind, content in shown["figure2"].drawings.items():
+    print(kind, hashlib.sha256(content).hexdigest())
+"""
+    said = {
+        subprocess.check_output(
+            [sys.executable, "-c", code], cwd=config.ROOT, env=os.environ | {"PYTHONHASHSEED": seed}
+        )
+        for seed in ("1", "2", "3")
+    }
+    assert len(said) == 1 and b"svg" in said.pop()
 
 
 def test_training_helps_rounding():
