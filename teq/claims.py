@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from teq.filled import PARTIAL, Checked, Table, Value
 from teq.layout import Claim
-from teq.tables import PARTIAL, Checked, Table, Value
 
 
 def check_claims(tables: Mapping[str, Table]) -> dict[str, list[Checked]]:

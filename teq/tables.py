@@ -1,104 +1,20 @@
 """Tables: pure functions from records to numbers and verdicts, and the plain table that a run prints."""
 
-import dataclasses
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from teq import lookup, statistics
+from teq import lookup, marks, statistics
+from teq.filled import BETTER, DIFFERS, MATCH, NOT_RUN, OURS, PARTIAL, WORSE, Place, Table, Value
 from teq.layout import ANY, CELL, COSTS, FULL, Cell, Layout
-from teq.lookup import Found, Library
+from teq.lookup import Library
 from teq.record import Record
 from teq.spec import UserError
-from teq.uncertainty import against, cell_stderr, stderr
+from teq.uncertainty import cell_stderr, stderr
 
 if TYPE_CHECKING:
     from teq.config import Job
     from teq.grid import Grid
-
-BASELINE = "rtn"  # what differences are tested against
-MATCH, BETTER, WORSE, DIFFERS, PARTIAL, NOT_RUN, OURS = (
-    "match",
-    "better",
-    "worse",
-    "differs",
-    "partial",
-    "not run",
-    "ours only",
-)
-Place = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Value:
-    """What one cell shows. `at` holds its coordinates by axis; several `found` are several seeds."""
-
-    at: Mapping[str, str]
-    formula: Cell
-    jobs: Sequence["Job"]
-    found: Sequence[Found]
-    ours: float | str | None
-    stderr: float | None
-    spread: float | None
-    published: float | str | None
-    verdict: str
-    beside: Sequence[tuple[float, float]] = ()  # each record minus the baseline's: ends of the 95 % interval
-    best: bool = False
-
-    @property
-    def differences(self) -> dict[str, tuple[Any, Any]]:
-        """The settings in which the records differ from the run that the cell stands for."""
-        return {key: pair for found in self.found for key, pair in found.differences.items()}
-
-    @property
-    def noise(self) -> bool:
-        """Whether no record of the cell can be told from the baseline on the same documents or windows."""
-        return bool(self.beside) and all(low <= 0 <= high for low, high in self.beside)
-
-    @property
-    def synthetic(self) -> bool:
-        """Whether the number comes from made-up weights."""
-        return any(found.record.synthetic for found in self.found)
-
-    @property
-    def difference(self) -> float | None:
-        """Ours minus the published number."""
-        if isinstance(self.ours, float) and isinstance(self.published, int | float):
-            return self.ours - self.published
-        return None
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A claim of the paper, counted again."""
-
-    says: str
-    claimed: tuple[int, int]  # how many, of how many
-    published: tuple[int, int]  # recomputed from the published numbers
-    ours: tuple[int, int]  # from the scenarios that our records cover
-    partial: bool  # whether some of those are partial
-
-
-@dataclass(frozen=True)
-class Table:
-    """A filled table. Rows and columns are tuples of coordinates; a column's last one is the cell's name."""
-
-    name: str
-    layout: Layout
-    row_axes: Sequence[str]
-    column_axes: Sequence[str]
-    rows: Sequence[Place]
-    columns: Sequence[Place]
-    values: Mapping[tuple[Place, Place], Value]
-    constant: Mapping[str, str]  # column axes that have one value here
-    claims: Sequence[Checked] = field(default=())
-
-    def used(self) -> list[Found]:
-        """Every record that some cell shows, once each."""
-        found = {f.record.file: f for value in self.values.values() for f in value.found}
-        return list(found.values())
 
 
 def fill(name: str, layout: Layout, jobs: Sequence["Job"], library: Library) -> Table:
@@ -112,7 +28,7 @@ def fill(name: str, layout: Layout, jobs: Sequence["Job"], library: Library) -> 
             at = dict(zip([*row_axes, *column_axes], (*place, cell_name), strict=True))
             row, column = tuple(at[a] for a in row_axes), tuple(at[a] for a in column_axes)
             values[row, column] = _value(name, layout, at, formula, alike, library, fixed)
-    values = _with_best(_beside_baseline(_strangers_marked(values)), column_axes)
+    values = marks.mark_best(marks.compare_with_baseline(marks.mark_strangers(values)), column_axes)
     rows = _in_order([row for row, _ in values])
     columns = _in_order([column for _, column in values])
     constant = {
@@ -172,8 +88,7 @@ def _coordinate(name: str, job: "Job", axis: str) -> str:
     if axis not in overrides:
         raise UserError(
             f"experiments/{name}.yaml: layout names the axis {axis!r}, which the sweep does not vary: it "
-            "must be "
-            f"model, method, grid or one of {', '.join(overrides)}"
+            f"must be model, method, grid or one of {', '.join(overrides)}"
         )
     return overrides[axis].strip("'\"")
 
@@ -197,8 +112,7 @@ def _value(
         if unknown := formula.evaluations() - names:
             raise UserError(
                 f"experiments/{name}.yaml: layout.cells.{at[CELL]} reads {sorted(unknown)[0]!r}, which no "
-                "run of the "
-                f"experiment measures: it must be one of {', '.join([*sorted(names), *COSTS])}"
+                f"run of the experiment measures: it must be one of {', '.join([*sorted(names), *COSTS])}"
             )
     wanted = formula.evaluations()
     apart = [fixed[lookup.place(job.run.plain())] for job in jobs]
@@ -225,8 +139,7 @@ def metric(record: Record, name: str, experiment: str, cell: str) -> float:
     if values.get(key) is None:
         raise UserError(
             f"experiments/{experiment}.yaml: layout.cells.{cell} reads {name!r}, which {record.file.name} "
-            "does not "
-            f"have: it must be one of {', '.join(f'{part}.{known}' for known in values)}"
+            f"does not have: it must be one of {', '.join(f'{part}.{known}' for known in values)}"
         )
     return float(values[key])
 
@@ -253,77 +166,6 @@ def _setting(name: str, job: "Job", path: str) -> Any:
             )
         node = node[key]
     return node
-
-
-def _strangers_marked(values: dict[tuple[Place, Place], Value]) -> dict[tuple[Place, Place], Value]:
-    """Make partial the cells whose records read other weights or another text than most records here did,
-    under the same name: another commit of a revision, the embedded text of another Python.
-    """
-    records = {f.record.file: f.record for value in values.values() for f in value.found}.values()
-    counts: dict[str, Counter[str]] = {}
-    for record in records:
-        for name, digest in _read(record):
-            counts.setdefault(name, Counter())[digest] += 1
-    usual = {name: counter.most_common(1)[0][0] for name, counter in counts.items()}
-    out = {}
-    for place, value in values.items():
-        mine = {f"{value.at.get('model')}.weights"} | {f"{name}.text" for name in value.formula.evaluations()}
-        found = []
-        for one in value.found:
-            strange = {
-                n: (usual[n][:16], d[:16]) for n, d in _read(one.record) if n in mine and d != usual[n]
-            }
-            found.append(dataclasses.replace(one, differences={**one.differences, **strange}))
-        verdict = PARTIAL if any(one.differences for one in found) else value.verdict
-        out[place] = dataclasses.replace(value, found=found, verdict=verdict)
-    return out
-
-
-def _read(record: Record) -> Iterator[tuple[str, str]]:
-    """What a record's numbers were measured on, as (name, digest)."""
-    if not record.synthetic:
-        yield f"{record.data['run']['model']['name']}.weights", record.data["identity"]
-    for name, measured in record.metrics.items():
-        if "sha256" in measured["info"]:
-            yield f"{name}.text", measured["info"]["sha256"]
-
-
-def _beside_baseline(values: dict[tuple[Place, Place], Value]) -> dict[tuple[Place, Place], Value]:
-    """Compare each cell with its baseline on the same documents or windows."""
-    baselines = [value for value in values.values() if value.at.get("method") == BASELINE]
-    out = {}
-    for place, value in values.items():
-        beside = [one for one in baselines if one is not value and _same_but_method(value, one)]
-        if beside and beside[0].found and value.found:
-            baseline = beside[0].found[0].record
-            intervals = [against(value.formula, one.record, baseline) for one in value.found]
-            if None not in intervals:
-                value = dataclasses.replace(value, beside=intervals)
-        out[place] = value
-    return out
-
-
-def _same_but_method(value: Value, baseline: Value) -> bool:
-    return all(axis == "method" or wanted in (value.at[axis], ANY) for axis, wanted in baseline.at.items())
-
-
-def _with_best(
-    values: dict[tuple[Place, Place], Value], column_axes: Sequence[str]
-) -> dict[tuple[Place, Place], Value]:
-    """Mark the best of our numbers in a column among the rows of one grid and one model."""
-    blocks: dict[tuple[Any, ...], list[tuple[Place, Place]]] = {}
-    for place, value in values.items():
-        if isinstance(value.ours, float) and value.formula.best and value.at.get("grid") != FULL:
-            block = place[1], value.at.get("grid"), value.at.get("model")
-            blocks.setdefault(block, []).append(place)
-    out = dict(values)
-    for places in blocks.values():
-        numbers = [values[place].ours for place in places if isinstance(values[place].ours, float)]
-        top = min(numbers) if values[places[0]].formula.best == "lowest" else max(numbers)
-        for place in places if len(places) > 1 else []:
-            if values[place].ours == top:
-                out[place] = dataclasses.replace(values[place], best=True)
-    return out
 
 
 def _in_order(places: Sequence[Place]) -> list[Place]:

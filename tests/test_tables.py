@@ -9,6 +9,7 @@ import pytest
 from made import add_experiment, made
 
 from teq import claims, config, lookup, record, tables
+from teq.filled import BETTER, DIFFERS, MATCH, NOT_RUN, OURS, PARTIAL, WORSE
 from teq.layout import parse
 from teq.lookup import Library
 from teq.report import text
@@ -78,7 +79,7 @@ def test_a_table_with_a_missing_a_partial_and_a_synthetic_cell_is_the_golden_one
 def test_synthetic_weights_never_enter_an_accuracy(golden):
     table = filled("golden", golden)
     row, column = ("w3_g64", "rtn"), ("tiny-llama",)
-    assert table.values[row, (*column, "ppl")].verdict == tables.NOT_RUN
+    assert table.values[row, (*column, "ppl")].verdict == NOT_RUN
     assert table.values[row, (*column, "seconds")].synthetic
 
 
@@ -91,14 +92,14 @@ def test_narrowed_by_overrides(golden):
 @pytest.mark.parametrize(
     ("ours", "published", "best", "verdict"),
     [
-        (10.004, 10.0, "lowest", tables.MATCH),  # the printed digits
-        (10.09, 10.0, "lowest", tables.MATCH),  # 1.96 x 0.05 and half a digit
-        (10.2, 10.0, "lowest", tables.WORSE),
-        (9.8, 10.0, "lowest", tables.BETTER),
-        (10.2, 10.0, "highest", tables.BETTER),
-        (9.8, 10.0, "highest", tables.WORSE),
-        (9.8, 10.0, None, tables.DIFFERS),
-        (9.8, None, "highest", tables.OURS),
+        (10.004, 10.0, "lowest", MATCH),  # the printed digits
+        (10.09, 10.0, "lowest", MATCH),  # 1.96 x 0.05 and half a digit
+        (10.2, 10.0, "lowest", WORSE),
+        (9.8, 10.0, "lowest", BETTER),
+        (10.2, 10.0, "highest", BETTER),
+        (9.8, 10.0, "highest", WORSE),
+        (9.8, 10.0, None, DIFFERS),
+        (9.8, None, "highest", OURS),
     ],
 )
 def test_verdicts(ours, published, best, verdict):
@@ -117,7 +118,7 @@ def test_a_spread_over_seeds_widens_the_noise_band(monkeypatch, tmp_path):
     numbers = 8 * np.exp([0.0, 0.1, 0.2])
     assert value.ours == pytest.approx(numbers.mean())
     assert value.spread == pytest.approx(numbers.std(ddof=1))
-    assert value.verdict == tables.MATCH  # 8.86 against 8.0: outside its own error, inside the spread
+    assert value.verdict == MATCH  # 8.86 against 8.0: outside its own error, inside the spread
     made(tmp_path / "records", of(jobs, "tiny-opt", "rtn"), evals={"python-docs": LOSSES})
     assert "sd 0.89 over 3 seeds" in text.markdown(filled("three", tmp_path / "records"))
 
@@ -127,7 +128,7 @@ def test_a_missing_seed_makes_the_cell_partial(monkeypatch, tmp_path):
     (first, _) = [j for j in config.jobs(["experiments=two", "model=tiny-opt"]) if j.run.method == "teq"]
     made(tmp_path / "records", first, evals={"python-docs": LOSSES})
     value = filled("two", tmp_path / "records").values[("w3_g64", "teq"), ("tiny-opt", "ppl")]
-    assert (value.verdict, text.difference_text(value)) == (tables.PARTIAL, "1 of 2 seeds are missing")
+    assert (value.verdict, text.difference_text(value)) == (PARTIAL, "1 of 2 seeds are missing")
 
 
 def test_a_difference_to_rtn_within_chance_is_marked_and_only_on_the_same_tokens(golden):
@@ -345,7 +346,7 @@ def test_a_damaged_record_is_left_out_and_hides_no_other(golden, damage, caplog)
     file.write_text(json.dumps(data))
     table = filled("golden", golden)
     assert "is left out" in caplog.text and file.name in caplog.text
-    assert table.values[("full", "fp"), ("tiny-opt", "ppl")].verdict == tables.MATCH
+    assert table.values[("full", "fp"), ("tiny-opt", "ppl")].verdict == MATCH
 
 
 def test_the_best_is_found_for_each_model_even_where_models_are_rows(monkeypatch, tmp_path):
@@ -368,7 +369,7 @@ def test_a_text_of_which_only_a_part_was_read_makes_a_cell_partial(golden):
     data["metrics"]["python-docs"]["info"] |= {"partial": True, "rows": 10, "expected_rows": 11}
     file.write_text(json.dumps(data))
     value = filled("golden", golden).values[("full", "fp"), ("tiny-opt", "ppl")]
-    assert value.verdict == tables.PARTIAL
+    assert value.verdict == PARTIAL
     assert text.difference_text(value) == "python-docs.rows 10 instead of 11"
 
 
@@ -393,8 +394,8 @@ def test_a_record_of_another_text_or_other_weights_is_marked(golden, change, sai
         file.write_text(json.dumps(data))
     values = filled("golden", golden).values
     value = values[("full", "fp"), ("tiny-opt", "ppl")]
-    assert value.verdict == tables.PARTIAL and said in text.difference_text(value)
-    assert values[("w3_g64", "rtn"), ("tiny-opt", "ppl")].verdict == tables.WORSE
+    assert value.verdict == PARTIAL and said in text.difference_text(value)
+    assert values[("w3_g64", "rtn"), ("tiny-opt", "ppl")].verdict == WORSE
 
 
 def test_an_experiment_without_layout():

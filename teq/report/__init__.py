@@ -12,11 +12,11 @@ from pathlib import Path
 from teq import claims, config, figures, tables
 from teq.config import Job
 from teq.figures import Figure
+from teq.filled import Table
 from teq.layout import FULL, Layout, parse
 from teq.lookup import Library
 from teq.report import figure_text, page, text
 from teq.spec import UserError
-from teq.tables import Table
 
 RESULTS = config.ROOT / "results"
 

@@ -8,32 +8,43 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
-from teq import tables
 from teq.figures import Figure
+from teq.filled import (
+    BASELINE,
+    BETTER,
+    DIFFERS,
+    MATCH,
+    NOT_RUN,
+    OURS,
+    PARTIAL,
+    WORSE,
+    Place,
+    Table,
+    Value,
+)
 from teq.record import Record
 from teq.report import figure_text, text
-from teq.tables import Place, Table, Value
 
 if TYPE_CHECKING:
     from teq.report import Shown
 
 SYMBOLS = {  # a verdict is a sign and a word, so that its colour is never needed
-    tables.MATCH: "≈",
-    tables.BETTER: "▲",
-    tables.WORSE: "▼",
-    tables.DIFFERS: "≠",
-    tables.PARTIAL: "◐",
-    tables.NOT_RUN: "○",
-    tables.OURS: "●",
+    MATCH: "≈",
+    BETTER: "▲",
+    WORSE: "▼",
+    DIFFERS: "≠",
+    PARTIAL: "◐",
+    NOT_RUN: "○",
+    OURS: "●",
 }
 MEANINGS = {
-    tables.MATCH: "within the noise band of the published number",
-    tables.BETTER: "beyond the noise band, on the good side",
-    tables.WORSE: "beyond the noise band, on the bad side",
-    tables.DIFFERS: "not the published number, where neither side is good",
-    tables.PARTIAL: "from the nearest record: some settings differ, the cell lists them",
-    tables.NOT_RUN: "no record; the cell gives the command",
-    tables.OURS: "nothing published to compare with",
+    MATCH: "within the noise band of the published number",
+    BETTER: "beyond the noise band, on the good side",
+    WORSE: "beyond the noise band, on the bad side",
+    DIFFERS: "not the published number, where neither side is good",
+    PARTIAL: "from the nearest record: some settings differ, the cell lists them",
+    NOT_RUN: "no record; the cell gives the command",
+    OURS: "nothing published to compare with",
 }
 HERE = Path(__file__).parent
 
@@ -107,8 +118,8 @@ def _figure(figure: Figure, drawings: Mapping[str, bytes], cells: list[dict[str,
     body = []
     for row, panel in zip(rows[1:], figure.panels, strict=True):
         shown: list[dict[str, Any]] = [{"head": part} for part in row[:2]]
-        verdict = tables.NOT_RUN if panel.found is None else tables.OURS
-        verdict = tables.PARTIAL if panel.found is not None and panel.found.differences else verdict
+        verdict = NOT_RUN if panel.found is None else OURS
+        verdict = PARTIAL if panel.found is not None and panel.found.differences else verdict
         sort = "" if panel.found is None else panel.near
         symbol = SYMBOLS[verdict]
         shown.append(
@@ -140,7 +151,7 @@ def _figure(figure: Figure, drawings: Mapping[str, bytes], cells: list[dict[str,
 
 
 def _shown(value: Value, notes: Mapping[str, str], index: int, model: str) -> dict[str, Any]:
-    ours = value.verdict != tables.NOT_RUN
+    ours = value.verdict != NOT_RUN
     return {
         "index": index,
         "model": model,
@@ -168,7 +179,7 @@ def _cell(table: Table, value: Value, row: Place, column: Place) -> dict[str, An
         "mean of" if formula.mean else "sum of" if formula.sum else "ratio of" if formula.ratio else "setting"
     )
     numbers = [["from", f"{how} {names}{f' x {formula.times:g}' if formula.times != 1 else ''}"]]
-    if value.verdict != tables.NOT_RUN:
+    if value.verdict != NOT_RUN:
         numbers.append(["ours", text.shown(value, value.ours)])
     if value.stderr is not None:
         numbers.append(["standard error", text.shown(value, value.stderr)])
@@ -179,7 +190,7 @@ def _cell(table: Table, value: Value, row: Place, column: Place) -> dict[str, An
     if difference := text.difference(value):
         numbers.append(["difference", difference])
     if value.noise:
-        numbers.append([f"against {tables.BASELINE}", "not distinguishable (paired bootstrap, 95 %)"])
+        numbers.append([f"against {BASELINE}", "not distinguishable (paired bootstrap, 95 %)"])
     return {
         "title": f"{table.layout.title}: {', '.join([*place, text.heading(table, column)])}",
         "model": value.at.get("model", table.constant.get("model", "")),

@@ -6,16 +6,16 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from teq.filled import BASELINE, NOT_RUN, PARTIAL, Checked, Table, Value
 from teq.layout import ANY, CELL, FULL
-from teq.tables import BASELINE, NOT_RUN, PARTIAL, Checked, Table, Value, aligned
+from teq.tables import aligned
 
 if TYPE_CHECKING:
     from teq.config import Job
 
 LEGEND = (
     "A cell: ours ± standard error (published, ours − published, verdict). match: within the noise band, 95 "
-    "% "
-    "of the standard error and of the spread over seeds, or equal in the printed digits."
+    "% of the standard error and of the spread over seeds, or equal in the printed digits."
 )
 NOISE = f"~ not distinguishable from {BASELINE} on the same documents or windows (paired bootstrap, 95 %)"
 
@@ -253,8 +253,7 @@ def legend(table: Table, notes: Mapping[str, str]) -> list[str]:
             f"not run: {len(missing)} of {len(values)} cells"
             f"{' (a published number stands in parentheses)' if known else ''}; "
             f"`python run.py experiments={table.name}` runs what is missing, `{command(missing[0].jobs)}` "
-            "the "
-            "first of them"
+            "the first of them"
         )
     return lines + list(table.layout.notes)
 
