@@ -6,7 +6,8 @@ Weights are synthetic. Models are compared at the least number of tokens, tokens
 point is measured in a process of its own, after a warm-up, and written at once; what the JSON holds already
 is not measured again. GPTQ is that of the first two blocks on --samples sequences. Memory is the peak of live
 tensors over the weights. Exponents are slopes of least squares through the logarithms: of all points, and of
-the last two alone, because small ones are mostly overhead. The plot lies beside the JSON.
+the last two alone, because small ones are mostly overhead. Beside each measured peak stands the one that
+`python -m teq plan` predicts. The plot lies beside the JSON.
 """
 
 import argparse
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks import measuring
-from benchmarks.measuring import shown
+from benchmarks.measuring import ratio, shown
 from benchmarks.worker import Spec, Worker, training
 from teq import config, pipeline
 from teq.spec import UserError
@@ -55,7 +56,8 @@ def measured(spec: Spec, repeats: int) -> tuple[Point, dict[str, Any]]:
     point = {"seconds": measuring.spread([value / blocks for value in seconds])}
     point |= {key: worker.hello[key] for key in ("parameters", "block_weights")}
     # resident memory after so many steps tells little
-    return point | {key: memory[key] for key in ("live_bytes", "device_bytes")}, worker.hello["machine"]
+    kept = ("live_bytes", "device_bytes", "predicted_bytes")
+    return point | {key: memory[key] for key in kept}, worker.hello["machine"]
 
 
 def slope(x: list[float], y: list[float]) -> float | None:
@@ -125,7 +127,9 @@ def print_table(lines: Lines, found: dict[str, Any]) -> None:
         for x, point in line:
             spent = "".join(shown(point["seconds"][key], 10, 4) for key in ("median", "min", "max"))
             name = point["model"] if axis == "model" else ""
-            print(f"  {name:<16}{x:>14}{spent} s{shown(point['live_bytes'] / 1e6, 12, 1)} MB")
+            live, foreseen = point["live_bytes"], ratio(point["predicted_bytes"], point["live_bytes"])
+            print(f"  {name:<16}{x:>14}{spent} s{shown(live / 1e6, 12, 1)} MB", end="")
+            print(f", predicted over it {shown(foreseen, 0)}")
         for figure, title in FIGURES.items():
             every, last = found[kind][axis][figure], found[kind][axis][f"{figure}_last"]
             print(f"  exponent of {title}: {shown(every, 0)}, over the last two {shown(last, 0)}")

@@ -192,6 +192,9 @@ def main(argv: list[str]) -> int:
     print_table(rows)
     for name, why in (left_out | failed).items():
         print(f"{name:<18}{'left out' if name in left_out else 'failed'}: {why}")
+    foreseen = {name: ratio(row["predicted_bytes"], row["live_bytes"]) for name, row in rows.items()}
+    if told := [f"{name} {shown(r, 0)}" for name, r in foreseen.items() if r is not None]:
+        print(f"live bytes as `python -m teq plan` predicts them, over these: {', '.join(told)}")
     wrong = [name for name, d in apart.items() if not d <= TOLERANCE.get(dtype, 1e-2)]
     if apart:
         print("first loss against ours: " + ", ".join(f"{name} {d:.1e}" for name, d in apart.items()))

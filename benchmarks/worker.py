@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks import measuring
-from teq import arch, measure
+from teq import arch, measure, memory
 from teq.models import LM, Checkpoint, Folder
 from teq.spec import Settings, UserError
 from teq.transforms.teq import Teq
@@ -96,7 +96,9 @@ class Worker:
         return answer["seconds"], answer["value"]
 
     def memory(self) -> dict[str, int | None]:
-        """What `measuring.memory` finds for a step; at least one step has been made before."""
+        """What `measuring.memory` finds for a step, and what was predicted; at least one step has been made
+        before.
+        """
         return self._ask("memory")
 
     def close(self) -> None:
@@ -167,10 +169,28 @@ def _answers(spec: Spec) -> Iterator[dict[str, Any]]:
         yield found
         for line in sys.stdin:
             if line.strip() == "memory":
-                yield measuring.memory(lambda: stepper.step(tokens), spec.device)
+                found = measuring.memory(lambda: stepper.step(tokens), spec.device)
+                yield found | {"predicted_bytes": _predicted(spec, lm)}
             else:
                 seconds, value = measuring.timed(lambda: stepper.step(tokens), spec.device)
                 yield {"seconds": seconds, "value": value}
+
+
+def _predicted(spec: Spec, lm: LM) -> int | None:
+    """Peak bytes of a step over the weights as `python -m teq plan` would tell them; None of a contender that
+    is not the project's own.
+    """
+    from benchmarks.steps import STRATEGIES
+
+    device = spec.device.partition(":")[0]
+    held = sum(t.nbytes for t in {*lm.model.parameters(), *lm.model.buffers()} if t.device.type == device)
+    if spec.name == "gptq":
+        return spec.settings.expected(lm).bytes - held
+    if spec.name not in STRATEGIES:
+        return None
+    settings = dataclasses.replace(spec.settings, length=spec.tokens, batch=spec.rows)
+    strategy = STRATEGIES[spec.name]
+    return memory.need(settings, lm.model.config, lm.arch, spec.dtype, strategy).bytes - held
 
 
 def _made(spec: Spec, lm: LM) -> Stepper:

@@ -239,8 +239,8 @@ class LiveBytes:
             ) -> Any:
                 given = {_storage(leaf)._cdata for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
                 out = func(*args, **(kwargs or {}))
-                if func.overloadpacket in flop_registry:
-                    counter.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+                if (formula := flop_registry.get(_usual(func))) is not None:
+                    counter.flops += formula(*args, **(kwargs or {}), out_val=out)
                 for leaf in tree_leaves(out):
                     if _is_tensor(leaf) and _storage(leaf)._cdata not in given:
                         counter._add(leaf)
@@ -265,6 +265,14 @@ class LiveBytes:
     def _drop(self, name: int, size: int) -> None:
         self._known.discard(name)
         self.live -= size
+
+
+def _usual(func: Any) -> Any:
+    """The operator by the name that PyTorch's table of operations has it under: not in place, not a CPU's."""
+    import torch
+
+    name = func.overloadpacket.__name__.replace("_for_cpu", "").removesuffix("_")
+    return getattr(torch.ops.aten, name, None) if func.namespace == "aten" else func.overloadpacket
 
 
 def _is_tensor(leaf: Any) -> bool:

@@ -1,6 +1,8 @@
 """Checkpoints: where they come from, what identifies them, and how they become a model with its tokenizer."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,12 +161,9 @@ class Checkpoint(Settings):
         tokenizer.
         """
         import torch
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging as transformers_logging
+        from transformers import AutoModelForCausalLM
 
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        _quiet()
         identity, kind = self.source.identity(), getattr(torch, dtype)
         if isinstance(self.source, Outline):
             from teq.random_model import architecture
@@ -172,20 +171,18 @@ class Checkpoint(Settings):
             with torch.device("meta"):
                 model = architecture(self.source.config)
             return LM(model.eval().requires_grad_(False), None, self.arch, identity)
+        tokenizer = self.tokenizer()
         if isinstance(self.source, Random):
-            from teq.random_model import build, byte_tokenizer
+            from teq.random_model import build
 
-            model, tokenizer = build(self.source).to(kind), byte_tokenizer(self.source.bos)
+            model = build(self.source).to(kind)
         elif isinstance(self.source, Synthetic):
-            from teq.random_model import byte_tokenizer, filled
+            from teq.random_model import filled
 
-            model, tokenizer = filled(self.source, kind, device), byte_tokenizer(bos=False)
+            model = filled(self.source, kind, device)
         else:
             folder = self.source.folder()
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(
-                    folder, local_files_only=True, trust_remote_code=False
-                )
+            with self._loading(folder):
                 model, loading = AutoModelForCausalLM.from_pretrained(
                     folder,
                     dtype=kind,
@@ -194,10 +191,6 @@ class Checkpoint(Settings):
                     trust_remote_code=False,
                     output_loading_info=True,
                 )
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
-                raise UserError(
-                    f"model={self.name} could not be loaded from {folder}: {brief(error)}"
-                ) from error
             if absent := sorted(loading["missing_keys"]):
                 raise UserError(
                     f"model={self.name}: {folder} lacks {len(absent)} of the model's tensors, {absent[0]} "
@@ -206,6 +199,45 @@ class Checkpoint(Settings):
                 )
         model.eval().requires_grad_(False).to(device)
         return LM(model, tokenizer, self.arch, identity)
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        """The tokenizer alone, the same object for as long as the process lives; None of a model without."""
+        if isinstance(self.source, Outline):
+            return None
+        identity = self.source.identity()
+        if identity not in _tokenizers:
+            _tokenizers[identity] = self._tokenizer()
+        return _tokenizers[identity]
+
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
+        if isinstance(self.source, Random | Synthetic):
+            from teq.random_model import byte_tokenizer
+
+            return byte_tokenizer(bos=isinstance(self.source, Random) and self.source.bos)
+        from transformers import AutoTokenizer
+
+        _quiet()
+        folder = self.source.folder()
+        with self._loading(folder):
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    @contextlib.contextmanager
+    def _loading(self, folder: Path) -> Iterator[None]:
+        """Within: what transformers cannot make of a folder's files is a UserError."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(f"model={self.name} could not be loaded from {folder}: {brief(error)}") from error
+
+
+def _quiet() -> None:
+    """Keep transformers' own log and bars out of ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def file_digest(file: Path) -> str:
@@ -219,3 +251,4 @@ def file_digest(file: Path) -> str:
 
 
 _digests: dict[tuple[str, int, int], str] = {}
+_tokenizers: dict[str, "PreTrainedTokenizerBase"] = {}

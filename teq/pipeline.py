@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from teq import corpora, measure, memory, ranks, record
 from teq.models import Checkpoint
@@ -18,6 +18,7 @@ from teq.transforms import Diverged, folded
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from teq.models import LM
 
@@ -31,6 +32,13 @@ class Logger(Protocol):
     def step(self, step: int, loss: float) -> None: ...
 
     def finish(self, finished: Record) -> None: ...
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """A stage that needs some number of tokens of a text."""
+
+    def check_text(self, tokenizer: "PreTrainedTokenizerBase") -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +103,7 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
     identity = spec.model.source.identity()
     weights = {"model": identity, "dtype": spec.dtype, "arch": spec.model.arch.plain()}
     bench = Bench(spec.model, spec.dtype, runtime.device)
+    check_texts = functools.cache(functools.partial(_check_texts, spec))
 
     def fit() -> tuple[dict[str, "Tensor"], dict[str, Any]]:
         from teq.transforms.histogram import summaries
@@ -107,6 +116,7 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
 
         try:
             with measure.uncounted():
+                check_texts()
                 chosen = memory.choose(
                     spec.transform, spec.model.config, spec.model.arch, spec.dtype, runtime
                 )
@@ -118,6 +128,8 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
 
     @_with_a_way_out("the weights are quantized", runtime.device)
     def quantize() -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+        with measure.uncounted():
+            check_texts()
         moved = {name: s.to(runtime.device) for name, s in folded(scales.tensors()).items()}
         return spec.quantizer.quantize(bench.to_use_up, moved, runtime)
 
@@ -221,6 +233,16 @@ def _with_a_way_out(doing: str, device: str) -> Callable[[Callable[..., T]], Cal
         return guard
 
     return guarded
+
+
+def _check_texts(spec: Run) -> None:
+    """Before the first long stage: whether every text is long enough for the stages behind it, as this
+    model's tokenizer counts. Raises UserError.
+    """
+    readers = [stage for stage in (spec.quantizer, *spec.evals) if isinstance(stage, Reads)]
+    if readers and (tokenizer := spec.model.tokenizer()) is not None:
+        for reader in readers:
+            reader.check_text(tokenizer)
 
 
 def _text(reader: Any) -> dict[str, Any] | None:

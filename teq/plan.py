@@ -1,15 +1,15 @@
 """`python -m teq plan [--calibrate] <overrides>`: what each stage of a run would need; no weight is loaded.
 
-Memory is that of live tensors on the device (see `teq.memory`). Seconds are operations, counted on the same
-fake tensors, over the rate at which `--calibrate` trained a small model on this device for a moment; the rate
-is kept beside the records, one for each device and dtype.
+Memory is that of live tensors on the device (see `teq.memory`). Seconds are the operations of matrix products
+over the rate at which `--calibrate` did those of a small model's training on this device for a moment; the
+rate is kept beside the records, one for each device and dtype.
 """
 
 import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from teq import config, measure, memory, pipeline, tables
 from teq.arch import Arch
@@ -30,6 +30,13 @@ CALIBRATION = {  # a model whose matrix products dominate its step, as they do i
     "num_hidden_layers": 2,
     "num_attention_heads": 8,
 }
+
+
+@runtime_checkable
+class Foreseen(Protocol):
+    """A stage that tells what it needs from the model's shapes: its work cannot be done on fake tensors."""
+
+    def expected(self, lm: LM) -> memory.Need: ...
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,8 +75,13 @@ def shown(job: Job, device: str) -> str:
             one = needed(run.transform, strategy)
             mark = f"{strategy} (picked)" if strategy == picked else strategy
             row("scales", one.bytes, mark, one.flops // 2 * run.transform.steps)  # a rehearsal is two steps
-    expected = getattr(run.quantizer, "expected_bytes", None)
-    row("weights", None if expected is None else expected(outline))
+    if isinstance(run.quantizer, memory.Rehearsable):
+        row("weights", needed(run.quantizer, "keep").bytes)  # its time is not that of matrix products
+    elif isinstance(run.quantizer, Foreseen):
+        one = run.quantizer.expected(outline)
+        row("weights", one.bytes, "", one.flops)
+    else:
+        row("weights", None)
     for evaluation in run.evals:
         if isinstance(evaluation, memory.Rehearsable):
             one = needed(evaluation, "keep")

@@ -30,6 +30,8 @@ def test_a_step_has_ratios_over_every_base_and_the_contenders_compute_the_same_l
         assert all(math.isfinite(over["seconds"]) for over in row["over"].values())
     assert rows["autograd"]["over"]["autograd"]["live_bytes"] == 1
     assert rows["ours"]["over"]["autograd"]["live_bytes"] < 1
+    assert rows["ours"]["predicted_bytes"] == pytest.approx(rows["ours"]["live_bytes"], rel=0.15)
+    assert rows["autograd"]["predicted_bytes"] is None
     assert found["first_loss_difference"]["autograd"] < 1e-6
     assert rows["floor"]["losses"][0] == rows["floor"]["losses"][1] != rows["ours"]["losses"][0]
 
@@ -56,7 +58,8 @@ def test_scaling_fits_the_exponents_and_measures_no_point_twice(tmp_path, monkey
         size, tokens = parameters[spec.checkpoint.name], spec.tokens
         seconds = dict.fromkeys(("median", "min", "max"), 1e-9 * size**1.5 * tokens)
         sizes = {"parameters": size, "block_weights": size}
-        return {"seconds": seconds, "live_bytes": size * tokens**2, **sizes}, {"name": "made up"}
+        found = {"live_bytes": size * tokens**2, "predicted_bytes": size * tokens**2}
+        return {"seconds": seconds, **found, **sizes}, {"name": "made up"}
 
     monkeypatch.setattr(scaling, "measured", made)
     file = tmp_path / "scaling.json"
@@ -105,6 +108,8 @@ def test_everything_for_one_model_is_collected_and_run_once(tmp_path, monkeypatc
     assert results["teq_step 16"]["contenders"]["ours"]["live_bytes"] > 0
     for exponents in results["scaling"]["exponents"].values():
         assert math.isfinite(exponents["tokens"]["seconds"]) and exponents["tokens"]["live_bytes"] > 0
+    for name, point in results["scaling"]["points"].items():
+        assert point["predicted_bytes"] == pytest.approx(point["live_bytes"], rel=0.15), name
     assert results["gptq"]["total_over_floor"]["ours"] > 0
     assert set(results["table5"]) == {"teq", "gptq"}
     for cell in results["table5"].values():

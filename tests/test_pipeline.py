@@ -12,6 +12,7 @@ import torch
 
 from teq import cli, config, pipeline, record
 from teq.grid import Grid
+from teq.models import Checkpoint
 from teq.quantizers import restore
 from teq.quantizers.rtn import Rtn
 from teq.spec import Runtime, UserError
@@ -298,3 +299,24 @@ def test_interrupt_in_every_stage_is_one_line_and_loses_nothing(own_home, monkey
     kept = [p for s in ("scales", "weights", "metrics") for p in (store / s).glob("*") if p.is_dir()]
     assert len(kept) == finished
     assert entry.main(argv) == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "said"),
+    [
+        ("teq", "evals=[python-docs,ptb-new]", r"ptb-new gives 12 tokens, one window of ppl\.context=64"),
+        ("gptq", "evals=[python-docs,ptb-new]", r"ptb-new gives 12 tokens, one window of ppl\.context=64"),
+        (
+            "teq+gptq",
+            "gptq.length=60000",
+            "python-docs gives 55000 tokens, one calibration window needs",
+        ),
+    ],
+)
+def test_texts_too_short_are_found_before_any_weight_is_loaded(
+    own_home, write, monkeypatch, method, override, said
+):
+    write("ptb_text_only/test", sentence=["a few words"])
+    monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match=said):
+        run(own_home, f"method={method}", override)

@@ -4,6 +4,7 @@ A public set comes from the mirror in TEQ_DATA, else from the Hugging Face hub o
 always here.
 """
 
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -137,8 +138,11 @@ def task_rows(name: str) -> "pyarrow.Table":
     return find(name).table()
 
 
+@functools.lru_cache(maxsize=8)  # a run looks whether its texts are long enough before it reads them
 def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
-    """One stream of token ids `[n]`, with the BOS that the tokenizer itself puts in front, if any."""
+    """One stream of token ids `[n]`, with the BOS that the tokenizer itself puts in front, if any. Not to be
+    written into.
+    """
     return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
 
 

@@ -11,6 +11,7 @@ from teq.spec import Runtime, Settings, UserError, option
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
 
     from teq.models import LM
 
@@ -41,7 +42,7 @@ class Perplexity(Settings):
         positions = getattr(lm.model.config, "max_position_embeddings", None)
         if positions is not None and self.context > positions:
             raise UserError(f"ppl.context={self.context} is not allowed: the model has {positions} positions")
-        windows, available = corpora.windows(self.corpus, lm.tokenizer, self.context, self.limit)
+        windows, available = self._windows(lm.tokenizer)
         with torch.inference_mode():
             losses = [
                 window_loss(lm.model, windows[i : i + 1].to(lm.device)).item()
@@ -58,6 +59,13 @@ class Perplexity(Settings):
             arrays={"window_loss": np.asarray(losses, dtype=np.float64)},
             info={**counts, "tokens_sha256": tokens, **self.provenance()},
         )
+
+    def check_text(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raises UserError where the text does not give a single window."""
+        self._windows(tokenizer)
+
+    def _windows(self, tokenizer: "PreTrainedTokenizerBase") -> tuple["Tensor", int]:
+        return corpora.windows(self.corpus, tokenizer, self.context, self.limit)
 
     def rehearse(self, lm: "LM", strategy: str) -> None:
         """One window on an outline of the model."""

@@ -12,7 +12,9 @@ from teq.transforms import Load
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
+    from teq.memory import Need
     from teq.models import LM
 
 log = logging.getLogger(__name__)
@@ -46,19 +48,28 @@ class Gptq(Settings):
         """
         import torch
 
-        from teq import corpora, memory
+        from teq import memory
         from teq.quantizers.gptq_blocks import quantize_blocks, waiting_bytes
 
         lm = load()
-        windows = corpora.calibration(self.calib, lm.tokenizer, self.samples, self.length)
-        beside = self.expected_bytes(lm) - sum(p.nbytes for p in lm.model.parameters())
+        windows = self._windows(lm.tokenizer)
+        beside = self.expected(lm).bytes - sum(p.nbytes for p in lm.model.parameters())
         if memory.fits(beside, lm.model, runtime):
             return quantize_blocks(self, lm, scales, windows)
         log.info("%.3g GB of hidden states wait in the host's memory", waiting_bytes(self, lm) / 1e9)
         return quantize_blocks(self, lm, scales, windows, torch.device("cpu"))
 
-    def expected_bytes(self, lm: "LM") -> int:
-        """Predicted peak memory on an outline; see `teq.quantizers.gptq_blocks.expected_bytes`."""
-        from teq.quantizers.gptq_blocks import expected_bytes
+    def check_text(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raises UserError where the calibration text gives too few windows."""
+        self._windows(tokenizer)
 
-        return expected_bytes(self, lm)
+    def _windows(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
+        from teq import corpora
+
+        return corpora.calibration(self.calib, tokenizer, self.samples, self.length)
+
+    def expected(self, lm: "LM") -> "Need":
+        """What quantizing an outline of the model needs; see `teq.quantizers.gptq_blocks.expected`."""
+        from teq.quantizers.gptq_blocks import expected
+
+        return expected(self, lm)

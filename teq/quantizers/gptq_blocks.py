@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from teq.arch import Folding, blocks, first_inputs, linears, run_block, sites
-from teq.memory import LiveBytes
+from teq.memory import LiveBytes, Need
 from teq.progress import track
 from teq.quantizers import Quantized, stored
 from teq.quantizers.gptq_solver import Hessian, Solution, solve
@@ -161,23 +161,36 @@ def waiting_bytes(settings: "Gptq", lm: "LM") -> int:
     return settings.samples * settings.length * lm.model.config.hidden_size * lm.model.dtype.itemsize
 
 
-def expected_bytes(settings: "Gptq", lm: "LM") -> int:
+def expected(settings: "Gptq", lm: "LM") -> Need:
     """Predicted peak bytes of live tensors on the device while an outline's model is quantized, weights
-    and hidden states included.
+    and hidden states included, and the operations of the matrix products.
 
     Beside these: a block's weights in fp32, the Hessians of its distinct inputs,
     and what the largest of their solutions takes. That grows with the square of the width when the
     proportions stay, so it is counted on a small matrix of the same proportions.
+
+    Every token passes twice through the blocks (attention as a full square); a Hessian takes half of a
+    product of all tokens, a solution one product of its rows with the factor's upper half, and the factor the
+    cube of its width.
     """
     weights = sum(t.nbytes for t in {*lm.model.parameters(), *lm.model.buffers()})
-    name, block = next(iter(blocks(lm.model, lm.arch).items()))
+    every = blocks(lm.model, lm.arch)
+    name, block = next(iter(every.items()))
     inside = linears(name, block)
     readers = [[inside[t] for t in site.targets] for site in sites(lm.model, lm.arch) if site.block == 0]
     readers += [[linear] for linear in inside.values() if not any(linear in group for group in readers)]
-    exact = sum(4 * linear.weight.numel() for linear in inside.values())
-    hessians = sum(4 * group[0].in_features ** 2 for group in readers)
+    numbers = sum(linear.weight.numel() for linear in inside.values())
+    squares = sum(group[0].in_features ** 2 for group in readers)
     largest = max(_solution_bytes(settings, group) for group in readers)
-    return weights + waiting_bytes(settings, lm) + exact + hessians + largest
+
+    tokens, hidden = settings.samples * settings.length, lm.model.config.hidden_size
+    passes = 2 * tokens * (2 * numbers + 4 * settings.length * hidden)
+    solving = sum(linear.weight.numel() * linear.in_features for linear in inside.values())
+    factors = sum(group[0].in_features ** 3 for group in readers)
+    return Need(
+        weights + waiting_bytes(settings, lm) + 4 * numbers + 4 * squares + largest,
+        len(every) * (passes + tokens * squares + solving + factors),
+    )
 
 
 def _solution_bytes(settings: "Gptq", readers: list[nn.Linear]) -> int:

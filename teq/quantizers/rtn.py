@@ -12,7 +12,9 @@ from teq.spec import Runtime, Settings
 from teq.transforms import Load, NothingDone
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from teq.models import LM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +34,40 @@ class Rtn(Settings):
         """
         lm = load()
         found = sites(lm.model, lm.arch)
-        folding, quantized, changed = Folding.of(found, scales), {}, {}
+        folding, changed, tensors = Folding.of(found, scales), {}, {}
         for site in found:
             changed |= folding.divided(site.name, site.source)
-        moved = False
+        count, moved = 0, False
         for block_name, block in track(blocks(lm.model, lm.arch).items(), "rounding blocks"):
-            for name, linear in linears(block_name, block).items():
-                weight = folding.weight(name, linear).float()
-                quantized[name] = round_to_nearest(weight, self.grid)
-                moved = moved or bool((quantized[name].dequantize(self.grid) != weight).any())
+            inside = linears(block_name, block)
+            rounded, differs = self._rounded(folding, inside)
+            tensors |= rounded
+            count, moved = count + len(inside), moved or bool(differs)
         if not moved:
             raise NothingDone("rounding changed no weight: the quantized model is the floating-point model")
-        return stored(quantized, changed, self.grid), {"linears": len(quantized)}
+        return stored({}, changed, self.grid) | tensors, {"linears": count}
+
+    def rehearse(self, lm: "LM", strategy: str) -> None:
+        """All blocks of an outline of the model."""
+        folding, tensors = Folding.of(sites(lm.model, lm.arch), {}), {}
+        for block_name, block in blocks(lm.model, lm.arch).items():
+            tensors |= self._rounded(folding, linears(block_name, block))[0]
+
+    def _rounded(
+        self, folding: Folding, inside: "Mapping[str, nn.Linear]"
+    ) -> "tuple[dict[str, Tensor], Tensor]":
+        """The stored tensors of some linears, packed and in the host's memory (a model's codes at once would
+        be a byte for every weight), and whether a weight was changed.
+        """
+        import torch
+
+        quantized, differs = {}, []
+        for name, linear in inside.items():
+            weight = folding.weight(name, linear).float()
+            quantized[name] = round_to_nearest(weight, self.grid)
+            differs.append((quantized[name].dequantize(self.grid) != weight).any())
+        packed = {name: tensor.cpu() for name, tensor in stored(quantized, {}, self.grid).items()}
+        return packed, torch.stack(differs).any()
 
 
 def round_to_nearest(weight: "Tensor", grid: Grid) -> Quantized:
