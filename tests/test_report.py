@@ -56,6 +56,8 @@ def test_a_table_is_one_file(added, own_home, capsys):
     assert "**9.25** ± 0.07 (9.00, +0.25, worse)" in out
     assert f"added: {own_home}/report/tables/added.md (with records of your own)" in out
     assert not (added / "results").exists()
+    page = (own_home / "report" / "added.html").read_text()
+    assert f"page: {own_home}/report/added.html" in out and "Added: &lt;one&gt; file &amp; no code" in page
 
 
 def test_without_any_record_a_page_of_commands(added, capsys):

@@ -19,6 +19,7 @@ from teq.report import figure_text, page, text
 from teq.spec import UserError
 
 RESULTS = config.ROOT / "results"
+INDEX = "index.html"
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,13 @@ def report(argv: Sequence[str]) -> int:
         why = (
             "with records of your own" if one.own else "narrowed" if overrides else "published records alone"
         )
-        print(f"{one.markdown()}\n{one.name}: {files[0]} ({why})\n")
+        print(f"{one.markdown()}\n{one.name}: {files[0]} ({why})")
+        if not whole:
+            print(f"page: {_write_page({one.name: one}, {}, own / f'{one.name}.html')}")
+        print()
     if whole:
         mixed = overrides or any(one.own for one in shown.values())
-        print(f"report: {_write_page(shown, problems, own if mixed else RESULTS / 'report')}")
+        print(f"report: {_write_page(shown, problems, (own if mixed else RESULTS / 'report') / INDEX)}")
     return _said(problems)
 
 
@@ -170,13 +174,12 @@ def publish(argv: Sequence[str]) -> int:
         files = one.write(RESULTS)
         if name in shown:
             print(f"{name}: {files[0]}")
-    print(f"report: {_write_page(published, elsewhere, RESULTS / 'report')}")
+    print(f"report: {_write_page(published, elsewhere, RESULTS / 'report' / INDEX)}")
     return _said(problems)
 
 
-def _write_page(shown: dict[str, Shown], problems: dict[str, str], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "index.html"
+def _write_page(shown: dict[str, Shown], problems: dict[str, str], file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(page.render(shown, problems), encoding="utf-8")
     return file
 
