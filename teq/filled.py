@@ -46,8 +46,8 @@ class Value:
 
     @property
     def noise(self) -> bool:
-        """Whether no record of the cell can be told from the baseline on the same documents or windows."""
-        return bool(self.beside) and all(low <= 0 <= high for low, high in self.beside)
+        """Whether a record of the cell cannot be told from the baseline on the same documents or windows."""
+        return any(low <= 0 <= high for low, high in self.beside)
 
     @property
     def synthetic(self) -> bool:

@@ -166,6 +166,7 @@ def parse(
     if layout.quoted and layout.published is None:
         raise UserError(f"{where}.quoted needs published.across, which its values run over")
     _check_cells(layout, where)
+    _check_claims(layout, known or {}, where)
     if layout.published is not None:
         _check_published(layout, layout.published, f"{where}.published")
         _check_places(layout, layout.published, known or {}, f"{where}.published")
@@ -217,6 +218,21 @@ def _check_cells(layout: Layout, where: str) -> None:
             raise UserError(
                 f"{where}.cells.{key}.ratio={list(cell.ratio)} is not allowed: it must be two metrics"
             )
+
+
+def _check_claims(layout: Layout, known: Mapping[str, Sequence[str]], where: str) -> None:
+    """A claim about a method that there is not would count nothing and look like an answer."""
+    methods = known.get("method")
+    for i, claim in enumerate(layout.claims):
+        for key in ("winners", "losers"):
+            for method in getattr(claim, key):
+                if methods is not None and method not in methods:
+                    close = difflib.get_close_matches(str(method), methods, 1)
+                    hint = f"did you mean {close[0]}? " if close else ""
+                    raise UserError(
+                        f"{where}.claims[{i}].{key} names the method {method!r}: {hint}it must be one of "
+                        f"{', '.join(methods)}"
+                    )
 
 
 def _check_published(layout: Layout, published: Published, where: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teq import record
+from teq.corpora.sources import SOURCES
 from teq.record import Record
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ class Library:
             if candidate.synthetic:  # said by a mark of its own; which checkpoint was meant says nothing more
                 differences = {k: v for k, v in differences.items() if not k.startswith("model.source")}
             differences |= _parts(candidate, evaluations)
-            if best is None or len(differences) < len(best.differences):
+            # a real model's record comes before a made-up one's, however near that is
+            rank = (candidate.synthetic, len(differences))
+            if best is None or rank < (best.record.synthetic, len(best.differences)):
                 best = Found(candidate, own, differences)
         return best
 
@@ -103,10 +106,19 @@ def _relevant(run: Mapping[str, Any], evals: Mapping[str, Any], names: set[str])
 
 
 def _parts(candidate: Record, evaluations: set[str]) -> dict[str, tuple[Any, Any]]:
-    """The texts of which a mirror held only a part, as settings: rows of the whole, rows that were read."""
-    read = {f"{name}.rows": candidate.metrics[name]["info"] for name in sorted(evaluations)}
-    read |= {f"{stage}.calib.rows": text or {} for stage, text in candidate.data["text"].items()}
-    return {name: (info["expected_rows"], info["rows"]) for name, info in read.items() if info.get("partial")}
+    """The texts of which a mirror held only a part, as settings: rows of the whole, rows that were read; and
+    the file, where it is another one that stands in.
+    """
+    read = {name: candidate.metrics[name]["info"] for name in sorted(evaluations)}
+    read |= {f"{stage}.calib": text or {} for stage, text in candidate.data["text"].items()}
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, info in read.items():
+        if info.get("partial"):
+            found[f"{name}.rows"] = info["expected_rows"], info["rows"]
+            wanted = SOURCES.get(info.get("name", ""))
+            if wanted is not None and info.get("file") == f"{wanted.sample}.parquet":
+                found[f"{name}.file"] = wanted.file, wanted.sample
+    return found
 
 
 def place(run: Mapping[str, Any]) -> tuple[Any, ...]:

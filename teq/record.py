@@ -103,19 +103,30 @@ def load(*folders: Path) -> list[Record]:
 def _check(data: dict[str, Any]) -> None:
     """Raise an error where a record lacks what its readers rely on: they read it without a further check."""
     run, metrics = data["run"], data["metrics"]
-    data["id"], data["created"], data["training"]["scales"], data["text"], data["identity"]
+    data["id"], data["identity"], "" + data["created"]
+    for site in data["training"]["scales"].values():
+        float(site["near"]), int(site["channels"])
+        for name in ("s", "moved"):
+            float(site[name]["lowest"]), float(site[name]["highest"]), sum(site[name]["counts"])
+    for text in data["text"].values():
+        _check_text(text or {})
     run["model"]["name"], run["model"]["source"]["kind"], run["method"], run["quantizer"]["kind"]
     run["transform"]["kind"], (run["quantizer"].get("grid") or {}).get("bits")
     for stage in data["stages"].values():
         float(stage["cost"]["seconds"]), stage["cost"]["peak_bytes"]
     for metric in metrics.values():
-        metric["info"].items()
+        _check_text(metric["info"])
         for value in metric["values"].values():
             float(value)
         for packed in metric["arrays"].values():
             unpack(packed)
     if len(metrics) != len(run["evals"]):
         raise ValueError(f"{len(metrics)} metrics of {len(run['evals'])} evaluations")
+
+
+def _check_text(info: dict[str, Any]) -> None:
+    if info.get("partial"):
+        int(info["rows"]), int(info["expected_rows"])
 
 
 def frame(records: Iterable[Record]) -> "pd.DataFrame":

@@ -3,13 +3,15 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hydra import initialize_config_dir
 from made import add_experiment
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
-from teq import config, filled
+from teq import config, filled, pipeline
 from teq.evaluate.counts import Counts
 from teq.evaluate.overhead import Overhead
 from teq.filled import Table
@@ -19,6 +21,7 @@ from teq.lookup import Library
 from teq.models import Checkpoint
 from teq.report import experiments, read
 from teq.spec import Runtime, UserError
+from teq.store import Store
 
 NOTHING = Library(config.ROOT / "no-such-folder")
 METHODS = set(config.options(config.CONF / "method"))
@@ -217,12 +220,29 @@ def test_an_outline_is_a_checkpoint_of_its_own():
     assert real.key() != outline.key()
 
 
-def test_a_folded_model_is_its_original_architecture_and_an_altered_one_is_refused(tiny):
+def test_a_folded_model_is_its_original_architecture_and_function(own_home, family):
+    given = [f"model=tiny-{family}", "train.steps=3", "train.lr=0.05", "evals=[overhead,python-docs]"]
+    given += ["ppl.context=64", "ppl.limit=2"]
+    jobs = {method: config.jobs([*given, f"method={method}"])[0] for method in ("fp", "teq-fp")}
+    finished = {}
+    for method, job in jobs.items():
+        logger = job.logger.start("", {}, str(own_home))
+        finished[method] = pipeline.run(job.run, Store(own_home / "store"), own_home, Runtime(), logger)
+    weights = finished["teq-fp"].data["stages"]["weights"]["key"]
+    changed = load_file(own_home / "store" / "weights" / weights / "data.safetensors")
+    plain = jobs["fp"].run.model.load("float32", "cpu").model.state_dict()
+    assert any((changed[name] != plain[name.removeprefix("param/")]).any() for name in changed)
+    for one in finished.values():
+        counts = one.metrics["overhead"]["values"]
+        assert counts["modules"] == counts["original_modules"] > 0
+        assert counts["parameters"] == counts["original_parameters"] > 0
+        assert counts["latency"] == np.median(one.array("overhead", "ratio")) > 0
+    fp, folded = (one.metrics["python-docs"]["values"]["ppl"] for one in finished.values())
+    assert folded == pytest.approx(fp, rel=1e-5)
+
+
+def test_an_altered_architecture_is_refused(tiny):
     lm = tiny("llama")
-    measured = Overhead(length=8, repeats=3).measure(lm, Runtime())
-    assert measured.values["modules"] == measured.values["original_modules"] > 0
-    assert measured.values["parameters"] == measured.values["original_parameters"] == 119_360
-    assert measured.values["latency"] == sorted(measured.arrays["ratio"])[1] > 0
     lm.model.model.extra = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"not of its original architecture.*extra"):
         Overhead(length=8, repeats=3).measure(lm, Runtime())

@@ -85,6 +85,23 @@ layout:
     assert [b"logged" in file.read_bytes() for file in files] == [True] * 3
 
 
+def test_an_experiment_that_is_a_figure_ends_with_its_picture(own_home, monkeypatch, tmp_path):
+    layout = """
+hydra: {mode: MULTIRUN, sweeper: {params: {model: tiny-llama, method: teq, grid: w4}}}
+train: {steps: 2}
+evals: [python-docs]
+ppl: {limit: 2, context: 64}
+layout: {kind: figure, title: T, caption: C}
+"""
+    add_experiment(monkeypatch, tmp_path, "drawn", layout)
+    jobs = config.jobs(["experiments=drawn", "logger=wandb"])
+    for job in jobs:
+        cli.run_job(job)
+    assert cli.summary(jobs) == 0
+    (picture,) = (own_home / "wandb").rglob("media/images/figure*.png")
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
 def test_a_failing_start_is_said_and_the_run_goes_on(monkeypatch, caplog, tmp_path):
     import wandb
 

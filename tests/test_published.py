@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -58,6 +59,31 @@ print(len(shown), "experiments")
     done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{len(config.groups()['experiments'])} experiments\n"
+
+
+def test_the_committed_page_and_figures_are_what_the_committed_records_give_without_torch():
+    lines = (config.ROOT / "requirements.lock").read_text().splitlines()
+    locked = dict(line.lower().split("==") for line in lines if "==" in line)
+    for name in ("matplotlib", "jinja2", "numpy"):
+        if metadata.version(name) != locked[name]:
+            pytest.skip(f"{name} {metadata.version(name)} is not the locked {locked[name]}")
+    code = """
+import sys
+sys.modules["torch"] = None
+from teq import report
+shown, problems = report.read_all(report.experiments(), (), report.Library(report.RESULTS / "records"))
+files = {}
+for name, one in shown.items():
+    files |= {f"figures/{name}.{kind}": content for kind, content in one.drawings.items()}
+files["report/index.html"] = report.page.render(shown, problems).encode()
+for name, content in files.items():
+    assert (report.RESULTS / name).read_bytes() == content, f"{name} is stale: python -m teq report all"
+print(*files)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    committed = {f"figures/{file.name}" for file in (RESULTS / "figures").iterdir()}
+    assert set(done.stdout.split()) == committed | {"report/index.html"}
 
 
 def test_figures_are_the_same_bytes_from_process_to_process():

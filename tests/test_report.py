@@ -105,6 +105,22 @@ def test_own_records_and_overrides_never_change_results(added, own_home, capsys)
     assert (own_home / "report" / "index.html").is_file()
 
 
+def test_claims_counted_in_own_records_of_another_table_never_change_results(
+    added, own_home, monkeypatch, capsys
+):
+    claim = "  claims: [{says: s, winners: [teq], losers: [rtn], count: 1, of: 1, tables: [added]}]\n"
+    add_experiment(monkeypatch, added, "counting", TABLE.replace('"fp,rtn,teq"', "fp") + claim)
+    for name in ("added", "counting"):
+        for job in config.jobs([f"experiments={name}", "model=tiny-opt", "method=fp"]):
+            made(added / "results" / "records", job, evals={"python-docs": np.full(6, 2.0)})
+    assert verbs.main(["report", "counting"]) == 0
+    before = contents(added / "results")
+    run_some(own_home / "records", methods=("rtn", "teq"))
+    assert verbs.main(["report", "counting"]) == 0
+    assert contents(added / "results") == before
+    assert "counting.md (with records of your own)" in capsys.readouterr().out
+
+
 def test_a_broken_experiment_does_not_hide_the_others(added, monkeypatch, own_home, capsys):
     run_some(own_home / "records")
     add_experiment(monkeypatch, added, "broken", TABLE.replace("mean:", "meen:"))

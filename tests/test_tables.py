@@ -164,6 +164,24 @@ def test_a_difference_to_rtn_within_chance_is_marked_and_only_on_the_same_tokens
     assert not filled("golden", golden).values[place].noise
 
 
+def test_several_seeds_are_told_from_rounding_when_each_of_them_is(monkeypatch, tmp_path):
+    seeds = GOLDEN.replace("params: {model:", 'params: {seed: "0,1", model:')
+    add_experiment(monkeypatch, tmp_path, "seeds2", seeds)
+    jobs, folder = config.jobs(["experiments=seeds2", "model=tiny-opt"]), tmp_path / "records"
+    noise = np.array([0.3, -0.3, 0.2, -0.2, 0.1, -0.1, 0.25, -0.24])
+    teq = [job for job in jobs if job.run.method == "teq"]
+    made(folder, next(j for j in jobs if j.run.method == "rtn"), evals={"python-docs": LOSSES})
+    made(folder, teq[0], evals={"python-docs": LOSSES - 0.1})
+    place = ("w3_g64", "teq"), ("tiny-opt", "ppl")
+    assert not filled("seeds2", folder).values[place].noise
+    made(folder, teq[1], evals={"python-docs": LOSSES + noise})
+    value = filled("seeds2", folder).values[place]
+    assert value.noise and len(value.beside) == 2
+    lines = text.comma_separated(filled("seeds2", folder)).splitlines()
+    (row,) = [line for line in lines if line.startswith("w3_g64,teq,tiny-opt,ppl")]
+    assert len(row.split(",")[10].split()) == 2  # both lower ends
+
+
 def _again(data):
     data["stages"]["weights"]["key"] = "again"
 
@@ -318,6 +336,14 @@ def test_published_numbers_that_no_cell_can_show_are_refused(path, value, messag
         parse("mine", raw | {"published": published}, known)
 
 
+def test_a_claim_about_no_method_is_refused():
+    claim = {"says": "s", "winners": ["teqq"], "losers": ["rtn"], "count": 1, "of": 1}
+    raw = {"title": "t", "caption": "c", "rows": ["method"], "claims": [claim]}
+    raw["cells"] = {"ppl": {"label": "l", "mean": ["python-docs.ppl"]}}
+    with pytest.raises(UserError, match=r"claims\[0\].winners names the method 'teqq': did you mean teq\?"):
+        parse("mine", raw, {"method": ["rtn", "teq"]})
+
+
 def test_an_experiment_that_is_no_yaml_is_one_line(monkeypatch, tmp_path):
     add_experiment(monkeypatch, tmp_path, "broken", "layout: {title: [")
     with pytest.raises(UserError, match="broken") as error:
@@ -337,6 +363,10 @@ def test_an_experiment_that_is_no_yaml_is_one_line(monkeypatch, tmp_path):
         lambda data: data["metrics"]["python-docs"]["arrays"]["window_loss"].update(data="AAAA"),
         lambda data: data["metrics"]["python-docs"]["values"].update(ppl="high"),
         lambda data: data.pop("text"),
+        lambda data: data.update(text={"transform": "pile"}),
+        lambda data: data.update(created=7),
+        lambda data: data["training"].update(scales={"block.0": {"channels": 8}}),
+        lambda data: data["metrics"]["python-docs"]["info"].update(partial=True),
     ],
 )
 def test_a_damaged_record_is_left_out_and_hides_no_other(golden, damage, caplog):
@@ -418,6 +448,34 @@ def test_the_nearest_record_is_the_one_with_fewest_differences(golden):
     assert Library(golden).find(teq.run, {"python-docs"}).differences == {}
 
 
+def test_a_real_models_seconds_come_before_made_up_weights(golden):
+    rtn = of(config.jobs(["experiments=golden"]), "tiny-llama", "rtn")
+    assert Library(golden).find(rtn.run, set(), synthetic=True).record.synthetic
+
+    def real_and_other(data):
+        data["run"]["dtype"] = "bfloat16"
+        _again(data)
+
+    made(golden, rtn, evals={"python-docs": LOSSES}, created="2020-01-01", change=real_and_other)
+    found = Library(golden).find(rtn.run, set(), synthetic=True)
+    assert not found.record.synthetic and dict(found.differences) == {"dtype": ("float32", "bfloat16")}
+
+
+def test_another_file_that_stands_in_for_a_text_is_named(golden):
+    jobs = config.jobs(["experiments=golden"])
+    stands_in = {"name": "pile-10k", "file": "pile/validation.parquet", "partial": True}
+
+    def calibrated(data):
+        data["text"]["transform"] = stands_in | {"rows": 512, "expected_rows": 10000}
+
+    made(golden, of(jobs, "tiny-llama", "teq"), evals={"python-docs": LOSSES}, change=calibrated)
+    value = filled("golden", golden).values[("w3_g64", "teq"), ("tiny-llama", "ppl")]
+    assert text.difference_text(value) == (
+        "transform.calib.rows 512 instead of 10000; "
+        "transform.calib.file pile/validation instead of pile/train"
+    )
+
+
 def test_settings_of_other_evaluations_do_not_count(golden):
     teq = of(config.jobs(["experiments=golden", "ppl.limit=3", "tasks.limit=5"]), "tiny-opt", "fp")
     assert dict(Library(golden).find(teq.run, {"python-docs"}).differences) == {"python-docs.limit": (3, 16)}
@@ -463,6 +521,17 @@ def test_latex_and_csv(golden):
         r.startswith("w3_g64,teq,tiny-opt,ppl,8,0.0565685") and r.endswith("transform.steps=50") for r in rows
     )
     assert len(rows) == 1 + 12
+
+
+def test_csv_has_whole_numbers_whole_and_quoted_ones_too(golden, monkeypatch, tmp_path):
+    fp = of(config.jobs(["experiments=golden"]), "tiny-llama", "fp")
+    made(golden, fp, evals={"python-docs": LOSSES}, seconds=3_644_810_240 / 2)
+    assert "full,fp,tiny-llama,seconds,3644810240," in text.comma_separated(filled("golden", golden))
+    quoted = "  quoted:\n    - {at: {grid: w3_g64, method: teq}, source: their report, values: [7.5, null]}\n"
+    add_experiment(monkeypatch, tmp_path, "quoting", GOLDEN + quoted)
+    rows = text.comma_separated(filled("quoting", golden)).splitlines()
+    assert rows[-1] == 'w3_g64,"teq, their report",tiny-opt,ppl,,,,7.5,,quoted,,,,,,'
+    assert len(rows[-1].replace('"teq, their report"', "x").split(",")) == len(rows[0].split(","))
 
 
 def test_plain_shows_standard_errors_beside_accuracies_alone(golden, tmp_path):

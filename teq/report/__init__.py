@@ -30,11 +30,12 @@ class Shown:
     layout: Layout
     jobs: Sequence[Job]
     body: Table | Figure
+    counted: Sequence[Table] = ()  # the other tables that its claims are counted in
 
     @property
     def own(self) -> bool:
-        """Whether something in it shows a record that is not published."""
-        return any(found.own for found in self.body.used())
+        """Whether something in it comes from a record that is not published."""
+        return any(found.own for body in (self.body, *self.counted) for found in body.used())
 
     def markdown(self) -> str:
         """As Markdown."""
@@ -126,7 +127,8 @@ def read_all(
             )
             continue
         checked = claims.check_claims({name: filled[name], **{t: filled[t] for t in needed}})[name]
-        shown[name] = replace(shown[name], body=replace(filled[name], claims=checked))
+        counted = [filled[table] for table in sorted(needed)]
+        shown[name] = replace(shown[name], body=replace(filled[name], claims=checked), counted=counted)
     return {name: shown[name] for name in names if name in shown}, problems
 
 

@@ -24,7 +24,7 @@ def latex(figure: Figure) -> str:
     rows, notes = marked(figure)
     lines = [r"\begin{figure}", r"\centering"]
     if figure.used():
-        lines.append(rf"\includegraphics[width=\linewidth]{{{figure.name}.png}}\\[1ex]")
+        lines.append(rf"\includegraphics[width=\linewidth]{{../figures/{figure.name}.png}}\\[1ex]")
     lines += [rf"\begin{{tabular}}{{ll{'r' * (len(rows[0]) - 2)}}}", r"\toprule"]
     lines += [" & ".join(map(escaped, rows[0])) + r" \\", r"\midrule"]
     lines += [" & ".join(map(escaped, row)) + r" \\" for row in rows[1:]]

@@ -38,7 +38,7 @@ SYMBOLS = {  # a verdict is a sign and a word, so that its colour is never neede
     OURS: "●",
 }
 MEANINGS = {
-    MATCH: "within the noise band of the published number",
+    MATCH: "within 95 % of our standard error and spread over seeds, or the same in the printed digits",
     BETTER: "beyond the noise band, on the good side",
     WORSE: "beyond the noise band, on the bad side",
     DIFFERS: "not the published number, where neither side is good",
@@ -231,6 +231,15 @@ def _costs(stages: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"{name} seconds", f"{stage['cost']['seconds']:.1f}"
         if stage["cost"]["peak_bytes"]:
             yield f"{name} peak memory", f"{stage['cost']['peak_bytes'] / 2**20:,.0f} MiB"
+        # a stage out of the cache ran where and with what it ran, whatever wrote the record
+        machine = stage["cost"].get("machine", {})
+        for key in ("device", "name", "threads"):
+            if machine.get(key) is not None:
+                yield f"{name} {key}", str(machine[key])
+        for library, version in sorted(machine.get("versions", {}).items()):
+            yield f"{name} {library}", str(version)
+        if commit := stage["cost"].get("code", {}).get("commit"):
+            yield f"{name} commit", str(commit)
 
 
 def _flat(node: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -3,10 +3,10 @@
 import csv
 import io
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from teq.filled import BASELINE, NOT_RUN, PARTIAL, Checked, Table, Value
+from teq.filled import BASELINE, NOT_RUN, PARTIAL, Checked, Place, Table, Value
 from teq.layout import ANY, CELL, FULL
 from teq.tables import aligned
 
@@ -17,7 +17,11 @@ LEGEND = (
     "A cell: ours ± standard error (published, ours − published, verdict). match: within the noise band, 95 "
     "% of the standard error and of the spread over seeds, or equal in the printed digits."
 )
-NOISE = f"~ not distinguishable from {BASELINE} on the same documents or windows (paired bootstrap, 95 %)"
+UNCERTAINTY = "±: standard error over windows or documents, of the first seed where there are several"
+NOISE = (
+    f"~ not distinguishable from {BASELINE} on the same documents or windows (paired bootstrap, 95 %; of "
+    "several seeds in at least one)"
+)
 
 
 def markdown(table: Table) -> str:
@@ -99,29 +103,42 @@ def comma_separated(table: Table) -> str:
             if value is None:
                 continue
             plain = [value.ours, value.stderr, value.spread, value.published, value.difference]
-            numbers = ["" if v is None else f"{v:.8g}" if isinstance(v, float) else v for v in plain]
+            numbers = [_digits(v) if isinstance(v, float) else "" if v is None else v for v in plain]
             # several records are several seeds, each with an interval of its own
-            ends = [f"{end:.6g}" for end in value.beside[0]] if len(value.beside) == 1 else ["", ""]
+            ends = [" ".join(f"{interval[i]:.6g}" for interval in value.beside) for i in (0, 1)]
             records = " ".join(found.record.file.stem for found in value.found)
             differs = "; ".join(f"{key}={had}" for key, (_, had) in value.differences.items())
             flags = [value.verdict, *ends, *(str(flag).lower() for flag in (value.noise, value.synthetic))]
             writer.writerow([*row, *column, *numbers, *flags, records, differs])
+    for place, column, number in _quoted(table):
+        if number is not None:
+            writer.writerow([*place, *column, "", "", "", number, "", "quoted", "", "", "", "", "", ""])
     return out.getvalue()
+
+
+def _digits(number: float) -> str:
+    """Eight digits, as many as are the same on every machine; a whole number has all of its own."""
+    return str(int(number)) if number.is_integer() else f"{number:.8g}"
 
 
 def quotations(table: Table) -> list[list[str]]:
     """Rows of numbers that only others measured, in parentheses as every published number."""
-    rows = []
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for place, column, number in _quoted(table):
+        digits = (table.layout.cells or {})[column[-1]].digits
+        rows.setdefault(place, list(place)).append("" if number is None else f"({_number(number, digits)})")
+    return list(rows.values())
+
+
+def _quoted(table: Table) -> Iterator[tuple[Place, Place, Any]]:
+    """Row, column and number (None: not given) of what only others measured; the row names the source."""
     for quoted in table.layout.quoted:
         place = [coordinate(str(quoted.at.get(axis, FULL))) for axis in table.row_axes]
         place[-1] = f"{place[-1]}, {quoted.source}"
         for column in table.columns:
             at = dict(zip(table.column_axes, column, strict=True))
             picked = table.layout.published.pick(quoted.values, at) if table.layout.published else None
-            digits = (table.layout.cells or {})[column[-1]].digits
-            place.append("" if picked is None else f"({_number(picked, digits)})")
-        rows.append(place)
-    return rows
+            yield tuple(place), column, picked
 
 
 def footnotes(table: Table) -> dict[str, str]:
@@ -238,6 +255,8 @@ def legend(table: Table, notes: Mapping[str, str]) -> list[str]:
     """What the signs in the table mean, what its partial cells differ in, what is limited or missing."""
     values = list(table.values.values())
     lines = [LEGEND] if any(value.published is not None and value.found for value in values) else []
+    if any(value.stderr is not None for value in values):
+        lines.append(UNCERTAINTY)
     if any(value.noise for value in values):
         lines.append(NOISE)
     if any(value.best for value in values):
@@ -301,7 +320,8 @@ def _of(pair: tuple[int, int]) -> str:
 def escaped(text: str) -> str:
     """Plain text for LaTeX."""
     special = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "~": r"$\sim$", "±": r"$\pm$"}
-    special |= {"−": "$-$", "–": "--", "{": r"\{", "}": r"\}", "<": "$<$", ">": "$>$", "^": r"\^{}"}
+    special |= {"−": "$-$", "–": "--", "<": "$<$", ">": "$>$", "|": "$|$"}
+    special |= {"{": r"\{", "}": r"\}", "^": r"\^{}"}
     return "".join(special.get(letter, letter) for letter in text)
 
 
