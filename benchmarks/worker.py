@@ -153,7 +153,7 @@ def _answers(spec: Spec) -> Iterator[dict[str, Any]]:
 
     torch.set_num_threads(spec.threads or torch.get_num_threads())
     # the blocks that are streamed stay in the host's memory
-    lm = spec.checkpoint.load(spec.dtype, "cpu" if spec.name == "offload" else spec.device)
+    lm = spec.checkpoint.load(spec.dtype, "cpu" if spec.name == "offload" else spec.device, spec.device)
     name, block = next(iter(arch.blocks(lm.model, lm.arch).items()))
     found = {
         "machine": measure.machine(spec.device),

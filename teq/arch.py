@@ -251,7 +251,13 @@ def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -
     hidden, kwargs = block_inputs(model, arch, tokens)
     hidden, kwargs = hidden.cpu().double(), _exact(kwargs)
     name, original = next(iter(blocks(model, arch).items()))
-    block = copy.deepcopy(original).cpu().double()
+    here = {
+        id(t): t.detach().to("cpu", torch.float64 if t.is_floating_point() else t.dtype, copy=True)
+        for t in (*original.parameters(), *original.buffers())
+    }
+    for parameter in original.parameters():
+        here[id(parameter)] = torch.nn.Parameter(here[id(parameter)], requires_grad=False)
+    block = copy.deepcopy(original, here)  # which takes what `here` holds for what it finds
     with torch.no_grad():
         expected = run_block(block, hidden, kwargs)
         for source, names in arch.sites.items():

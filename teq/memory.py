@@ -98,9 +98,15 @@ def choose(
     name, least = min(needed.items(), key=lambda item: item[1])
     raise UserError(
         f"memory={runtime.memory} ({allowed / 1e9:.3g} GB on {runtime.device}) is too small to train the "
-        f"scales: the least that would do is {least / 1e9:.3g} GB, with {name}; shorten train.length, lower "
-        "train.batch, or choose a larger device"
+        f"scales: the least that would do is memory={_amount(least)}, with {name}; shorten train.length, "
+        "lower train.batch, or choose a larger device"
     )
+
+
+def _amount(size: int) -> str:
+    """So many bytes or a little more, as `memory` takes them."""
+    unit = "GB" if size >= UNITS["GB"] else "MB"
+    return f"{(size * 100 // UNITS[unit] + 1) / 100}{unit}"
 
 
 def fits(bytes_more: int, model: "nn.Module", runtime: Runtime) -> bool:
@@ -171,7 +177,11 @@ def exhausted(error: BaseException) -> bool:
     """Whether this is a device's, or the CPU allocator's, way of saying that memory has run out."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(words in said for words in ("can't allocate memory", "out of memory", "status_alloc_failed"))
+    )
 
 
 def _counted(

@@ -156,9 +156,12 @@ class Checkpoint(Settings):
             self.source.folder(), local_files_only=True, trust_remote_code=False
         )
 
-    def load(self, dtype: str, device: str) -> LM:
+    def load(self, dtype: str, device: str, drawn_on: str | None = None) -> LM:
         """The model in eval mode with `dtype` weights on `device`, every parameter frozen, and its
         tokenizer.
+
+        Synthetic weights are drawn on the device `drawn_on` (the same if not given), which decides their
+        values.
         """
         import torch
         from transformers import AutoModelForCausalLM
@@ -179,7 +182,7 @@ class Checkpoint(Settings):
         elif isinstance(self.source, Synthetic):
             from teq.random_model import filled
 
-            model = filled(self.source, kind, device)
+            model = filled(self.source, kind, device, drawn_on or device)
         else:
             folder = self.source.folder()
             with self._loading(folder):

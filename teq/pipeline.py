@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from teq import corpora, measure, memory, ranks, record
 from teq.models import Checkpoint
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from teq.models import LM
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -120,7 +121,12 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
                 chosen = memory.choose(
                     spec.transform, spec.model.config, spec.model.arch, spec.dtype, runtime
                 )
-            tensors, info = memory.attempt(with_strategy, chosen, runtime.device)
+                chosen = ranks.strategy(chosen, spec.transform)
+            if isinstance(spec.transform, memory.Rehearsable):
+                tensors, info = memory.attempt(with_strategy, chosen, runtime.device)
+            else:  # it works in one way only
+                guarded = _with_a_way_out("the scales are searched", runtime.device)(with_strategy)
+                tensors, info = guarded(chosen)
         except Diverged as error:
             raise _kept(error, home / "failed" / f"{spec.key()}.safetensors") from error
         # where the strategy that was used is not the planned one, memory ran out
@@ -192,7 +198,7 @@ class Bench:
             self._lm = None  # free the old one first
             log.info("loading model=%s", self.checkpoint.name)
             with measure.uncounted():
-                self._lm = self.checkpoint.load(self.dtype, device or self.device)
+                self._lm = self.checkpoint.load(self.dtype, device or self.device, self.device)
             self._state = "pristine"
         elif self._lm.device.type != "meta":  # an outline stays one
             self._lm.model.to(device or self.device)
@@ -215,13 +221,13 @@ class Bench:
         return self._lm
 
 
-def _with_a_way_out(doing: str, device: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+def _with_a_way_out(doing: str, device: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Memory of a device that runs out in a stage that holds the whole model there is a UserError."""
 
-    def guarded(work: Callable[..., T]) -> Callable[..., T]:
-        def guard() -> T:
+    def guarded(work: Callable[P, T]) -> Callable[P, T]:
+        def guard(*args: P.args, **kwargs: P.kwargs) -> T:
             try:
-                return work()
+                return work(*args, **kwargs)
             except RuntimeError as error:
                 if device == "cpu" or not memory.exhausted(error):
                     raise

@@ -37,9 +37,9 @@ OUTLIERS = 128  # one channel in so many is an outlier
 OUTLIER = 4.0  # how many times larger it is
 
 
-def filled(settings: Synthetic, dtype: "torch.dtype", device: str) -> "PreTrainedModel":
-    """A causal LM of `settings.config` whose parameters are allocated on `device` in `dtype` and filled
-    there, one after another, so that nothing else of their size is held.
+def filled(settings: Synthetic, dtype: "torch.dtype", device: str, drawn_on: str) -> "PreTrainedModel":
+    """A causal LM of `settings.config` whose parameters are allocated on `device` in `dtype` and filled one
+    after another, so that nothing else of their size is held, with numbers from the device `drawn_on`.
     """
     import torch
     from transformers.initialization import no_init_weights
@@ -47,10 +47,12 @@ def filled(settings: Synthetic, dtype: "torch.dtype", device: str) -> "PreTraine
     with torch.device(device), no_init_weights():
         model = architecture(settings.config, dtype)
     model.tie_weights()
-    generator = torch.Generator(device).manual_seed(settings.seed)
+    generator = torch.Generator(drawn_on).manual_seed(settings.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            fill(parameter, name.endswith("bias"), generator)
+            drawn = torch.empty_like(parameter, device=drawn_on) if drawn_on != device else parameter
+            fill(drawn, name.endswith("bias"), generator)
+            parameter.copy_(drawn)
     return model
 
 

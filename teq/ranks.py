@@ -149,16 +149,13 @@ def follow() -> int:
 def fit(transform: "Transform", bench: "Bench", load: "Load", runtime: Runtime, on_step: "OnStep") -> Fitted:
     """`transform.fit` by all ranks where the transform trains, otherwise here, with the model of `load`.
 
-    The ranks load models of their own, as `bench` would, and drop them. Strategy `offload` becomes
-    `checkpoint` there: the weights are spread already. Raises UserError where all ranks do, Lost where only
-    some failed.
+    The ranks load models of their own, as `bench` would, and drop them. Raises UserError where all ranks do,
+    Lost where only some failed.
     """
     if count() == 1 or not _together(transform):
         return transform.fit(load, runtime, on_step)
     if _Team.group is None:
         raise UserError("torchrun's ranks train in the process it started: leave out hydra/launcher")
-    if runtime.strategy == "offload":
-        runtime = dataclasses.replace(runtime, strategy="checkpoint")
     task = Task(transform, bench.checkpoint, bench.dtype, runtime)
     _first(task)
     try:
@@ -166,9 +163,20 @@ def fit(transform: "Transform", bench: "Bench", load: "Load", runtime: Runtime, 
     except UserError:
         raise
     except Exception as error:
+        from teq.memory import exhausted
+
         logging.getLogger("teq.traceback").debug("%s", traceback.format_exc())
         line = " ".join(f"{type(error).__name__}: {error}".split())
+        if exhausted(error):
+            line += "; try memory=checkpoint, a shorter train.length, or larger devices"
         raise Lost(f"training over {count()} ranks failed: {line}") from error
+
+
+def strategy(chosen: str, transform: "Transform") -> str:
+    """The strategy that ranks train with where one process would take `chosen`: `offload` becomes
+    `checkpoint`, for the weights are spread already.
+    """
+    return "checkpoint" if chosen == "offload" and count() > 1 and _together(transform) else chosen
 
 
 def shard(model: "nn.Module", arch: "Arch") -> None:

@@ -19,7 +19,9 @@ def test_compiled_codes_are_the_plain_ones_on_every_shape():
     generator = torch.Generator().manual_seed(1)
     for shape in ((64, 96), (40, 70)):
         weight, s = torch.randn(shape, generator=generator), torch.rand(shape[1], generator=generator) + 0.1
-        assert torch.equal(quantize(weight, s), fake_quant(weight * s, grid))
+        expected = fake_quant(weight * s, grid)
+        assert torch.equal(quantize(weight, s), expected)
+        assert torch.equal(quantize(torch.nn.Parameter(weight), s.requires_grad_()), expected)
 
 
 def test_a_compiler_that_fails_or_rounds_otherwise_is_not_used(monkeypatch, caplog):
@@ -33,7 +35,7 @@ def test_a_compiler_that_fails_or_rounds_otherwise_is_not_used(monkeypatch, capl
         return fused.plain(grid)(weight, s) + 1e-7
 
     for fake, said in ((broken, "is not compiled: no compiler"), (sloppy, "differs from the plain one")):
-        monkeypatch.setattr(torch, "compile", lambda function, options, fake=fake: fake)
+        monkeypatch.setattr(torch, "compile", lambda function, fake=fake, **options: fake)
         quantize, name = fused.compiled(grid, CPU, torch.float32)
         assert name == "plain" and said in caplog.text
         assert torch.equal(quantize(weight, None), fake_quant(weight, grid))

@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM
 
-from teq import config
+from teq import config, memory
+from teq.arch import blocks
 from teq.grid import Grid, fake_quant
 from teq.quantizers.gptq_blocks import quantize_blocks
 from teq.spec import STRATEGIES, Runtime
@@ -47,12 +50,50 @@ def test_gptq_gives_the_same_codes_wherever_hidden_states_wait(family):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-@pytest.mark.parametrize("group_size", [-1, 32])
-def test_the_compiled_fake_quantization_has_the_plain_ones_bits(group_size):
-    grid = Grid(bits=3, group_size=group_size)
-    quantize, name = fused.chosen(grid, GPU, torch.bfloat16)
-    assert name == "compiled"
-    generator = torch.Generator(GPU).manual_seed(1)
-    weight = torch.randn(96, 80, device=GPU, generator=generator).bfloat16()
-    s = torch.rand(80, device=GPU, generator=generator) + 0.1
-    assert torch.equal(quantize(weight, s), fake_quant(weight.float() * s, grid))
+def test_offload_never_holds_more_than_a_few_blocks_however_far_the_host_runs_ahead():
+    """What is reserved counts: memory that waits for the device to be done with it is not allocated."""
+    (job,) = config.jobs(["model=tiny-llama", "method=teq", "group_size=64"])
+    dimensions = job.run.model.config()
+    dimensions.num_hidden_layers, dimensions.hidden_size, dimensions.intermediate_size = 24, 1024, 4096
+    model = AutoModelForCausalLM.from_config(dimensions).eval().requires_grad_(False)
+    block = sum(p.nbytes for p in next(iter(blocks(model, job.run.model.arch).values())).parameters())
+    settings = dataclasses.replace(job.run.transform, steps=3)
+    tokens = torch.randint(200, (3, 48), generator=torch.Generator().manual_seed(0))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    runtime = Runtime(device=str(GPU), strategy="offload")
+    training.train(settings, model, job.run.model.arch, tokens, lambda *_: None, runtime)
+    assert torch.cuda.max_memory_reserved() - before < 8 * block
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_predicted_memory_is_what_is_allocated(strategy):
+    (job,) = config.jobs(["model=tiny-llama", "method=teq", "group_size=64", "train.length=256"])
+    dimensions = job.run.model.config()
+    dimensions.num_hidden_layers, dimensions.hidden_size, dimensions.intermediate_size = 12, 512, 2048
+    run = job.run
+    predicted = memory.need(run.transform, dimensions, run.model.arch, "bfloat16", strategy).bytes
+    model = AutoModelForCausalLM.from_config(dimensions, dtype=torch.bfloat16).eval().requires_grad_(False)
+    model.to("cpu" if strategy == "offload" else GPU)
+    settings = dataclasses.replace(run.transform, steps=3)
+    tokens = torch.randint(200, (3, 256), generator=torch.Generator().manual_seed(0))
+    there = 0 if strategy == "offload" else sum(p.nbytes for p in model.parameters())
+    others = torch.cuda.memory_allocated() - there
+    torch.cuda.reset_peak_memory_stats()
+    runtime = Runtime(device=str(GPU), strategy=strategy)
+    training.train(settings, model, run.model.arch, tokens, lambda *_: None, runtime)
+    assert torch.cuda.max_memory_allocated() - others == pytest.approx(predicted, rel=0.15)
+
+
+def test_every_shape_of_every_grid_has_a_compiled_pass_of_the_plain_ones_bits():
+    for grid in (Grid(bits=3, group_size=-1), Grid(bits=3, group_size=32), Grid(bits=4, group_size=64)):
+        quantize, name = fused.chosen(grid, GPU, torch.bfloat16)
+        assert name == "compiled"
+        counters.clear()
+        generator = torch.Generator(GPU).manual_seed(1)
+        for rows in range(64, 64 + 12 * 8, 8):
+            weight = torch.nn.Parameter(torch.randn(rows, 80, device=GPU, generator=generator).bfloat16())
+            s = torch.rand(80, device=GPU, generator=generator) + 0.1
+            assert torch.equal(quantize(weight, s), fake_quant(weight.detach().float() * s, grid))
+        assert counters["stats"]["unique_graphs"] == 12

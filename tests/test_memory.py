@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from teq import config, memory, pipeline, store
 from teq.arch import blocks
 from teq.models import LM
+from teq.quantizers import gptq_blocks
 from teq.spec import Runtime, UserError
 from teq.transforms import offload, training
 from teq.transforms.teq import Teq
@@ -28,7 +29,7 @@ def job_of(family, *overrides):
     return config.jobs([f"model=tiny-{family}", *STEP, *overrides])[0]
 
 
-@pytest.mark.parametrize("strategy", ["keep", "checkpoint"])
+@pytest.mark.parametrize("strategy", ["keep", "checkpoint", "offload"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_prediction_is_within_15_percent_of_a_real_step(family, strategy, batch):
     run = job_of(family, f"train.batch={batch}").run
@@ -38,7 +39,9 @@ def test_prediction_is_within_15_percent_of_a_real_step(family, strategy, batch)
     model = AutoModelForCausalLM.from_config(wanted).eval().requires_grad_(False)
     with memory.LiveBytes() as live:
         run.transform.rehearse(LM(model, None, run.model.arch, ""), strategy)
-    weights = sum(p.nbytes for p in model.parameters())
+    waiting = blocks(model, run.model.arch).values() if strategy == "offload" else ()
+    elsewhere = sum(p.nbytes for block in waiting for p in block.parameters())
+    weights = sum(p.nbytes for p in model.parameters()) - elsewhere
     assert predicted.flops == live.flops
     assert predicted.bytes - weights == pytest.approx(live.peak, rel=0.15)
     assert live.live < live.peak / 2
@@ -84,10 +87,15 @@ def test_the_first_strategy_that_fits_is_chosen(monkeypatch):
         "offload",
         "offload",
     ]
-    with pytest.raises(UserError, match=r"memory=0.5MB .* the least that would do is 0.001 GB, with offload"):
+    with pytest.raises(UserError, match=r"memory=0.5MB .* the least that would do is memory=1.01MB"):
         chosen("0.5MB")
-    with pytest.raises(UserError, match=r"the least that would do is 0.002 GB, with checkpoint"):
+    with pytest.raises(UserError, match=r"the least that would do is memory=2.01MB, with checkpoint"):
         chosen("1MB", device="cpu")
+
+
+@pytest.mark.parametrize("size", [1, 999_999, 26_043_210_000, 1_000_000_000])
+def test_the_least_that_would_do_does(size):
+    assert size < memory.budget(memory._amount(size), "cpu") <= size + 10**7
 
 
 @pytest.mark.parametrize("amount", ["much", "40", "-1GB", "40 GB", "0.5TB"])
@@ -149,9 +157,11 @@ def test_memory_that_runs_out_is_met_once_and_nothing_trained_is_lost(own_home, 
         result(own_home / "c")
 
 
-def test_offload_holds_three_blocks_at_most_and_copies_each_twice_a_step(tiny, monkeypatch):
-    lm = tiny("llama")
-    count = len(blocks(lm.model, lm.arch))
+def test_offload_holds_three_blocks_at_most_and_copies_each_twice_a_step(monkeypatch):
+    run = job_of("llama").run
+    dimensions = run.model.config()
+    dimensions.num_hidden_layers = count = 7
+    model = AutoModelForCausalLM.from_config(dimensions).eval().requires_grad_(False)
     alive, most, copies = weakref.WeakSet(), [], []
     plain = offload.Stream._copied
 
@@ -163,10 +173,9 @@ def test_offload_holds_three_blocks_at_most_and_copies_each_twice_a_step(tiny, m
         return parameters
 
     monkeypatch.setattr(offload.Stream, "_copied", copied)
-    run = job_of("llama").run
     settings = dataclasses.replace(run.transform, steps=4)
     tokens = torch.randint(200, (4, 32))
-    training.train(settings, lm.model, lm.arch, tokens, lambda *_: None, Runtime(strategy="offload"))
+    training.train(settings, model, run.model.arch, tokens, lambda *_: None, Runtime(strategy="offload"))
     assert isinstance(settings, Teq)
     assert max(most) <= 3
     # forward 0 .. n-1, backward n-2 .. 0: the two turning points serve both ways
@@ -187,3 +196,55 @@ def test_what_comes_beside_a_model_fits_or_not(given, fit, monkeypatch):
     assert memory.fits(40_000_000, model, Runtime(device="cpu", memory=given))
     if given == "auto":
         assert not memory.fits(46_000_000, model, Runtime(device="cuda:0"))
+
+
+@pytest.mark.parametrize(
+    ("error", "known"),
+    [
+        (torch.OutOfMemoryError("2 GB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (UserError("out of memory"), False),
+    ],
+)
+def test_the_ways_in_which_memory_is_said_to_have_run_out(error, known):
+    assert memory.exhausted(error) is known
+
+
+def test_gptq_begins_again_with_its_hidden_states_in_host_memory(monkeypatch, caplog):
+    (job,) = config.jobs(["model=tiny-llama", "method=gptq", "gptq.samples=2", "gptq.length=16"])
+    loaded, waited = [], []
+
+    def load():
+        loaded.append(job.run.model.load("float32", "cpu"))
+        return loaded[-1]
+
+    def quantize(settings, lm, scales, windows, waiting=None):
+        waited.append(waiting)
+        if waiting is None:
+            raise torch.OutOfMemoryError("2 GB")
+        return {}, {}
+
+    monkeypatch.setattr(gptq_blocks, "quantize_blocks", quantize)
+    job.run.quantizer.quantize(load, {}, Runtime(device="cuda:0", memory="keep"))
+    assert waited == [None, torch.device("cpu")] and len(loaded) == 2
+    assert "GPTQ, which begins again" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        job.run.quantizer.quantize(load, {}, Runtime(device="cpu"))
+
+
+def test_a_search_that_has_no_other_way_is_not_made_twice(own_home, monkeypatch):
+    (job,) = config.jobs(["model=tiny-llama", "method=smoothquant", *STEP[3:]])
+    tried = []
+
+    def fit(*_):
+        tried.append(1)
+        raise torch.OutOfMemoryError("2 GB")
+
+    monkeypatch.setattr(type(job.run.transform), "fit", fit)
+    logger = job.logger.start("", {}, str(own_home))
+    with pytest.raises(torch.OutOfMemoryError):
+        pipeline.run(job.run, store.Store(own_home / "store"), own_home, Runtime(), logger)
+    assert len(tried) == 1

@@ -55,7 +55,15 @@ class Gptq(Settings):
         windows = self._windows(lm.tokenizer)
         beside = self.expected(lm).bytes - sum(p.nbytes for p in lm.model.parameters())
         if memory.fits(beside, lm.model, runtime):
-            return quantize_blocks(self, lm, scales, windows)
+            try:
+                return quantize_blocks(self, lm, scales, windows)
+            except RuntimeError as error:
+                if runtime.device == "cpu" or not memory.exhausted(error):
+                    raise
+            # not inside the handler: the error's traceback holds the very tensors that filled the memory
+            log.warning("memory ran out in GPTQ, which begins again")
+            del lm
+            lm = load()
         log.info("%.3g GB of hidden states wait in the host's memory", waiting_bytes(self, lm) / 1e9)
         return quantize_blocks(self, lm, scales, windows, torch.device("cpu"))
 

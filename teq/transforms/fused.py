@@ -13,6 +13,9 @@ log = logging.getLogger(__name__)
 FakeQuant = Callable[[Tensor, Tensor | None], Tensor]
 # the quotient w / scale decides codes: as in eager mode, not the faster approximation
 EXACT = {"eager_numerics.division_rounding": True}
+# one graph for each shape of weight, and as many as a model has: past the compiler's usual limit of eight it
+# would run everything eagerly and say nothing
+EACH_SHAPE = {"dynamic": False, "recompile_limit": 64, "isolate_recompiles": True}
 
 
 def plain(grid: Grid) -> FakeQuant:
@@ -40,7 +43,7 @@ def compiled(grid: Grid, device: torch.device, dtype: torch.dtype) -> tuple[Fake
     """The compiled pass for weights of `dtype` and its name, or the plain one with a log line when it fails
     or differs in a bit.
     """
-    expected, made = plain(grid), torch.compile(functools.partial(_in_one_pass, grid), options=EXACT)
+    expected = plain(grid)
     generator = torch.Generator(device).manual_seed(0)
     size = 64 if grid.group_size == -1 else 3 * grid.group_size + 1  # with a shorter last group
     weight = torch.randn(96, size, device=device, generator=generator)
@@ -48,6 +51,9 @@ def compiled(grid: Grid, device: torch.device, dtype: torch.dtype) -> tuple[Fake
     weight = weight.to(dtype)
     s = torch.rand(size, device=device, generator=generator) + 0.5
     try:
+        made = _without_gradient(
+            torch.compile(functools.partial(_in_one_pass, grid), options=EXACT, **EACH_SHAPE)
+        )
         same = all(torch.equal(made(weight, scale), expected(weight, scale)) for scale in (None, s))
     except Exception as error:  # whatever a compiler may raise: no compiler, no driver, an unsupported device
         log.info("the fake quantization is not compiled: %s", " ".join(str(error).split())[:200])
@@ -56,6 +62,18 @@ def compiled(grid: Grid, device: torch.device, dtype: torch.dtype) -> tuple[Fake
         log.info("the compiled fake quantization differs from the plain one: it is not used")
         return expected, "plain"
     return made, "compiled"
+
+
+def _without_gradient(made: FakeQuant) -> FakeQuant:
+    """`made` on plain tensors and without gradients: parameters, and passes that record, would each be
+    compiled for once more.
+    """
+
+    def quantized(weight: Tensor, s: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            return made(weight.detach(), None if s is None else s.detach())
+
+    return quantized
 
 
 def _in_one_pass(grid: Grid, weight: Tensor, s: Tensor | None) -> Tensor:

@@ -52,10 +52,7 @@ class Stream:
         present = self.ahead.pop(index, None) or self._copied(index)
         self.ahead.clear()
         if self.side is not None:
-            now = torch.cuda.current_stream(self.device)
-            now.wait_stream(self.side)
-            for tensor in present.values():
-                tensor.record_stream(now)
+            torch.cuda.current_stream(self.device).wait_stream(self.side)
         self.position = (self.position + 1) % len(self.order)
         follower = self.order[self.position]
         self.ahead[follower] = present if follower == index else self._copied(follower)
@@ -63,7 +60,13 @@ class Stream:
 
     def _copied(self, index: int) -> dict[str, Tensor]:
         """The block's parameters on the device; the copy runs beside the computation."""
-        beside = contextlib.nullcontext() if self.side is None else torch.cuda.stream(self.side)
+        beside = contextlib.nullcontext()
+        if self.side is not None:
+            # the copy may take the memory of a block that is done with: whatever was to be computed with that
+            # one was asked for before, and is waited for here. So no copy needs memory of its own while the
+            # host runs ahead of the device
+            self.side.wait_stream(torch.cuda.current_stream(self.device))
+            beside = torch.cuda.stream(self.side)
         with beside, torch.no_grad():
             return {
                 name: parameter.to(self.device, non_blocking=True, copy=True)
