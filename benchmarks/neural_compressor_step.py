@@ -2,7 +2,7 @@
 
     python3 -m venv NC
     NC/bin/pip install torch==2.13.0 transformers==5.23.0 numpy PyYAML pydantic safetensors
-    NC/bin/pip install py-cpuinfo prettytable psutil deprecated
+    NC/bin/pip install py-cpuinfo prettytable psutil deprecated platformdirs
     NC/bin/pip install --no-deps neural-compressor==3.10
 
 Its TEQLinearFakeQuant stands in place of every linear of the blocks, as its `add_tuning_scale` puts it there:
