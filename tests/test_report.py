@@ -269,3 +269,17 @@ def test_the_notebook_runs(monkeypatch):
     shown = json.dumps([cell.get("outputs") for cell in notebook.cells])
     assert "Table 2: WikiText-2 perplexity at 4 bits" in shown
     assert "12.10" in shown
+
+
+def test_a_stage_out_of_the_cache_says_where_it_ran(added, own_home):
+    job = config.jobs(["experiments=added", "model=tiny-opt", "method=teq"])[0]
+
+    def elsewhere(data):
+        data["machine"]["threads"] = 2
+        for name, stage in data["stages"].items():
+            machine = stage["cost"]["machine"] | {"threads": 1 if name == "scales" else 2}
+            data["stages"][name] = stage | {"cost": stage["cost"] | {"machine": machine}}
+
+    one = made(own_home / "records", job, evals={"python-docs": np.full(6, 2.0)}, change=elsewhere)
+    cost = report.page.summary(one)["facts"]["cost"]
+    assert cost["scales threads"] == "1" and "weights threads" not in cost

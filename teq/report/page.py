@@ -216,7 +216,7 @@ def summary(record: Record) -> dict[str, Any]:
         "weights": {"identity": str(data.get("identity", ""))},
         "text and tokens": dict(_flat({"calibration": data.get("text") or {}, **info})),
         "results": dict(_flat(values)),
-        "cost": dict(_costs(data["stages"])),
+        "cost": dict(_costs(data)),
         "versions": {**dict(_flat(machine.get("versions", {}))), "python": str(machine.get("python"))},
         "machine": dict(
             _flat({key: machine[key] for key in ("device", "name", "cpus", "threads") if key in machine})
@@ -226,20 +226,20 @@ def summary(record: Record) -> dict[str, Any]:
     return {"facts": facts, "created": data["created"], "loss": data.get("training", {}).get("loss", [])}
 
 
-def _costs(stages: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, stage in stages.items():
-        yield f"{name} seconds", f"{stage['cost']['seconds']:.1f}"
-        if stage["cost"]["peak_bytes"]:
-            yield f"{name} peak memory", f"{stage['cost']['peak_bytes'] / 2**20:,.0f} MiB"
-        # a stage out of the cache ran where and with what it ran, whatever wrote the record
-        machine = stage["cost"].get("machine", {})
-        for key in ("device", "name", "threads"):
-            if machine.get(key) is not None:
-                yield f"{name} {key}", str(machine[key])
-        for library, version in sorted(machine.get("versions", {}).items()):
-            yield f"{name} {library}", str(version)
-        if commit := stage["cost"].get("code", {}).get("commit"):
-            yield f"{name} commit", str(commit)
+def _costs(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Seconds and memory of each stage, and what of machine and code was another when it ran: a stage out of
+    the cache was not made by whatever wrote the record.
+    """
+    wrote = dict(_flat(data.get("machine", {}))) | dict(_flat(data.get("code", {})))
+    for name, stage in data["stages"].items():
+        cost = stage["cost"]
+        yield f"{name} seconds", f"{cost['seconds']:.1f}"
+        if cost["peak_bytes"]:
+            yield f"{name} peak memory", f"{cost['peak_bytes'] / 2**20:,.0f} MiB"
+        made = dict(_flat(cost.get("machine", {}))) | dict(_flat(cost.get("code", {})))
+        for key, value in made.items():
+            if wrote.get(key) != value:
+                yield f"{name} {key}", value
 
 
 def _flat(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
