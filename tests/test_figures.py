@@ -104,4 +104,4 @@ def test_text_of_a_figure(drawn):
     rows = figure_text.comma_separated(drawn).splitlines()
     assert len(rows) == 1 + 2 * 4
     assert rows[1].startswith("bloom-3b,w3_g128,0,800,0.5")
-    assert r"\includegraphics[width=\linewidth]{figure2.png}" in figure_text.latex(drawn)
+    assert r"\includegraphics[width=\linewidth]{../figures/figure2.png}" in figure_text.latex(drawn)
