@@ -448,7 +448,8 @@ def test_the_nearest_record_is_the_one_with_fewest_differences(golden):
     assert Library(golden).find(teq.run, {"python-docs"}).differences == {}
 
 
-def test_a_real_models_seconds_come_before_made_up_weights(golden):
+@pytest.mark.parametrize("created", ["2020-01-01", "2030-01-01"])
+def test_a_real_models_seconds_come_before_made_up_weights(golden, created):
     rtn = of(config.jobs(["experiments=golden"]), "tiny-llama", "rtn")
     assert Library(golden).find(rtn.run, set(), synthetic=True).record.synthetic
 
@@ -456,7 +457,7 @@ def test_a_real_models_seconds_come_before_made_up_weights(golden):
         data["run"]["dtype"] = "bfloat16"
         _again(data)
 
-    made(golden, rtn, evals={"python-docs": LOSSES}, created="2020-01-01", change=real_and_other)
+    made(golden, rtn, evals={"python-docs": LOSSES}, created=created, change=real_and_other)
     found = Library(golden).find(rtn.run, set(), synthetic=True)
     assert not found.record.synthetic and dict(found.differences) == {"dtype": ("float32", "bfloat16")}
 
