@@ -56,6 +56,7 @@ def quantize_blocks(
         _assign(lm.model, changed)
         quantized: dict[str, Quantized] = {}
         _assign(lm.model, {f"{name}.weight": weight for name, weight in exact.items()})
+        moved, errors = [], []
         for names, solution in _solve_block(settings, block, inside, exact, hidden, kwargs):
             start = 0
             for name in names:
@@ -65,11 +66,15 @@ def quantize_blocks(
                 quantized[name] = Quantized(q.codes[rows], q.scale[rows], q.zero[rows], q.g_idx)
                 _assign(lm.model, {f"{name}.weight": quantized[name].dequantize(settings.grid)})
                 plain = round_to_nearest(exact[name], settings.grid)
-                report[name] = {
-                    "damping": solution.damping,
-                    "moved": float((plain.codes != quantized[name].codes).float().mean()),
-                }
-            report[names[0]]["error"] = solution.error
+                moved.append((plain.codes != quantized[name].codes).double().mean())
+                report[name] = {"damping": solution.damping}
+            errors.append((names[0], solution.error))
+        # read back at once: every read waits for the device
+        numbers = torch.stack([*moved, *(error for _, error in errors)]).tolist()
+        for name, share in zip(quantized, numbers, strict=False):
+            report[name]["moved"] = share
+        for (name, _), error in zip(errors, numbers[len(moved) :], strict=True):
+            report[name]["error"] = error
         # packed and off the device block by block: a model's codes at once would be a byte for every weight
         tensors |= {name: t.cpu() for name, t in stored(quantized, changed, settings.grid).items()}
         for i in range(len(hidden)):
@@ -95,18 +100,20 @@ def _solve_block(
     """One solution for each distinct input of the block's linears, with the linears that read it, in
     running order.
     """
-    groups = _measure(block, inside, hidden[:1] if settings.true_sequential else hidden, kwargs)
+    if not settings.true_sequential:
+        groups = _measure(block, inside, hidden, kwargs)
+        tall = [torch.cat([exact[name] for name in names]) for names in groups]
+        means = [hessian.mean() for hessian in groups.values()]
+        solved = solve(list(zip(tall, means, strict=True)), settings)
+        return [(list(names), solution) for names, solution in zip(groups, solved, strict=True)]
     solutions = []
-    for names in list(groups):
-        if settings.true_sequential:
-            groups = _measure(block, {name: inside[name] for name in names}, hidden, kwargs)
-        tall = torch.cat([exact[name] for name in names])
-        solution = solve(tall, groups[names].mean(), settings)
+    for names in _measure(block, inside, hidden[:1], kwargs):
+        hessian = _measure(block, {name: inside[name] for name in names}, hidden, kwargs)[names].mean()
+        (solution,) = solve([(torch.cat([exact[name] for name in names]), hessian)], settings)
         solutions.append((list(names), solution))
-        if settings.true_sequential:
-            weight = solution.quantized.dequantize(settings.grid)
-            for name, part in zip(names, weight.split([exact[n].shape[0] for n in names]), strict=True):
-                inside[name].weight.copy_(part)
+        weight = solution.quantized.dequantize(settings.grid)
+        for name, part in zip(names, weight.split([exact[n].shape[0] for n in names]), strict=True):
+            inside[name].weight.copy_(part)
     return solutions
 
 
@@ -203,5 +210,5 @@ def _solution_bytes(settings: "Gptq", readers: list[nn.Linear]) -> int:
     weight = torch.ones(max(1, rows * small // columns), small).cumsum(0)
     with LiveBytes() as live, torch.no_grad():
         tall = torch.cat([weight])
-        solve(tall, torch.eye(small), few)
+        solve([(tall, torch.eye(small))], few)
     return int(live.peak * (columns / small) ** 2)

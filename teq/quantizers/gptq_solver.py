@@ -5,6 +5,7 @@ Numerically the official code (IST-DASLab/gptq, gptq.py and quant.py): codes are
 in the tests. Rows do not interact, so linears with the same input are solved together as one tall matrix.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 LADDER = 3  # times the damping is raised tenfold when the Hessian is not positive definite
 STRIP = 16  # columns inside a block that correct each other one by one
 BAND = 256  # rows of the Hessian that are made in one product, at least: fewer make it thin
-DIRECT = 128  # a triangular matrix of at most this size is inverted by the library at once
 
 
 class Hessian:
@@ -52,32 +52,57 @@ class Hessian:
 
 @dataclass(frozen=True)
 class Solution:
-    """The quantized rows and how they came about."""
+    """The quantized rows and how they came about; tensors stay on the device."""
 
     quantized: Quantized
     damping: float
-    error: float  # tr(E H E^T), E the weight error
+    failed: Tensor  # bool: the damped Hessian was not positive definite, nothing else here means anything
+    error: Tensor  # tr(E H E^T), E the weight error; fp64
 
 
-def solve(weight: Tensor, hessian: Tensor, settings: "Gptq") -> Solution:
-    """Quantize `weight [out, in]` (fp32) under `hessian [in, in]` (fp32).
+def solve(problems: Sequence[tuple[Tensor, Tensor]], settings: "Gptq") -> list[Solution]:
+    """Quantize each `weight [out, in]` (fp32) under its `hessian [in, in]` (fp32), both left as they are.
 
-    Raises UserError when the Hessian stays indefinite after the damping was raised tenfold three times.
+    `settings.damping` times the mean of the Hessian's diagonal is added to it, ten times as much where that
+    does not make it positive definite. One result is read back for all problems. Raises UserError when a
+    Hessian stays indefinite after the damping was raised tenfold three times.
     """
+    solutions = [_solve(*problem, settings, settings.damping) for problem in problems]
+    for step in range(1, LADDER + 1):
+        failed = torch.stack([solution.failed for solution in solutions]).tolist()
+        if not any(failed):
+            return solutions
+        damping = settings.damping * 10**step
+        solutions = [
+            _solve(*problem, settings, damping) if again else solution
+            for problem, solution, again in zip(problems, solutions, failed, strict=True)
+        ]
+    if torch.stack([solution.failed for solution in solutions]).any():
+        raise UserError(
+            f"the Hessian is not positive definite even with gptq.damping={settings.damping * 10**LADDER:g}: "
+            "raise gptq.damping or gptq.samples"
+        )
+    return solutions
+
+
+def _solve(weight: Tensor, hessian: Tensor, settings: "Gptq", damping: float) -> Solution:
+    """Quantize under the Hessian with `damping`; nothing is read back, so that the host runs ahead."""
     grid, columns = settings.grid, weight.shape[1]
-    weight, original, hessian = weight.clone(), weight, hessian.clone()
-    whole_row = group_params(weight, grid) if grid.group_size == -1 else None
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
-    weight[:, dead] = 0
-    fixed = group_params(weight, grid) if settings.static_groups and whole_row is None else whole_row
-    order = torch.arange(columns, device=weight.device)
+    original, size = weight, columns if grid.group_size == -1 else grid.group_size
+    diagonal = hessian.diagonal().clone()
+    dead = diagonal == 0
+    weight = weight.masked_fill(dead, 0)
+    fixed = None  # the grid of each group where it is known before the first column
+    if grid.group_size == -1 or settings.static_groups:
+        fixed = group_params(original if grid.group_size == -1 else weight, grid)
+    order = group_of = torch.arange(columns, device=weight.device)
+    alive = diagonal.masked_fill(dead, 1)
     if settings.act_order:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        hessian, weight = hessian[order][:, order], weight[:, order]
-    size = columns if grid.group_size == -1 else grid.group_size
-    group_of = (order if fixed is not None else torch.arange(columns, device=weight.device)) // size
-    inverse, damping, added = _inverse_factor(hessian, settings.damping)
+        order = torch.argsort(alive, descending=True, stable=True)
+        weight = weight[:, order]
+    group_of = (order if fixed is not None else group_of) // size
+    added = damping * alive.mean()
+    inverse, failed = _inverse_factor(hessian, alive + added, order if settings.act_order else None)
     codes, scale, zero, errors = _columns(weight, inverse, fixed, group_of, settings)
     g_idx = None
     if settings.act_order:
@@ -85,54 +110,31 @@ def solve(weight: Tensor, hessian: Tensor, settings: "Gptq") -> Solution:
         codes = codes[:, back]
         g_idx = group_of[back] if grid.group_size != -1 else None
     quantized = Quantized(codes.to(torch.uint8), scale, zero, g_idx)
-    lost = quantized.dequantize(grid).sub_(original)
-    lost[:, dead] = 0
+    lost = quantized.dequantize(grid).sub_(original).masked_fill_(dead, 0)
     # E = errors @ inverse and inverse^T inverse = (H + added)^-1, so tr(E (H + added) E^T) = |errors|^2
-    return Solution(quantized, damping, errors - added * float(lost.square_().sum(dtype=torch.float64)))
+    return Solution(quantized, damping, failed, errors - added * lost.square_().sum(dtype=torch.float64))
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, float]:
-    """Upper Cholesky factor of the inverse of the damped Hessian (fp32), the damping that was needed, and
-    what it added to the diagonal.
+def _inverse_factor(hessian: Tensor, diagonal: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Upper Cholesky factor of the inverse of the Hessian with another `diagonal [in]`, its rows and columns
+    in `order`; and whether it has none (bool).
 
-    With H = V V^T, V upper (the Cholesky factor of H read from its last row and column backwards), the factor
-    is V^-1: one factorization and no inverse of H. V is computed in fp64: the damped Hessians of SmolLM2-135M
-    have condition numbers above 1e4, so that in fp32 it is good to three digits and the codes depend on the
-    thread count. Its own condition is the square root of that: fp32 does for the inverse. The codes of the
-    golden tensors are the official fp32 code's either way.
+    Cholesky, inverse, Cholesky in fp32, as in the official code, whose rounding error acts like more damping:
+    on SmolLM2-135M at 3 bits an exacter factor (fp64, one triangular inverse) gives the same codes on the
+    golden tensors, but perplexities that spread three times as far (benchmarks/results/gptq_draws.json).
     """
-    damped, added = hessian.flip(0, 1).double(), 0.0
-    mean = float(damped.diagonal().mean())
-    for step in range(LADDER + 1):
-        damped.diagonal().sub_(added)
-        added = damping * 10**step * mean
-        damped.diagonal().add_(added)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            return _inverse_of_upper(factor.flip(0, 1).float()), damping * 10**step, added
-    raise UserError(
-        f"the Hessian is not positive definite even with gptq.damping={damping * 10**LADDER:g}: "
-        "raise gptq.damping or gptq.samples"
-    )
-
-
-def _inverse_of_upper(factor: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix by halves, so that most of the work is matrix products."""
-    size = factor.shape[0]
-    if size <= DIRECT:
-        one = torch.eye(size, dtype=factor.dtype, device=factor.device)
-        return torch.linalg.solve_triangular(factor, one, upper=True)
-    half = size // 2
-    inverse = torch.zeros_like(factor)
-    inverse[:half, :half] = first = _inverse_of_upper(factor[:half, :half])
-    inverse[half:, half:] = last = _inverse_of_upper(factor[half:, half:])
-    inverse[:half, half:] = (first @ factor[:half, half:]).neg_() @ last
-    return inverse
+    kept = hessian.diagonal().clone()
+    hessian.diagonal().copy_(diagonal)
+    damped = hessian if order is None else hessian[order][:, order]
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    hessian.diagonal().copy_(kept)
+    inverse, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    return inverse, (failed != 0) | (failed_too != 0)
 
 
 def _columns(
     weight: Tensor, inverse: Tensor, fixed: tuple[Tensor, Tensor] | None, group_of: Tensor, settings: "Gptq"
-) -> tuple[Tensor, Tensor, Tensor, float]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes `[out, in]`, scale and zero `[out, groups]`, and the sum of the squared errors that were passed
     on; columns are in processing order.
 
@@ -149,35 +151,34 @@ def _columns(
         scale, zero = rows.new_empty(2, grid.group_count(columns), rows.shape[1])  # [groups, out]
     else:
         scale, zero = (params.T.contiguous() for params in fixed)
-    numbers, passed_on = group_of.tolist(), 0.0
+    passed_on = torch.zeros((), dtype=torch.float64, device=weight.device)
     rounded, lowest, highest = torch.empty_like(rows[0]), zero.neg(), grid.levels - zero
     for start in range(0, columns, settings.block_size):
         stop = min(start + settings.block_size, columns)
         block, errors = rows[start:stop].clone(), torch.empty_like(rows[start:stop])
         factor = inverse[start:stop, start:stop]
-        steps = factor.diagonal().reciprocal().neg_()
-        now, code_of, error_of, step = (
-            block.unbind(),
-            codes[start:stop].unbind(),
-            errors.unbind(),
-            steps.tolist(),
-        )
+        steps = factor.diagonal().reciprocal().neg_()[:, None]
+        ahead = factor * steps  # what an error costs the columns that follow, before its own division
+        now, code_of, error_of = block.unbind(), codes[start:stop].unbind(), errors.unbind()
+        params = scale, lowest, highest  # [groups, out]
+        if fixed is not None:  # [column, out]: under act-order the host does not know a column's group
+            params = tuple(each[group_of[start:stop]] for each in params)
         for first in range(0, stop - start, STRIP):
             last = min(first + STRIP, stop - start)
             for i in range(first, last):
-                column, group = start + i, numbers[start + i]
-                if fixed is None and column % size == 0:
-                    scale[group], zero[group] = qparams(rows[column : column + size].T, grid)
-                    torch.sub(grid.levels, zero[group], out=highest[group])
-                    torch.neg(zero[group], out=lowest[group])
-                code = torch.div(now[i], scale[group], out=code_of[i]).round_()
-                torch.clamp(code, lowest[group], highest[group], out=code)
-                torch.mul(code, scale[group], out=rounded)
+                at = i if fixed is not None else (start + i) // size
+                if fixed is None and (start + i) % size == 0:
+                    scale[at], zero[at] = qparams(rows[start + i : start + i + size].T, grid)
+                    torch.sub(grid.levels, zero[at], out=highest[at])
+                    torch.neg(zero[at], out=lowest[at])
+                code = torch.div(now[i], params[0][at], out=code_of[i]).round_()
+                torch.clamp(code, params[1][at], params[2][at], out=code)
+                torch.mul(code, params[0][at], out=rounded)
                 torch.sub(now[i], rounded, out=error_of[i])
-                block[i + 1 : last].addr_(factor[i, i + 1 : last], error_of[i], alpha=step[i])
-            errors[first:last].mul_(steps[first:last, None])
+                block[i + 1 : last].addr_(ahead[i, i + 1 : last], error_of[i])
+            errors[first:last].mul_(steps[first:last])
             block[last:].addmm_(factor[first:last, last:].T, errors[first:last])
         rows[stop:].addmm_(inverse[start:stop, stop:].T, errors)
-        passed_on += float(errors.square_().sum(dtype=torch.float64))
+        passed_on += errors.square_().sum(dtype=torch.float64)
         codes[start:stop].add_(zero[group_of[start:stop]])
     return codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), passed_on
