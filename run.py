@@ -25,6 +25,7 @@ def main(argv: list[str]) -> int:
         return 0
     if not ranks.leads():
         return ranks.follow()
+    config.begin_run()
     config.prepare_environment()
     try:
         jobs = cli.checked_jobs(argv)

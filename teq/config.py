@@ -1,9 +1,11 @@
 """From a command line to checked runs. The only module of the package that imports Hydra."""
 
+import datetime
 import difflib
 import functools
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,25 @@ def prepare_environment() -> None:
     """Set what conf/config.yaml refers to: where the project is, and where its output goes."""
     os.environ["TEQ_ROOT"] = str(ROOT)
     os.environ["TEQ_HOME"] = str(home())
+    os.environ["TEQ_START"] = start_of_run()
+
+
+def start_of_run() -> str:
+    """The name of this start of run.py, the same in every process that it starts and in no other start."""
+    if "TEQ_START" not in os.environ:
+        begin_run()
+    return os.environ["TEQ_START"]
+
+
+def begin_run() -> None:
+    """Give this start of run.py a name of its own."""
+    now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    os.environ["TEQ_START"] = f"{now}_{socket.gethostname()}-{os.getpid()}-{os.urandom(2).hex()}"
+
+
+def output() -> Path:
+    """The folder for the logs and outcomes of this start of run.py."""
+    return home() / "hydra" / start_of_run()
 
 
 def quoted(argv: Sequence[str]) -> list[str]:

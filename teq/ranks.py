@@ -51,6 +51,7 @@ class Task:
     checkpoint: "Checkpoint"
     dtype: str
     runtime: Runtime
+    identity: str
 
 
 class _Team:
@@ -156,7 +157,7 @@ def fit(transform: "Transform", bench: "Bench", load: "Load", runtime: Runtime, 
         return transform.fit(load, runtime, on_step)
     if _Team.group is None:
         raise UserError("torchrun's ranks train in the process it started: leave out hydra/launcher")
-    task = Task(transform, bench.checkpoint, bench.dtype, runtime)
+    task = Task(transform, bench.checkpoint, bench.dtype, runtime, bench.identity)
     _first(task)
     try:
         return _take_part(task, on_step)
@@ -300,7 +301,7 @@ def _as_own(runtime: Runtime) -> Runtime:
 def _take_part(task: Task, on_step: "OnStep") -> Fitted:
     from teq.pipeline import Bench
 
-    bench = Bench(task.checkpoint, task.dtype, _Team.device)
+    bench = Bench(task.checkpoint, task.dtype, _Team.device, task.identity)
     _Team.training, _Team.agreed = True, False
     try:
         return task.transform.fit(bench.to_use_up, task.runtime, on_step)
