@@ -94,7 +94,8 @@ def run_job(job: Job) -> None:
             memory=job.options.memory,
             batch_size=job.options.batch_size,
         )
-        with job.logger.start(job.run.title(), job.run.plain(), str(home), job.experiment) as logger:
+        settings = job.run.plain() | {"method": job.run.method}
+        with job.logger.start(job.run.title(), settings, str(home), job.experiment) as logger:
             finished = pipeline.run(job.run, Store(home / "store"), home, runtime, logger)
         _note(job, {"record": str(finished.file)})
     except Exception as error:  # the other jobs of a sweep go on; this one is reported at the end
@@ -111,10 +112,10 @@ def summary(jobs: list[Job]) -> int:
     status.
     """
     outcomes = {job.run.key(): _outcome(job) for job in jobs}
-    files = {key: Path(outcome["record"]) for key, outcome in outcomes.items() if "record" in outcome}
-    found = [one for one in map(record.read, files.values()) if one is not None]
+    written = [Path(outcome["record"]) for outcome in outcomes.values() if "record" in outcome]
+    found = [one for one in map(record.read, written) if one is not None]
     if found:
-        print(tables.plain(found))
+        print(tables.plain(found, {job.run.key(): job.run.method for job in jobs}))
         print(f"{len(found)} records in {config.home() / 'records'}")
     _log_table(jobs)
     failed = {job.run.key(): job for job in jobs if job.run.key() not in {one.id for one in found}}

@@ -260,18 +260,21 @@ def start(home, *argv, **environment):
     return subprocess.Popen(command, env=variables, cwd=home.parent, stdout=-1, stderr=-2, text=True)
 
 
-def test_second_process_loads_no_model_and_two_at_once_compute_each_stage_once(own_home):
+def test_eight_processes_compute_each_stage_once_and_the_next_loads_no_model(own_home):
     own_home.mkdir()
-    both = [start(own_home, "-m", "method=rtn,teq") for _ in range(2)]
-    logs = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], logs
+    sweep = ["-m", "method=fp,rtn,gptq,teq,teq+gptq", "ppl.limit=1", "train.length=32"]
+    processes = [start(own_home, *sweep) for _ in range(8)]
+    logs = [process.communicate(timeout=500)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8, logs
+    assert all("5 records in" in log for log in logs)
     together = "".join(logs)
-    # stages: scales of identity and of teq, weights of rtn and teq, one metric each
-    assert together.count(": computing") == 6 and together.count(": done in") == 6
-    third = start(own_home, "-m", "method=rtn,teq")
-    log = third.communicate(timeout=300)[0]
-    assert third.returncode == 0 and log.count(": cached") == 2 and "loading" not in log  # the metrics
-    assert len(list((own_home / "records").glob("*.json"))) == 2
+    # scales of identity and of teq, weights of five methods, one metric each
+    assert together.count(": computing") == 12 and together.count(": done in") == 12
+    another = start(own_home, *sweep)
+    log = another.communicate(timeout=300)[0]
+    assert another.returncode == 0 and log.count(": cached") == 5 and "loading" not in log  # the metrics
+    assert len(list((own_home / "records").glob("*.json"))) == 5
+    assert not list((own_home / "store").rglob("*making*")) and not list(own_home.glob("partial/*"))
 
 
 @pytest.mark.parametrize(
