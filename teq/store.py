@@ -35,6 +35,8 @@ Made = tuple[Mapping[str, "Tensor"], dict[str, Any]]
 INFO, DATA, MANIFEST = "info.json", "data.safetensors", "manifest.json"
 MAKING, DAMAGED = "making-", "damaged-"
 ABANDONED = 7 * 24 * 3600.0  # seconds after which an unfinished folder of another machine is deleted
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -134,33 +136,43 @@ class Store:
         owner = f"{socket.gethostname()}-{os.getpid()}"
         making = folder.parent / f"{folder.name}.{MAKING}{owner}-{time.time_ns()}"
         try:
-            making.mkdir()
+            with self._storing(what):
+                making.mkdir()
             with measure.cost(device) as spent:
                 tensors, info = stage.make(partial, **read)
             results = {name: artefact.digest for name, artefact in read.items()}
-            result = self._write(making, tensors, info, spent, stage, results)
-            try:
-                making.rename(folder)
-            except OSError as error:
-                # another process, on a file system whose locks do not lock, was faster
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                if (theirs := self._open(folder, stage, content=True)) is None:
-                    raise
-                log.warning("%s: another process stored it first: do the file system's locks work?", what)
-                return theirs
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                raise
-            raise UserError(
-                f"{what} could not be stored in {self.root} ({error.strerror}): free space there, or set "
-                "TEQ_HOME to a folder you own; the same command goes on from what was kept"
-            ) from error
+            with self._storing(what):
+                result = self._write(making, tensors, info, spent, stage, results)
+                try:
+                    making.rename(folder)
+                except OSError as error:
+                    # another process, on a file system whose locks do not lock, was faster
+                    theirs = self._open(folder, stage, content=True) if error.errno in TAKEN else None
+                    if theirs is None:
+                        raise
+                    log.warning("%s: another process stored it first: do locks work there?", what)
+                    return theirs
         finally:
             shutil.rmtree(making, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         log.info("%s: done in %.1f s", what, spent["seconds"])
         return Artefact(folder.name, folder, info, spent, result, cached=False)
+
+    @contextlib.contextmanager
+    def _storing(self, what: str) -> Iterator[None]:
+        """Context manager: a full disk and a folder that cannot be written are UserErrors."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            known = error.errno if isinstance(error, OSError) else None
+            if known not in UNWRITABLE and "os error 28" not in str(error):  # as safetensors says ENOSPC
+                raise
+            raise UserError(
+                f"{what} could not be stored in {self.root} ({' '.join(str(error).split())}): free space "
+                "there, or set TEQ_HOME to a folder you own; the same command goes on from what was kept"
+            ) from error
 
     def partial(self, stage: Stage) -> Path:
         """The folder for the state of unfinished work on `stage`."""
@@ -242,6 +254,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST} is missing") from None
     if not isinstance(manifest, dict) or manifest.pop("digest", None) != digest(manifest):
         raise ValueError(f"{MANIFEST} was edited")
+    if "result" not in manifest:
+        raise ValueError(f"{MANIFEST} is of an earlier version")
     return manifest
 
 
