@@ -104,6 +104,15 @@ def test_record_holds_what_tables_need(own_home):
     assert json.loads(finished.file.read_text()) == data
 
 
+def test_record_holds_what_can_move_a_number_and_is_in_no_key(own_home):
+    finished = run(own_home, "method=rtn", "evals=[python-docs,lastword-python-docs]")
+    flags = finished.data["stages"]["weights"]["cost"]["machine"]["flags"]
+    assert flags["deterministic"] is False and flags["matmul_precision"] == "highest" and flags["cpu"]
+    assert finished.metrics["python-docs"]["info"]["attention"] == "sdpa"
+    assert finished.metrics["lastword-python-docs"]["info"]["batch_size"] == 8
+    assert {len(stage["digest"]) for stage in finished.data["stages"].values()} == {16}
+
+
 def test_records_as_a_frame(own_home):
     for method in ("fp", "rtn"):
         run(own_home, f"method={method}")
