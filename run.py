@@ -1,12 +1,13 @@
 """Run experiments: `python run.py [-m] key=value ...`. `python run.py --help` lists what there is."""
 
+import os
 import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from teq import cli, config, ranks
+from teq import cli, config, ranks, sweeper
 from teq.spec import UserError
 
 
@@ -14,7 +15,8 @@ from teq.spec import UserError
 def launch(cfg: DictConfig) -> None:
     """One job, in whatever process Hydra's launcher put it."""
     config.prepare_environment()
-    cli.run_job(config.job(cfg, HydraConfig.get().runtime.choices))
+    with sweeper.noted():
+        cli.run_job(config.job(cfg, HydraConfig.get().runtime.choices))
 
 
 def main(argv: list[str]) -> int:
@@ -26,11 +28,12 @@ def main(argv: list[str]) -> int:
     if not ranks.leads():
         return ranks.follow()
     config.prepare_environment()
+    os.environ["TEQ_RUN"] = config.run_name()
     try:
         jobs = cli.checked_jobs(argv)
         sys.argv[1:] = config.quoted(argv)
         with ranks.leading({job.options.device for job in jobs}):
-            launch()
+            failed = sweeper.run(launch)
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
@@ -40,7 +43,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(cli.INTERRUPTED, file=sys.stderr)
         return 130
-    return cli.summary(jobs)
+    return max(failed, cli.summary(jobs))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from teq import config, memory, pipeline, plan, record, tables
+from teq import config, devices, memory, pipeline, plan, record, tables
 from teq.config import Job
 from teq.loggers import Silent
 from teq.lookup import Library
@@ -26,7 +26,9 @@ EXAMPLES = """\
 
 def help_text() -> str:
     """Groups, options, experiments and examples."""
-    groups = "\n".join(f"  {name:<12} {', '.join(names)}" for name, names in config.groups().items())
+    found = config.groups()
+    found["group_size"].append("any other number above 0")
+    groups = "\n".join(f"  {name:<12} {', '.join(names)}" for name, names in found.items())
     values = (
         (config.CONF / "config.yaml")
         .read_text()
@@ -48,8 +50,11 @@ def checked_jobs(argv: list[str]) -> list[Job]:
     """
     found = config.jobs(argv)
     Store(config.home() / "store")
-    for options in dict.fromkeys(job.options for job in found):
-        pipeline.resolve_device(options.device)
+    for options, launcher in dict.fromkeys((job.options, job.launcher) for job in found):
+        if launcher == "basic" or not devices.CUDA.fullmatch(
+            options.device
+        ):  # else it is checked where it runs
+            pipeline.resolve_device(options.device)
         memory.check(options.memory)
     for stage in zip(*(pipeline.checks(job.run) for job in found), strict=True):
         problems, passed = [], set()
@@ -87,12 +92,15 @@ def run_job(job: Job) -> None:
     note.unlink(missing_ok=True)
     log.info("— %s (%s)", job.run.title(), job.run.key())
     try:
-        runtime = Runtime(
-            device=pipeline.resolve_device(job.options.device),
-            memory=job.options.memory,
-            batch_size=job.options.batch_size,
-        )
-        with job.logger.start(job.run.title(), job.run.plain(), str(home), job.experiment) as logger:
+        with (
+            devices.taken(job.options.device) as device,
+            job.logger.start(job.run.title(), job.run.plain(), str(home), job.experiment) as logger,
+        ):
+            runtime = Runtime(
+                device=pipeline.resolve_device(device),
+                memory=job.options.memory,
+                batch_size=job.options.batch_size,
+            )
             pipeline.run(job.run, Store(home / "store"), home, runtime, logger)
     except Exception as error:  # the other jobs of a sweep go on; this one is reported at the end
         line = " ".join(str(error).split()) or type(error).__name__

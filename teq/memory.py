@@ -7,14 +7,13 @@ difference is what every further block adds.
 import contextlib
 import copy
 import logging
-import os
 import re
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from teq import host_memory
 from teq.arch import Arch
 from teq.spec import STRATEGIES, Runtime, UserError
 
@@ -39,8 +38,8 @@ class Rehearsable(Protocol):
 
 
 def budget(memory: str, device: str) -> int:
-    """Bytes that may be used: `auto` is nine tenths of what is free on the device (on a CPU of what is
-    available, or of all memory where the system does not say).
+    """Return the bytes that may be used: `auto` is nine tenths of what is free on the device (on a CPU of
+    what the host has free and its cgroups leave).
 
     Raises UserError when `memory` is no amount.
     """
@@ -52,11 +51,7 @@ def budget(memory: str, device: str) -> int:
         # what PyTorch keeps for later and does not use is free as well
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(RESERVE * (torch.cuda.mem_get_info(device)[0] + kept))
-    with contextlib.suppress(OSError):  # Linux
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(RESERVE * int(line.split()[1]) * 1024)
-    return int(RESERVE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return int(RESERVE * host_memory.available())
 
 
 def _bytes(memory: str) -> int:
