@@ -6,7 +6,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from hydra.errors import (
     InstantiationException,
     MissingConfigException,
 )
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from teq.composition import Composer, resolved, without
+from teq.composition import Composer, flat, is_hydras, key_of, resolved, unread, without
 from teq.evaluate.counts import Counts
 from teq.models import Checkpoint, Outline
 from teq.pipeline import Run
@@ -120,7 +120,7 @@ def jobs(argv: Sequence[str]) -> list[Job]:
         every, launcher = _expand(arguments.overrides, arguments.multirun)
         for overrides in every:
             try:
-                ours = [line for line in overrides if not _is_hydras(line)]
+                ours = [line for line in overrides if not is_hydras(line)]
                 _add_group_sizes(ours)
                 composed, choices = _composer()(ours)
                 _check_choices(composed, choices, ours)
@@ -200,11 +200,6 @@ def options(folder: Path) -> list[str]:
     return sorted(names, key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))
 
 
-def _is_hydras(override: str) -> bool:
-    """Whether an override is one of Hydra's own settings, which no run reads."""
-    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
-
-
 def _add_group_sizes(overrides: Sequence[str]) -> None:
     """Add to the group `group_size` the numbers that have no file: Hydra takes options from memory too, and
     its launchers hand these on to their workers.
@@ -224,13 +219,13 @@ def _expand(overrides: list[str], multirun: bool) -> tuple[list[list[str]], str]
         for one in parsed:
             if one.is_sweep_override() and one.key_or_group == "experiments":
                 raise UserError(f"{one.input_line} names several experiments: run one after the other")
-            if one.is_delete() and not _is_hydras(one.input_line or ""):
+            if one.is_delete() and not is_hydras(one.input_line or ""):
                 raise UserError(
                     f"{one.input_line} takes away what every run reads: leave it out, or give it a value "
                     "(null leaves it to the recipe)"
                 )
         fixed = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
-        experiment = _compose([o for o in fixed if o.startswith("experiments=") or _is_hydras(o)])
+        experiment = _compose([o for o in fixed if o.startswith("experiments=") or is_hydras(o)])
         params = experiment.hydra.sweeper.params or {}
         if not multirun and "MULTIRUN" not in str(experiment.hydra.mode):
             swept = [o.input_line for o in parsed if o.is_sweep_override()]
@@ -271,7 +266,7 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ConfigCompositionException) and "Could not override" in text:
         key = text.split("'")[1]
-        close = difflib.get_close_matches(key, list(_flat(_composer()([])[0])) + list(groups()), 1)
+        close = difflib.get_close_matches(key, list(flat(_composer()([])[0])) + list(groups()), 1)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"there is no option {key!r}: {hint}`python run.py --help` lists them all"
     return f"{' '.join(overrides)}: {text}"
@@ -302,11 +297,11 @@ def _check_keys(cfg: Mapping[str, Any], choices: Mapping[str, Any], overrides: S
         return
     plain = [line for line in overrides if line not in added and not line.startswith("experiments=")]
     base, problems = _composer()(plain)[0], []
-    known = [*groups(), *_flat({key: node for key, node in base.items() if key not in INTERNAL})]
-    for key in _unread(cfg, base):
+    known = [*groups(), *flat({key: node for key, node in base.items() if key not in INTERNAL})]
+    for key in unread(cfg, base):
         what = f"experiments/{name}.yaml sets {key!r}, which is no option"
-        if source := next((line for line in added if f"{key}.".startswith(f"{_key(line)}.")), ""):
-            key, what = _key(source), f"{source} is read by no run"
+        if source := next((line for line in added if f"{key}.".startswith(f"{key_of(line)}.")), ""):
+            key, what = key_of(source), f"{source} is read by no run"
         close = difflib.get_close_matches(key, known, 1, cutoff=0)
         problems.append(f"{what}: did you mean {close[0]}? `python run.py --help` lists them all")
     if problems:
@@ -315,38 +310,12 @@ def _check_keys(cfg: Mapping[str, Any], choices: Mapping[str, Any], overrides: S
         _checked.add((name, choices["model"]))
 
 
-def _key(addition: str) -> str:
-    """The key, without its group, of an override such as `++train.steps=3` or `+eval@extra=ptb`."""
-    return addition.lstrip("+").partition("=")[0].rpartition("@")[2]
-
-
-def _unread(cfg: Mapping[str, Any], base: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of the leaves of `cfg` that are not in `base`, nor fields of the class that it names."""
-    fields = getattr(get_class(base["_target_"]), "__dataclass_fields__", {}) if "_target_" in base else {}
-    for key, value in cfg.items():
-        if key in base and isinstance(value, dict) and isinstance(base[key], dict):
-            yield from _unread(value, base[key], f"{prefix}{key}.")
-        elif isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        elif key not in base and key not in fields:
-            yield f"{prefix}{key}"
-
-
 _checked: set[tuple[str, str]] = set()  # experiments with the model for which their keys were found good
 
 
 @functools.cache
 def _experiment(name: str) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(ROOT / "experiments" / f"{name}.yaml"))
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of a configuration's leaves."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def _fill_from_recipe(cfg: dict[str, Any], model: str) -> None:

@@ -35,7 +35,7 @@ def test_a_worker_that_is_killed_costs_its_own_job_only(own_home, tmp_path):
     )
     (tmp_path / "killer.py").write_text(KILLER)
     command = [sys.executable, str(ROOT / "run.py"), "-m", "model=tiny-llama", "method=rtn", *SHORT]
-    command += ["group_size=24,40,48,128", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    command += ["group_size=24,40,128", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     done = subprocess.run(
         [*command, "logger._target_=killer.Killer"],
         env={**os.environ, "PYTHONPATH": str(tmp_path), "TEQ_HOME": str(own_home)},
@@ -46,8 +46,8 @@ def test_a_worker_that_is_killed_costs_its_own_job_only(own_home, tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     sizes = {r.data["run"]["quantizer"]["grid"]["group_size"] for r in record.load(own_home / "records")}
-    assert sizes == {24, 48, 128}
-    assert "3 records in" in done.stdout
+    assert sizes == {24, 128}
+    assert "2 records in" in done.stdout
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "group_size=40" in line.replace("'", "") and "the worker process was killed" in line
 
