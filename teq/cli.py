@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from teq import config, files, memory, pipeline, plan, record, tables
+from teq import config, devices, files, memory, pipeline, plan, record, tables
 from teq.config import Job
 from teq.loggers import Silent
 from teq.lookup import Library
@@ -29,7 +29,9 @@ EXAMPLES = """\
 
 def help_text() -> str:
     """Groups, options, experiments and examples."""
-    groups = "\n".join(f"  {name:<12} {', '.join(names)}" for name, names in config.groups().items())
+    found = config.groups()
+    found["group_size"].append("any other number above 0")
+    groups = "\n".join(f"  {name:<12} {', '.join(names)}" for name, names in found.items())
     values = (
         (config.CONF / "config.yaml")
         .read_text()
@@ -51,8 +53,10 @@ def checked_jobs(argv: list[str]) -> list[Job]:
     """
     found = config.jobs(argv)
     Store(config.home() / "store").check()
-    for options in dict.fromkeys(job.options for job in found):
-        pipeline.resolve_device(options.device)
+    for options, launcher in dict.fromkeys((job.options, job.launcher) for job in found):
+        # a CUDA device that a launcher finds elsewhere is checked where the job runs
+        if launcher == "basic" or not devices.CUDA.fullmatch(options.device):
+            pipeline.resolve_device(options.device)
         memory.check(options.memory)
     for stage in zip(*(pipeline.checks(job.run) for job in found), strict=True):
         problems, passed = [], set()
@@ -89,13 +93,16 @@ def run_job(job: Job) -> None:
     home = config.home()
     log.info("— %s (%s)", job.run.title(), job.run.key())
     try:
-        runtime = Runtime(
-            device=pipeline.resolve_device(job.options.device),
-            memory=job.options.memory,
-            batch_size=job.options.batch_size,
-        )
         settings = job.run.plain() | {"method": job.run.method}
-        with job.logger.start(job.run.title(), settings, str(home), job.experiment) as logger:
+        with (
+            devices.taken(job.options.device) as device,
+            job.logger.start(job.run.title(), settings, str(home), job.experiment) as logger,
+        ):
+            runtime = Runtime(
+                device=pipeline.resolve_device(device),
+                memory=job.options.memory,
+                batch_size=job.options.batch_size,
+            )
             finished = pipeline.run(job.run, Store(home / "store"), home, runtime, logger)
         _note(job, {"record": str(finished.file)})
     except Exception as error:  # the other jobs of a sweep go on; this one is reported at the end

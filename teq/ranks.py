@@ -130,12 +130,15 @@ def leading(devices: set[str]) -> Iterator[None]:
 
 def follow() -> int:
     """What every rank but 0 does, from the beginning to the end. Returns the exit status."""
+    from teq import devices
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 is the one to interrupt; its end is everyone's
     try:
         _meet("")
-        while (task := _first(None)) is not None:
-            with contextlib.suppress(UserError):  # rank 0 has it as well, says it and goes on to another job
-                _take_part(dataclasses.replace(task, runtime=_as_own(task.runtime)), lambda *_: None)
+        with devices.taken(_Team.device.partition(":")[0]):
+            while (task := _first(None)) is not None:
+                with contextlib.suppress(UserError):  # rank 0 has it as well, says it and goes on
+                    _take_part(dataclasses.replace(task, runtime=_as_own(task.runtime)), lambda *_: None)
     except UserError:  # rank 0 says it
         return 1
     except RuntimeError as error:
