@@ -6,6 +6,7 @@ difference is what every further block adds.
 
 import contextlib
 import copy
+import gc
 import logging
 import os
 import re
@@ -182,6 +183,18 @@ def exhausted(error: BaseException) -> bool:
         isinstance(error, RuntimeError)
         and any(words in said for words in ("can't allocate memory", "out of memory", "status_alloc_failed"))
     )
+
+
+def release(device: str) -> None:
+    """Free what only reference cycles keep alive, and on CUDA what the allocator holds back for later.
+
+    A model can be in such a cycle: a traceback that transformers' lazy import keeps refers to frames.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def _counted(

@@ -195,7 +195,8 @@ class Bench:
     def pristine(self, device: str | None = None) -> "LM":
         """The model as it was loaded, on `device` (its own); the caller leaves it so."""
         if self._lm is None or self._state != "pristine":
-            self._lm = None  # free the old one first
+            self._lm = None
+            memory.release(self.device)  # the old model, before another one needs its room
             log.info("loading model=%s", self.checkpoint.name)
             with measure.uncounted():
                 self._lm = self.checkpoint.load(self.dtype, device or self.device, self.device)
