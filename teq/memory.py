@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
@@ -206,11 +206,12 @@ def _counted(
     from transformers import AutoModelForCausalLM
 
     from teq.arch import blocks as blocks_of
+    from teq.arch import one_sequence_a_row
     from teq.models import LM
 
     config = copy.deepcopy(config)
     config.num_hidden_layers = blocks
-    with FakeTensorMode(), _positions_not_read():
+    with FakeTensorMode(), one_sequence_a_row():
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         model.eval().requires_grad_(False)
         model.tie_weights()
@@ -220,22 +221,6 @@ def _counted(
         with LiveBytes() as live:
             stage.rehearse(LM(model, None, arch, "outline"), strategy)
     return Need(sum(tensor.nbytes for tensor in present) + live.peak, live.flops)
-
-
-@contextlib.contextmanager
-def _positions_not_read() -> Iterator[None]:
-    """Within: transformers takes a window for one sequence, as it finds it to be when it can read positions.
-
-    On fake tensors it cannot, and would prepare for packed sequences with a mask that real steps never make.
-    """
-    from transformers import masking_utils
-
-    kept = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda _: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = kept
 
 
 class LiveBytes:

@@ -17,7 +17,7 @@ from teq.arch import Arch, Site
 from teq.grid import Grid
 from teq.progress import track
 from teq.spec import Runtime
-from teq.transforms import Diverged, NothingDone, OnStep
+from teq.transforms import Diverged, NothingDone, OnStep, on_host
 from teq.transforms.fused import FakeQuant, chosen
 from teq.transforms.loss import causal_loss, check_head
 from teq.transforms.offload import Stream, place_around_blocks
@@ -201,15 +201,16 @@ def train(
         model.eval()
     unfinished.done()
     last = trainer.snapshot()
-    still = [name for name, s in last.items() if torch.equal(s, start[name])]
+    kept = {f"start/{name}": s for name, s in start.items()} | {f"best/{name}": s for name, s in best.items()}
+    scales = on_host(last | kept)
+    still = [name for name in last if torch.equal(scales[name], scales[f"start/{name}"])]
     if settings.steps and still:
         raise NothingDone(
             f"the scales of {still[0]} never moved in {settings.steps} steps ({len(still)} of {len(last)} "
             "sites): the result would be plain rounding under another name; raise train.lr or train.steps"
         )
-    kept = {f"start/{name}": s for name, s in start.items()} | {f"best/{name}": s for name, s in best.items()}
     info = {"loss": losses, "sites": list(last), "strategy": strategy, "fake_quant": quantize.name}
-    return last | kept, info
+    return scales, info
 
 
 def _diverged(step: int, loss: float, now: dict[str, Tensor], best: dict[str, Tensor]) -> Diverged:
