@@ -200,7 +200,7 @@ def block_inputs(model: "nn.Module", arch: Arch, tokens: "Tensor") -> tuple["Ten
         raise _Caught
 
     first = next(iter(blocks(model, arch).values()))
-    with _hook(first, catch), torch.no_grad(), contextlib.suppress(_Caught):
+    with _hook(first, catch), torch.no_grad(), one_sequence_a_row(), contextlib.suppress(_Caught):
         model(tokens, use_cache=False)
     return caught["hidden"], caught["kwargs"]
 
@@ -216,6 +216,23 @@ def first_inputs(
         one, kwargs = block_inputs(model, arch, window[None].to(device))
         hidden.append(one.to(kept or device))
     return hidden, kwargs
+
+
+@contextlib.contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Context manager: transformers takes each row of tokens for one sequence, which it is without a mask.
+
+    Otherwise it reads the positions back to see that, and the host waits for the device in every forward
+    pass. Fake tensors cannot be read: of them it would prepare for packed sequences.
+    """
+    from transformers import masking_utils
+
+    kept = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda _: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = kept
 
 
 @contextlib.contextmanager
@@ -264,6 +281,8 @@ def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -
             targets = {f"{name}.{t}": block.get_submodule(t) for t in names}
             site = _site(f"{name}.{source}", 0, block.get_submodule(source), targets)
             s = torch.empty(site.width, dtype=torch.float64).uniform_(-2, 2, generator=generator)
+            folded = [p for m in (site.source, *site.targets.values()) for p in m.parameters(recurse=False)]
+            kept = [parameter.clone() for parameter in folded]
             fold([site], {site.name: 10**s})
             change = (run_block(block, hidden, kwargs) - expected).norm() / expected.norm()
             if not change <= tolerance:
@@ -272,7 +291,8 @@ def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -
                     f"positive scales into block 0 changes its output by {change:.1e} (relative), at most "
                     f"{tolerance:.0e} is allowed; correct the site in conf/model/arch/{arch.name}.yaml"
                 )
-            block.load_state_dict(original.state_dict())
+            for parameter, value in zip(folded, kept, strict=True):
+                parameter.copy_(value)
 
 
 def _exact(value: Any) -> Any:

@@ -180,6 +180,8 @@ def _reset_peak(device: str) -> None:
     if device.startswith("cuda"):
         import torch
 
+        # initializes CUDA as well: resetting the peak of a named device does not
+        torch.cuda.set_device(device)
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: start VmHWM again from the present size

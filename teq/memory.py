@@ -4,12 +4,12 @@ The step itself is run on fake tensors (shapes and lifetimes, no numbers), on tw
 difference is what every further block adds.
 """
 
-import contextlib
 import copy
+import gc
 import logging
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -186,6 +186,18 @@ def exhausted(error: BaseException) -> bool:
     )
 
 
+def release(device: str) -> None:
+    """Free what only reference cycles keep alive, and on CUDA what the allocator holds back for later.
+
+    A model can be in such a cycle: a traceback that transformers' lazy import keeps refers to frames.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 def _counted(
     stage: Rehearsable,
     config: "PretrainedConfig",
@@ -201,11 +213,12 @@ def _counted(
     from transformers import AutoModelForCausalLM
 
     from teq.arch import blocks as blocks_of
+    from teq.arch import one_sequence_a_row
     from teq.models import LM
 
     config = copy.deepcopy(config)
     config.num_hidden_layers = blocks
-    with FakeTensorMode(), _positions_not_read():
+    with FakeTensorMode(), one_sequence_a_row():
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         model.eval().requires_grad_(False)
@@ -216,22 +229,6 @@ def _counted(
         with LiveBytes(None if device == "cpu" else device) as live:
             stage.rehearse(LM(model, None, arch, "outline"), strategy)
     return Need(sum(tensor.nbytes for tensor in present) + live.peak, live.flops)
-
-
-@contextlib.contextmanager
-def _positions_not_read() -> Iterator[None]:
-    """Within: transformers takes a window for one sequence, as it finds it to be when it can read positions.
-
-    On fake tensors it cannot, and would prepare for packed sequences with a mask that real steps never make.
-    """
-    from transformers import masking_utils
-
-    kept = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda _: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = kept
 
 
 class LiveBytes:

@@ -206,7 +206,8 @@ class Bench:
         Raises UserError where the weights are not those any more that the run's keys were made of.
         """
         if self._lm is None or self._state != "pristine":
-            self._lm = None  # free the old one first
+            self._lm = None
+            memory.release(self.device)  # the old model, before another one needs its room
             log.info("loading model=%s", self.checkpoint.name)
             with measure.uncounted():
                 self._lm = self.checkpoint.load(self.dtype, device or self.device, self.device)

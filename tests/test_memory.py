@@ -1,6 +1,7 @@
 """Predicted memory is what a real step uses; strategies fit the budget and change once when it runs out."""
 
 import dataclasses
+import gc
 import weakref
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from teq import config, memory, pipeline, store
 from teq.arch import blocks
-from teq.models import LM
+from teq.models import LM, Checkpoint
 from teq.quantizers import gptq_blocks
 from teq.spec import Runtime, UserError
 from teq.transforms import offload, training
@@ -233,6 +234,59 @@ def test_gptq_begins_again_with_its_hidden_states_in_host_memory(monkeypatch, ca
     assert "GPTQ, which begins again" in caplog.text
     with pytest.raises(torch.OutOfMemoryError):
         job.run.quantizer.quantize(load, {}, Runtime(device="cpu"))
+
+
+@pytest.fixture
+def only_counted_references():
+    """Without the garbage collector, which may or may not come in time: cycles stay until they are freed."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def in_a_cycle(lm):
+    """Make the model of `lm` refer to itself, as a kept traceback would; returns a weak reference to it."""
+    lm.model.itself = [lm.model]
+    return weakref.ref(lm.model)
+
+
+def test_a_model_in_a_reference_cycle_is_gone_before_another_is_loaded(monkeypatch, only_counted_references):
+    (job,) = config.jobs(["model=tiny-llama"])
+    alive, load = [], Checkpoint.load
+
+    def noting(*args):
+        alive.append([model() is not None for model in models])
+        return load(*args)
+
+    monkeypatch.setattr(Checkpoint, "load", noting)
+    models = []
+    for _ in range(2):  # two runs, two models each
+        bench = pipeline.Bench(job.run.model, "float32", "cpu", job.run.model.source.identity())
+        models.append(in_a_cycle(bench.to_use_up()))
+        models.append(in_a_cycle(bench.to_use_up()))
+        del bench
+    assert alive == [[], [False], [False] * 2, [False] * 3]
+
+
+def test_gptqs_first_model_is_gone_before_the_second_is_loaded(monkeypatch, only_counted_references):
+    (job,) = config.jobs(["model=tiny-llama", "method=gptq", "gptq.samples=2", "gptq.length=16"])
+    models = []
+
+    def load():
+        assert not any(model() is not None for model in models)
+        lm = job.run.model.load("float32", "cpu")
+        models.append(in_a_cycle(lm))
+        return lm
+
+    def quantize(settings, lm, scales, windows, waiting=None):
+        if waiting is None:
+            raise torch.OutOfMemoryError("2 GB")
+        return {}, {}
+
+    monkeypatch.setattr(gptq_blocks, "quantize_blocks", quantize)
+    job.run.quantizer.quantize(load, {}, Runtime(device="cuda:0", memory="keep"))
+    assert len(models) == 2
 
 
 def test_a_search_that_has_no_other_way_is_not_made_twice(own_home, monkeypatch):

@@ -99,7 +99,7 @@ def test_closed_form_gradient_equals_autograd(group_size):
     weights = [torch.randn(n, 32, generator=generator, dtype=torch.float64) for n in (7, 3)]
     biases = (torch.randn(7, generator=generator, dtype=torch.float64), None)
     dys = [torch.randn(2, 5, n, generator=generator, dtype=torch.float64) for n in (7, 3)]
-    ours = ScaledFakeQuantLinears.apply(x, s, fused.plain(grid), biases, *weights)
+    ours = ScaledFakeQuantLinears.apply(x, s, fused.Plain(grid), biases, *weights)
     plain = [
         functional.linear(x / s, AutogradLinear.apply(weight * s, grid), bias)
         for weight, bias in zip(weights, biases, strict=True)

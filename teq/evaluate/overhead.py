@@ -69,5 +69,5 @@ def _seconds(model: "nn.Module", tokens: "torch.Tensor") -> float:
     start = time.perf_counter()
     model(tokens, use_cache=False)
     if tokens.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(tokens.device)
     return time.perf_counter() - start

@@ -79,5 +79,8 @@ def window_loss(model: "nn.Module", window: "Tensor") -> "Tensor":
     """The mean next-token cross-entropy of `window [1, token]`, in fp32 whatever the model's dtype."""
     from torch.nn import functional
 
-    logits = model(window, use_cache=False).logits  # [1, token, vocab]
+    from teq.arch import one_sequence_a_row
+
+    with one_sequence_a_row():
+        logits = model(window, use_cache=False).logits  # [1, token, vocab]
     return functional.cross_entropy(logits[0, :-1].float(), window[0, 1:])

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from teq.arch import one_sequence_a_row
+
 logger = logging.getLogger(__name__)
 
 # What a pass costs before it reads its first token, as a part of a full batch: weighed against padding.
@@ -97,8 +99,11 @@ class SharedContextLM(HFLM):
     def _check_projection(self) -> None:
         """Refuse models that change the logits after the output projection: scoring would miss that."""
         ids = torch.tensor([[self.prefix_token_id] * 2], device=self.device)
-        ours = self.model.get_output_embeddings()(self.model.base_model(input_ids=ids, use_cache=False)[0])
-        stock = self.model(input_ids=ids, use_cache=False).logits
+        with one_sequence_a_row():
+            ours = self.model.get_output_embeddings()(
+                self.model.base_model(input_ids=ids, use_cache=False)[0]
+            )
+            stock = self.model(input_ids=ids, use_cache=False).logits
         if not torch.allclose(ours.float(), stock.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
             name = type(self.model).__name__
             raise ValueError(f"{name}: its logits are not the output projection of its last hidden state")
@@ -186,11 +191,12 @@ class SharedContextLM(HFLM):
         """Answer the requests of `rows`, which one pass reads."""
         ids = self._pad([row.tokens for row in rows], self.tokenizer.pad_token_id)  # [row, token]
         if len(rows[0].branches) == 1:  # a causal model never looks back at padding on the right: no mask
-            hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
+            with one_sequence_a_row():
+                hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
         else:
             positions = self._pad([row.positions for row in rows], 0)
             mask = _mask(rows, ids.shape[1], self.model.dtype).to(ids.device)
-            with _alibi_at(self.model.base_model, positions):
+            with _alibi_at(self.model.base_model, positions, 1 + max(max(row.positions) for row in rows)):
                 hidden = self.model.base_model(
                     input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
                 )[0]
@@ -202,13 +208,15 @@ class SharedContextLM(HFLM):
             row, place = torch.tensor(chunk, device=hidden.device).T
             logits = self.model.get_output_embeddings()(hidden[row, place]).float()  # [point, vocab]
             wanted = [(i, *want) for i, point in enumerate(chunk) for want in points[point]]
-            index, requests, targets = torch.tensor(wanted, device=hidden.device).T
-            hits = (logits.argmax(dim=-1)[index] == targets).tolist()
+            index, _, targets = torch.tensor(wanted, device=hidden.device).T
+            hits = logits.argmax(dim=-1)[index] == targets
             # `logsumexp` is more exact on CPU, but this kernel rounds as `HFLM` does.
-            log_probs = logits.log_softmax(dim=-1)[index, targets].tolist()
-            for request, log_prob, hit in zip(requests.tolist(), log_probs, hits, strict=True):
+            log_probs = logits.log_softmax(dim=-1)[index, targets]
+            # together: every read waits for the device
+            found = torch.stack([log_probs, hits.to(log_probs.dtype)], 1).tolist()
+            for (_, request, _), (log_prob, hit) in zip(wanted, found, strict=True):
                 total, greedy = answers.get(request, (0.0, True))
-                answers[request] = (total + log_prob, greedy and hit)
+                answers[request] = (total + log_prob, greedy and hit == 1)
         return answers
 
     def _pad(self, rows: list[list[int]], value: int) -> Tensor:
@@ -224,7 +232,7 @@ def rehearse(model: PreTrainedModel, tokens: int, scored: int) -> None:
     """
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
     mask = torch.zeros(1, 1, tokens, tokens, dtype=model.dtype, device=model.device)
-    with _alibi_at(model.base_model, ids):
+    with _alibi_at(model.base_model, ids, tokens):
         hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)[0]
     for at in range(0, scored, HEAD_CHUNK):
         model.get_output_embeddings()(hidden[0, at : min(at + HEAD_CHUNK, scored)]).float().log_softmax(
@@ -281,17 +289,17 @@ def _mask(rows: list[_Row], longest: int, dtype: torch.dtype) -> Tensor:
 
 
 @contextlib.contextmanager
-def _alibi_at(base: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Within: BLOOM, whose position biases come from a mask of padding, takes `positions [row, token]`."""
+def _alibi_at(base: nn.Module, positions: Tensor, count: int) -> Iterator[None]:
+    """Within: BLOOM, whose position biases come from a mask of padding, takes `positions [row, token]`, all
+    below `count`.
+    """
     original: Callable[..., Tensor] | None = getattr(base, "build_alibi_tensor", None)
     if original is None:
         yield
         return
 
     def build(_: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-        every = torch.ones(
-            1, positions.shape[1], device=positions.device
-        )  # a position is below the row's length
+        every = torch.ones(1, count, device=positions.device)
         biases = original(every, heads, dtype)[:, 0, positions]  # [head, row, token]
         return biases.transpose(0, 1).reshape(-1, 1, positions.shape[1])
 

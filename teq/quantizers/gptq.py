@@ -63,6 +63,7 @@ class Gptq(Settings):
             # not inside the handler: the error's traceback holds the very tensors that filled the memory
             log.warning("memory ran out in GPTQ, which begins again")
             del lm
+            memory.release(runtime.device)
             lm = load()
         log.info("%.3g GB of hidden states wait in the host's memory", waiting_bytes(self, lm) / 1e9)
         return quantize_blocks(self, lm, scales, windows, torch.device("cpu"))

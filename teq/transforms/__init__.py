@@ -53,3 +53,17 @@ def site_scales(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
 def folded(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """What a quantizer takes of a fitted transform: the scale vectors by site, and the bounds of weights."""
     return site_scales(tensors) | {name: t for name, t in tensors.items() if name.startswith(CLIP)}
+
+
+def on_host(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Copies of fp32 tensors in the host's memory, made in one transfer: each waits for the device."""
+    import torch
+
+    if not tensors:
+        return {}
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors.values()])
+    return {
+        name: part.view(tensor.shape).clone()
+        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
+    }

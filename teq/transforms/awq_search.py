@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from teq.arch import CLIP, Folding, Site
 from teq.grid import Grid, fake_quant, spread
-from teq.transforms import NothingDone
+from teq.transforms import NothingDone, on_host
 from teq.transforms.activations import Block, Hook, from_ones, reader, watched_blocks
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Seen:
         """Hook of `module`."""
         self.calls.append(call)
 
-    def error(self, weights: Mapping[str, Tensor]) -> float:
+    def error(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Mean squared difference between the module's outputs with `weights` by full name and its own."""
         inside = {f"{name}.weight".removeprefix(f"{self.name}."): w for name, w in weights.items()}
         lost = [
@@ -55,7 +55,7 @@ class Seen:
             .mean()
             for args, kwargs, output in self.calls
         ]
-        return float(torch.stack(lost).mean())
+        return torch.stack(lost).mean()
 
 
 @dataclass
@@ -105,10 +105,12 @@ def search(settings: "Awq", lm: "LM", windows: Tensor) -> tuple[dict[str, Tensor
     ratios: dict[str, float] = {}
     errors: dict[str, tuple[float, float]] = {}
     for block in watched_blocks(lm, windows, watch, "searching scales"):
-        for site in block.sites:
-            tried = search_site(settings, site, seen[site.name])
-            ratios[site.name] = min(tried, key=lambda ratio: tried[ratio])  # the first of equal ones
-            errors[site.name] = (tried[0], tried[ratios[site.name]])
+        # read back at once: every read waits for the device
+        tried = torch.stack([search_site(settings, site, seen[site.name]) for site in block.sites]).tolist()
+        for site, lost in zip(block.sites, tried, strict=True):
+            best = lost.index(min(lost))  # the first of equal ones
+            ratios[site.name] = best / settings.ratios
+            errors[site.name] = (lost[0], lost[best])
             scales[site.name] = scale(seen[site.name].magnitudes, ratios[site.name])
         folding = Folding.of(block.sites, scales)
         for name, gram in grams.items():
@@ -120,7 +122,7 @@ def search(settings: "Awq", lm: "LM", windows: Tensor) -> tuple[dict[str, Tensor
             "AWQ left every scale at 1: the result would be plain rounding under another name; "
             "raise awq.samples or awq.ratios"
         )
-    return from_ones(scales) | bounds, {"sites": list(scales), "ratios": ratios, "errors": errors}
+    return on_host(from_ones(scales) | bounds), {"sites": list(scales), "ratios": ratios, "errors": errors}
 
 
 def scale(magnitudes: list[Tensor], ratio: float) -> Tensor:
@@ -129,20 +131,19 @@ def scale(magnitudes: list[Tensor], ratio: float) -> Tensor:
     return s / (s.max() * s.min()).sqrt()
 
 
-def search_site(settings: "Awq", site: Site, seen: Seen) -> dict[float, float]:
-    """By ratio, the output error of the module around the site with `FakeQuant(W diag(s)) diag(1 / s)` in
-    it.
+def search_site(settings: "Awq", site: Site, seen: Seen) -> Tensor:
+    """The output error of the module around the site with `FakeQuant(W diag(s)) diag(1 / s)` in it, for each
+    exponent k / ratios: `[ratios]`, on the device.
     """
-    found = {}
-    for ratio in (k / settings.ratios for k in range(settings.ratios)):
-        s = scale(seen.magnitudes, ratio)
-        found[ratio] = seen.error(
-            {
-                name: (fake_quant(target.weight * s, settings.grid) / s).to(target.weight.dtype)
-                for name, target in site.targets.items()
-            }
-        )
-    return found
+    found = []
+    for k in range(settings.ratios):
+        s = scale(seen.magnitudes, k / settings.ratios)
+        weights = {
+            name: (fake_quant(target.weight * s, settings.grid) / s).to(target.weight.dtype)
+            for name, target in site.targets.items()
+        }
+        found.append(seen.error(weights))
+    return torch.stack(found)
 
 
 def search_bounds(weight: Tensor, s: Tensor, gram: Gram, grid: Grid) -> Tensor:

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,70 +10,103 @@ from torch import Tensor
 from teq.grid import Grid, decode, encode, fake_quant, qparams
 
 log = logging.getLogger(__name__)
-FakeQuant = Callable[[Tensor, Tensor | None], Tensor]
 # the quotient w / scale decides codes: as in eager mode, not the faster approximation
 EXACT = {"eager_numerics.division_rounding": True}
-# one graph for each shape of weight, and as many as a model has: past the compiler's usual limit of eight it
-# would run everything eagerly and say nothing
-EACH_SHAPE = {"dynamic": False, "recompile_limit": 64, "isolate_recompiles": True}
+# one graph for each shape of weight, and as many as a model has: the compiler's usual limit is eight. With
+# fullgraph it raises at a limit instead of running eagerly
+EACH_SHAPE = {"dynamic": False, "fullgraph": True, "recompile_limit": 64, "isolate_recompiles": True}
 
 
-def plain(grid: Grid) -> FakeQuant:
-    """`FakeQuant(W diag(s))` of a weight `[out, in]` and s `[in]` (or None) in fp32, as eager operations."""
+class FakeQuant(Protocol):
+    """`FakeQuant(W diag(s))` of a weight `[out, in]` and s `[in]` (or None) in fp32.
 
-    def quantized(weight: Tensor, s: Tensor | None) -> Tensor:
-        return fake_quant(weight.float() if s is None else weight * s, grid)
+    `name` says how it is computed, "plain" or "compiled", up to the present.
+    """
 
-    return quantized
+    name: str
+
+    def __call__(self, weight: Tensor, s: Tensor | None) -> Tensor: ...
 
 
-def chosen(grid: Grid, device: torch.device, dtype: torch.dtype) -> tuple[FakeQuant, str]:
-    """The compiled pass where it helps and gives the same numbers, else the plain one, and its name.
+class Plain:
+    """`FakeQuant` as eager operations."""
+
+    name = "plain"
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+
+    def __call__(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        return fake_quant(weight.float() if s is None else weight * s, self.grid)
+
+
+class Compiled:
+    """`FakeQuant` as one compiled pass, and as eager operations once the compiler has refused a call."""
+
+    name = "compiled"
+
+    def __init__(self, grid: Grid) -> None:
+        self.plain = Plain(grid)
+        self.made = torch.compile(functools.partial(_in_one_pass, grid), options=EXACT, **EACH_SHAPE)
+
+    def __call__(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        if self.name == "compiled":
+            from torch._dynamo import exc  # seconds to import, and not needed on a CPU
+
+            try:
+                # parameters, and passes that record, would each be compiled for once more
+                with torch.no_grad():
+                    return self.made(weight.detach(), None if s is None else s.detach())
+            except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
+                self.give_up(f"the fake quantization is no longer compiled: {_brief(error)}")
+        return self.plain(weight, s)
+
+    def give_up(self, why: str) -> None:
+        """Compute plainly from now on."""
+        log.info("%s", why)
+        self.name = "plain"
+
+
+def chosen(grid: Grid, device: torch.device, dtype: torch.dtype) -> FakeQuant:
+    """The compiled pass where it helps and gives the same numbers, else the plain one.
 
     It helps on a GPU, where every pass over a weight is a trip to memory and every operator a launch. On a
     CPU a step is bound by its matrix products, and compiling takes longer than is saved (see
     benchmarks/NOTES.md).
     """
-    if device.type != "cuda":
-        return plain(grid), "plain"
-    return compiled(grid, device, dtype)
+    return compiled(grid, device, dtype) if device.type == "cuda" else Plain(grid)
 
 
-def compiled(grid: Grid, device: torch.device, dtype: torch.dtype) -> tuple[FakeQuant, str]:
-    """The compiled pass for weights of `dtype` and its name, or the plain one with a log line when it fails
-    or differs in a bit.
+@functools.cache
+def compiled(grid: Grid, device: torch.device, dtype: torch.dtype) -> FakeQuant:
+    """The compiled pass for weights of `dtype`, one in a process for equal arguments, so that a second
+    training compiles nothing again; the plain one with a log line when compiling fails or a bit differs.
     """
-    expected = plain(grid)
+    from torch._dynamo.utils import counters
+
+    expected = Plain(grid)
     generator = torch.Generator(device).manual_seed(0)
     size = 64 if grid.group_size == -1 else 3 * grid.group_size + 1  # with a shorter last group
     weight = torch.randn(96, size, device=device, generator=generator)
     weight[0] = 0  # a group without extremes
     weight = weight.to(dtype)
     s = torch.rand(size, device=device, generator=generator) + 0.5
+    graphs = counters["stats"]["unique_graphs"]
     try:
-        made = _without_gradient(
-            torch.compile(functools.partial(_in_one_pass, grid), options=EXACT, **EACH_SHAPE)
-        )
+        made = Compiled(grid)
         same = all(torch.equal(made(weight, scale), expected(weight, scale)) for scale in (None, s))
     except Exception as error:  # whatever a compiler may raise: no compiler, no driver, an unsupported device
-        log.info("the fake quantization is not compiled: %s", " ".join(str(error).split())[:200])
-        return expected, "plain"
+        log.info("the fake quantization is not compiled: %s", _brief(error))
+        return expected
     if not same:
-        log.info("the compiled fake quantization differs from the plain one: it is not used")
-        return expected, "plain"
-    return made, "compiled"
+        made.give_up("the compiled fake quantization differs from the plain one: it is not used")
+    elif counters["stats"]["unique_graphs"] == graphs:
+        made.give_up("the fake quantization is not compiled: the compiler is switched off")
+    return made
 
 
-def _without_gradient(made: FakeQuant) -> FakeQuant:
-    """`made` on plain tensors and without gradients: parameters, and passes that record, would each be
-    compiled for once more.
-    """
-
-    def quantized(weight: Tensor, s: Tensor | None) -> Tensor:
-        with torch.no_grad():
-            return made(weight.detach(), None if s is None else s.detach())
-
-    return quantized
+def _brief(error: Exception) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:200]
 
 
 def _in_one_pass(grid: Grid, weight: Tensor, s: Tensor | None) -> Tensor:

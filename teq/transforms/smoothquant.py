@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from teq.arch import Site
 from teq.corpora import Calibration
 from teq.spec import Runtime, Settings, option
-from teq.transforms import Load, OnStep
+from teq.transforms import Load, OnStep, on_host
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,7 +50,7 @@ class SmoothQuant(Settings):
 
         for block in watched_blocks(lm, windows, watch, "activation ranges"):
             scales |= {site.name: self.scale(largest[site.name], site.largest()) for site in block.sites}
-        return from_ones(scales), {"sites": list(scales)}
+        return on_host(from_ones(scales)), {"sites": list(scales)}
 
     def scale(self, x: "Tensor", w: "Tensor") -> "Tensor":
         """`s = max|X|^alpha / max|W|^(1 - alpha)` of each channel, `[in]`, fp32.

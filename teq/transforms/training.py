@@ -17,7 +17,7 @@ from teq.arch import Arch, Site
 from teq.grid import Grid
 from teq.progress import track
 from teq.spec import Runtime
-from teq.transforms import Diverged, NothingDone, OnStep
+from teq.transforms import Diverged, NothingDone, OnStep, on_host
 from teq.transforms.fused import FakeQuant, chosen
 from teq.transforms.loss import causal_loss, check_head
 from teq.transforms.offload import Stream, place_around_blocks
@@ -181,7 +181,7 @@ def train(
     model.train(settings.profile == "inc")
     try:
         scale, strategy = trainer.current.__getitem__, runtime.strategy
-        with through(model, arch, found, settings.grid, scale, strategy) as rounding:
+        with through(model, arch, found, settings.grid, scale, strategy) as quantize:
             for step in track(range(len(losses), settings.steps), "training scales"):
                 tokens = windows[step * settings.batch : (step + 1) * settings.batch]
                 # in training mode dropout draws for the whole batch, as one process would
@@ -202,14 +202,16 @@ def train(
     finally:
         model.eval()
     last = trainer.snapshot()
-    still = [name for name, s in last.items() if torch.equal(s, start[name])]
+    kept = {f"start/{name}": s for name, s in start.items()} | {f"best/{name}": s for name, s in best.items()}
+    scales = on_host(last | kept)
+    still = [name for name in last if torch.equal(scales[name], scales[f"start/{name}"])]
     if settings.steps and still:
         raise NothingDone(
             f"the scales of {still[0]} never moved in {settings.steps} steps ({len(still)} of {len(last)} "
             "sites): the result would be plain rounding under another name; raise train.lr or train.steps"
         )
-    kept = {f"start/{name}": s for name, s in start.items()} | {f"best/{name}": s for name, s in best.items()}
-    return last | kept, {"loss": losses, "sites": list(last), "strategy": strategy, "fake_quant": rounding}
+    info = {"loss": losses, "sites": list(last), "strategy": strategy, "fake_quant": quantize.name}
+    return scales, info
 
 
 def _diverged(step: int, loss: float, now: dict[str, Tensor], best: dict[str, Tensor]) -> Diverged:
@@ -230,9 +232,9 @@ def through(
     grid: Grid,
     scale: Callable[[str], Tensor],
     strategy: str,
-) -> Iterator[str]:
+) -> Iterator[FakeQuant]:
     """Within: every linear of every block computes with its fake-quantized weight, targets with their
-    site's scale. Gives the name of the way that is rounded by (see `teq.transforms.fused.chosen`).
+    site's scale. Gives what they are rounded by, whose `name` a record holds.
 
     What the backward pass of a block needs is kept (strategy `keep`) or computed again from the block's input
     (`checkpoint`); with `offload` the block's weights are copied to the device for that as well.
@@ -240,7 +242,7 @@ def through(
     found_blocks = architecture.blocks(model, arch)
     replaced: list[nn.Module] = []
     device = model.get_input_embeddings().weight.device
-    quantize, rounding = chosen(grid, device, model.dtype)
+    quantize = chosen(grid, device, model.dtype)
     stream = Stream(list(found_blocks.values()), device) if strategy == "offload" else None
     together = [_Together(site.targets, quantize, functools.partial(scale, site.name)) for site in found]
     readers = {target: group for group in together for target in group.linears}
@@ -254,7 +256,7 @@ def through(
                 inner = block.forward if stream is None else functools.partial(stream.run, index)
                 block.forward = functools.partial(checkpoint, inner, use_reentrant=False)
                 replaced.append(block)
-        yield rounding
+        yield quantize
     finally:
         for module in replaced:
             del module.forward

@@ -1,0 +1,239 @@
+"""What a GPU asks of a run, kept without one: see `cuda_double` for what stands in and how it differs.
+
+Whole runs, from the command line to the record, on tensors that say they are on cuda:0: nothing uses a device
+before it is initialized, no devices are mixed, no stream is read from too early, the results are a CPU's to
+the bit, and the host waits for the device no more than it must. Not carried: the compiled fake quantization,
+because the stand-in has no compiler (see test_fused.py), and how much memory is used (see test_gpu.py).
+"""
+
+import contextlib
+import json
+from types import SimpleNamespace
+
+import cuda_double
+import pytest
+import torch
+from cuda_double import Cuda, OnCuda, Race
+from safetensors.torch import load_file
+
+import run as entry
+from teq import cli, record
+from teq.evaluate import lastword, scoring
+from teq.quantizers import gptq_solver
+from teq.transforms import fused
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_gpu.py runs on it")
+STEPS, SAMPLES, WINDOWS, BLOCKS = 3, 4, 2, 2
+QUICK = [f"train.steps={STEPS}", "train.length=48", f"gptq.samples={SAMPLES}", "gptq.length=48"]
+QUICK += [f"ppl.limit={WINDOWS}", "ppl.context=48", "group_size=16"]
+QUICK += ["awq.samples=2", "awq.length=32", "awq.ratios=3", "smoothquant.samples=2", "smoothquant.length=32"]
+
+
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """Run a command line in a cache of its own, on a CPU or on the stand-in `cuda`: what it left behind."""
+    fused.compiled.cache_clear()
+
+    def run(*argv, cuda=None, device="cuda", evals="python-docs"):
+        home = tmp_path / f"home-{len(list(tmp_path.iterdir()))}"
+        monkeypatch.setenv("TEQ_HOME", str(home))
+        device = "cpu" if cuda is None else device
+        with cuda or contextlib.nullcontext():
+            status = entry.main([*QUICK, f"evals=[{evals}]", f"device={device}", *argv])
+        assert status == 0, [note.read_text() for note in home.glob("failed/*.txt")]
+        records = {
+            r.data["run"]["method"]: json.loads(r.file.read_text()) for r in record.load(home / "records")
+        }
+        files = sorted((home / "store").glob("*/*/*.safetensors"))
+        tensors = {str(file.relative_to(home)): load_file(file) for file in files}
+        return SimpleNamespace(records=records, tensors=tensors)
+
+    yield run
+    fused.compiled.cache_clear()
+
+
+def assert_equal_to_the_bit(ran, other):
+    """Metrics with their arrays, losses, histograms, errors of linears, scales and codes of all methods."""
+    assert ran.records.keys() == other.records.keys() and ran.tensors.keys() == other.tensors.keys()
+    for method, data in ran.records.items():
+        for part in ("metrics", "training", "quantization"):
+            assert data[part] == other.records[method][part], (method, part)
+    for stage, tensors in ran.tensors.items():
+        assert tensors.keys() == other.tensors[stage].keys()
+        assert all(torch.equal(tensor, other.tensors[stage][name]) for name, tensor in tensors.items()), stage
+
+
+def assert_waits_are_few(cuda, ran):
+    """A result is read back once for a step of training, for a window and for a block, by GPTQ twice for a
+    block: whether a factor failed, and its report. Two numbers check the model's head before a training.
+
+    Copied to the host are every stored tensor of the weights, all scales at once, and the block on which the
+    sites are checked.
+    """
+    transforms = {method.partition("+")[0] for method in ran.records} - {"fp", "rtn", "gptq"}
+    gptq = sum(method.endswith("gptq") for method in ran.records)
+    rtn = sum(method in ("rtn", "teq", "awq") for method in ran.records)
+    expected = {
+        "evaluate.perplexity": WINDOWS * len(ran.records),
+        "quantizers.gptq_solver": BLOCKS * gptq,
+        "quantizers.gptq_blocks": BLOCKS * gptq,
+        "quantizers.rtn": rtn,  # the first block was changed: the others need not be looked at
+        "ranks": STEPS * ("teq" in transforms),
+        "transforms.loss": 2 * ("teq" in transforms),
+        "transforms.awq_search": BLOCKS * ("awq" in transforms),
+    }
+    assert cuda.numbers() == {module: count for module, count in expected.items() if count}
+    copies = cuda.copies()
+    assert copies.pop("transforms", 0) == len(transforms) and copies.pop("arch", 0) <= 20 * len(transforms)
+    assert sum(copies.values()) <= sum(
+        len(tensors) for stage, tensors in ran.tensors.items() if stage.startswith("store/weights")
+    )
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-m", "model=tiny-llama", "method=fp,rtn,gptq,teq,teq+gptq"],
+        ["-m", "model=tiny-opt", "method=rtn,teq+gptq"],
+        ["-m", "model=tiny-bloom", "method=teq+gptq,awq"],
+        ["model=tiny-llama", "method=smoothquant+gptq", "dtype=bfloat16", "gptq.act_order=true"],
+    ],
+    ids=" ".join,
+)
+def test_runs_give_a_cpus_bits_and_wait_no_more_than_they_must(ran, argv):
+    expected, cuda = ran(*argv, "memory=keep"), Cuda()
+    found = ran(*argv, "memory=keep", cuda=cuda)
+    assert_equal_to_the_bit(found, expected)
+    assert_waits_are_few(cuda, found)
+    assert {data["machine"]["name"] for data in found.records.values()} == {cuda_double.NAME}
+
+
+def test_every_strategy_gives_a_cpus_bits(ran):
+    argv = ["model=tiny-llama", "method=teq", "train.length=32"]
+    expected = ran(*argv, "memory=keep")
+    for strategy in ("checkpoint", "offload"):
+        cuda = Cuda()
+        found = ran(*argv, f"memory={strategy}", cuda=cuda)
+        for data in (found.records["teq"], expected.records["teq"]):
+            said = data["training"]["strategy"], data["training"]["planned_strategy"]
+            assert said == ((strategy,) * 2 if data is found.records["teq"] else ("keep", "keep"))
+        for name in ("strategy", "planned_strategy"):
+            found.records["teq"]["training"][name] = "keep"
+        assert_equal_to_the_bit(found, expected)
+        assert cuda.numbers()["ranks"] == STEPS and bool(cuda.waits) is (strategy == "offload")
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])  # BLOOM's position biases are made from positions
+def test_a_task_reads_back_once_for_a_pass(ran, family, monkeypatch):
+    few, passes = lastword.items()[:8], []
+    score = scoring.SharedContextLM._score
+    monkeypatch.setattr(lastword, "items", lambda: few)
+    monkeypatch.setattr(scoring.SharedContextLM, "_score", lambda *args: passes.append(1) or score(*args))
+    argv = [f"model=tiny-{family}", "method=fp"]
+    expected, cuda = ran(*argv, evals="lastword-python-docs"), Cuda()
+    passes.clear()
+    assert_equal_to_the_bit(ran(*argv, evals="lastword-python-docs", cuda=cuda), expected)
+    # and once to see that logits are the head's output
+    assert cuda.numbers() == {"evaluate.scoring": len(passes) + 1} and not cuda.copies()
+
+
+def test_another_device_is_the_current_one_and_the_one_that_is_waited_for(ran):
+    cuda = Cuda(devices=2)
+    ran("model=tiny-llama", "method=fp", evals="overhead", cuda=cuda, device="cuda:1")
+    assert cuda.device == 1 and set(cuda.synchronized) == {1}
+
+
+def test_checking_jobs_makes_no_context(monkeypatch, own_home):
+    with Cuda() as cuda:
+        cli.checked_jobs(["model=tiny-llama", "method=teq+gptq", "device=cuda"])
+    assert not cuda.initialized
+
+
+def test_the_stand_in_asks_for_what_a_gpu_asks_for():
+    with Cuda(devices=2) as cuda:
+        assert torch.cuda.is_available() and torch.cuda.device_count() == 2 and not cuda.initialized
+        with pytest.raises(RuntimeError, match="Invalid device argument 0: did you call init"):
+            torch.cuda.reset_peak_memory_stats("cuda:0")
+        torch.cuda.set_device("cuda:1")
+        torch.cuda.reset_peak_memory_stats("cuda:0")
+        assert torch.zeros(2, device="cuda").device == torch.device("cuda:1")
+        x = torch.arange(4.0).to("cuda:0")
+        assert (
+            isinstance(x, OnCuda) and x.is_cuda and x.to("cuda:0") is x and x.cpu().tolist() == [0, 1, 2, 3]
+        )
+        place = torch.tensor([1], device="cuda:0")
+        for mixed in (
+            lambda: x + torch.ones(4),
+            lambda: x + torch.ones(4, device="cuda:1"),
+            lambda: torch.ones(4).add_(x),
+            lambda: torch.ones(4)[place],
+            lambda: torch.cat([x, torch.ones(4)]),
+            lambda: torch.add(x, x, out=torch.empty(4)),
+        ):
+            with pytest.raises(RuntimeError, match="same device"):
+                mixed()
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.randn(2, device="cuda:0", generator=torch.Generator())
+        with pytest.raises(TypeError, match="numpy"):
+            x.numpy()
+        with pytest.raises(NotImplementedError):
+            x.histogram(4)
+        assert (x + torch.tensor(1.0)).tolist() == [1, 2, 3, 4] and x[torch.tensor([1])].tolist() == [1]
+        with pytest.raises(RuntimeError, match="invalid device ordinal"):
+            torch.zeros(2, device="cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("work", "kinds"),
+    [
+        (lambda x: x[0].item(), ["item"]),
+        (lambda x: float(x[0]) if x[0] else 0.0, ["item"]),
+        (lambda x: [1, 2][x.argmax()], ["item"]),
+        (lambda x: x.tolist(), ["tolist"]),
+        (lambda x: x.cpu(), ["copy"]),
+        (lambda x: torch.zeros(2).copy_(x), ["copy"]),
+        (lambda x: x[x > 0], ["nonzero"]),
+        (lambda x: torch.where(x > 0)[0], ["nonzero"]),
+        (lambda x: torch.equal(x, x), ["equal"]),
+        (lambda x: torch.allclose(x, x), ["equal"]),
+        (lambda x: torch.linalg.cholesky(x.diag() + 1), ["linalg"]),
+        (lambda x: torch.linalg.cholesky_ex(x.diag() + 1), []),
+        (lambda x: x.masked_fill_(x > 0, 1.0).addr_(x, x) if x.ndim == 2 else x.masked_fill_(x > 0, 1.0), []),
+        (lambda x: x.to("cuda:0").unbind()[0].add_(1).sort(), []),
+    ],
+)
+def test_the_stand_in_counts_what_a_host_waits_for(work, kinds):
+    with Cuda() as cuda:
+        x = torch.tensor([0.0, 1.0], device="cuda:0")
+        work(x)
+    assert [what for what, *_ in cuda.reads] == kinds
+
+
+def test_a_stream_is_not_read_from_before_it_is_waited_for():
+    with Cuda():
+        side, x = torch.cuda.Stream("cuda:0"), torch.ones(2)
+        with torch.cuda.stream(side):
+            copy = x.to("cuda:0", non_blocking=True)
+        with pytest.raises(Race):
+            copy + 1
+        torch.cuda.current_stream().wait_stream(side)
+        assert (copy + 1).tolist() == [2, 2]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            copy.mul_(2)
+        with pytest.raises(Race):
+            copy.sum()
+
+
+def test_a_read_in_the_loop_over_columns_is_found(ran, monkeypatch):
+    """What the bounds are there for: a number that is read back whenever a group of columns begins."""
+    original, cuda = gptq_solver.qparams, Cuda()
+
+    def reading(block, grid):
+        block.sum().item()
+        return original(block, grid)
+
+    monkeypatch.setattr(gptq_solver, "qparams", reading)
+    found = ran("model=tiny-llama", "method=gptq", cuda=cuda)
+    with pytest.raises(AssertionError):
+        assert_waits_are_few(cuda, found)
