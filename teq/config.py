@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from teq import files
 from teq.composition import Composer, resolved, without
 from teq.evaluate.counts import Counts
 from teq.models import Checkpoint, Outline
@@ -50,6 +52,7 @@ def prepare_environment() -> None:
     os.environ["TEQ_ROOT"] = str(ROOT)
     os.environ["TEQ_HOME"] = str(home())
     os.environ["TEQ_START"] = start_of_run()
+    os.environ["TEQ_OUTPUT"] = str(output())
 
 
 def start_of_run() -> str:
@@ -66,8 +69,12 @@ def begin_run() -> None:
 
 
 def output() -> Path:
-    """The folder for the logs and outcomes of this start of run.py."""
-    return home() / "hydra" / start_of_run()
+    """The folder for the logs and outcomes of this start of run.py; a temporary one where `home()` cannot be
+    written.
+    """
+    if files.writable(home()):
+        return home() / "hydra" / start_of_run()
+    return Path(tempfile.gettempdir()) / f"teq-{start_of_run()}"
 
 
 def quoted(argv: Sequence[str]) -> list[str]:

@@ -17,7 +17,8 @@ def own_home(tmp_path, monkeypatch):
     """No test sees another's records or artefacts, or the user's."""
     monkeypatch.setenv("TEQ_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("teq.hub._commits", {})
-    monkeypatch.setattr("teq.hub.user_cache_dir", lambda _: str(tmp_path / "user"))
+    for module in ("hub", "digests"):
+        monkeypatch.setattr(f"teq.{module}.user_cache", lambda: tmp_path / "user")
     return tmp_path / "home"
 
 

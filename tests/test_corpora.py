@@ -16,7 +16,7 @@ import torch
 from teq import corpora, prefetch
 from teq.corpora import hub, mirror
 from teq.corpora.sources import SOURCES
-from teq.models import file_digest
+from teq.digests import file_digest
 from teq.random_model import byte_tokenizer
 from teq.spec import UserError
 

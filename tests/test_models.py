@@ -383,7 +383,7 @@ def test_undownloadable_wheel_is_one_line(tmp_path, monkeypatch):
 
 def test_failed_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
     archive, settings = make_wheel(tmp_path)
-    monkeypatch.setattr(wheel.platformdirs, "user_cache_dir", lambda _: str(tmp_path / "cache"))
+    monkeypatch.setattr(wheel, "user_cache", lambda: tmp_path / "cache")
     monkeypatch.setattr(wheel, "fetch", lambda *_: archive)
 
     def fail(*_):
@@ -392,7 +392,7 @@ def test_failed_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(wheel, "convert", fail)
     with pytest.raises(RuntimeError):
         settings.folder()
-    assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    assert [p.name for p in (tmp_path / "cache").iterdir() if p.is_dir()] == ["in-use"]
     made = []
     monkeypatch.setattr(wheel, "convert", lambda _, into: (into.mkdir(), made.append(into)))
     assert settings.folder() == settings.folder() and len(made) == 1
