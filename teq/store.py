@@ -233,7 +233,7 @@ class Store:
             if error.errno not in UNSTORABLE:
                 raise
             raise UserError(
-                f"the cache folder {self.root} cannot be written ({error.strerror}), so {what} is not stored: "
+                f"the cache folder {self.root} cannot be written ({error.strerror}), {what} is not stored: "
                 "free space, or set TEQ_HOME to a folder you own; the same command goes on from what was kept"
             ) from error
 
