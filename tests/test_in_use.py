@@ -13,7 +13,7 @@ from teq import files, in_use
 
 @pytest.fixture
 def worker(tmp_path):
-    """A process that registers entries of the cache `tmp_path` and lives on: `worker(*entries)` -> process."""
+    """A process that registers entries of the cache `tmp_path` and lives on: `worker(*entries)`."""
     fork, started = multiprocessing.get_context("fork"), []
 
     def begin(*entries):

@@ -262,7 +262,7 @@ def test_another_result_makes_another_record_and_says_so_the_same_one_keeps_its_
 
 
 def results(home, finished):
-    """By stage of a record: the digest of its result, and of those it was made from, as the store has them."""
+    """By stage of a record: the digests of its result and of those it was made from, in the store."""
     found = {}
     for name, stage in finished.data["stages"].items():
         folder = home / "store" / (name if name in ("scales", "weights") else "metrics") / stage["key"]
@@ -281,7 +281,9 @@ def test_a_record_never_mixes_results_of_other_scales_with_metrics(own_home, mon
     owner, name = (ranks, "fit") if "scales" in gone else (Rtn, "quantize")
 
     def uneven(made):
-        tensors = {key: t * torch.linspace(1, 2, t.shape[-1]) for key, t in made[0].items() if t.is_floating_point()}
+        tensors = {
+            key: t * torch.linspace(1, 2, t.shape[-1]) for key, t in made[0].items() if t.is_floating_point()
+        }
         return made[0] | tensors, made[1]
 
     changed_result(monkeypatch, owner, name, uneven)
@@ -298,7 +300,9 @@ def test_a_record_never_mixes_results_of_other_scales_with_metrics(own_home, mon
     assert changed >= {"weights", "python-docs"} and ("scales" in changed) == ("scales" in gone)
 
 
-@pytest.mark.parametrize("gone", ["scales", "weights", "weights/*/data.safetensors", "scales/*/data.safetensors"])
+@pytest.mark.parametrize(
+    "gone", ["scales", "weights", "weights/*/data.safetensors", "scales/*/data.safetensors"]
+)
 def test_what_was_pruned_is_not_made_again_for_what_is_there(own_home, monkeypatch, gone):
     first = run(own_home, "method=teq+gptq")
     for path in (own_home / "store").glob(gone):
@@ -354,7 +358,7 @@ def test_a_checkpoint_edited_under_a_run_ends_it_in_one_line_and_files_nothing(
 
 
 def test_code_edited_under_a_run_is_not_what_its_record_names(own_home, tmp_path):
-    """The solver is imported when its stage begins: after the training that another process may edit under."""
+    """The solver is imported when its stage begins, after a training that it may be edited under."""
     root, copy = config.ROOT, tmp_path / "project"
     for name in ("teq", "conf", "experiments"):
         shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -378,7 +382,12 @@ loggers.Silent.step = edit
 home = config.home()
 print(pipeline.run(job.run, Store(home / "store"), home, Runtime(), job.logger.start("", {}, "")).file)
 """
-    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "TEQ_ROOT": str(copy)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(copy),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TEQ_ROOT": str(copy),
+    }
     argv = [*QUICK, *GPTQ, "method=teq+gptq"]
     done = subprocess.run(
         [sys.executable, "-c", code, *argv], env=environment, cwd=copy, capture_output=True, text=True

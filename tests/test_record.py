@@ -61,7 +61,9 @@ def test_the_same_results_are_one_record_and_others_another_which_is_said(tmp_pa
     keys = {name: stage["key"] for name, stage in first.data["stages"].items()}
     digests = dict.fromkeys(keys, "0" * 16)
     assert record.find(tmp_path, first.id, keys, digests).file == first.file
-    assert record.find(tmp_path, first.id, keys, {"python-docs": "1" * 16, "scales": None}).file == second.file
+    assert (
+        record.find(tmp_path, first.id, keys, {"python-docs": "1" * 16, "scales": None}).file == second.file
+    )
     assert record.find(tmp_path, first.id, keys, {}).file == second.file  # the latest
     assert record.find(tmp_path, first.id, keys, {"python-docs": "2" * 16}) is None
     assert record.find(tmp_path, first.id, keys | {"weights": "other"}, {}) is None
@@ -69,12 +71,16 @@ def test_the_same_results_are_one_record_and_others_another_which_is_said(tmp_pa
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, job):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"the record .* cannot be written .*: free space .* TEQ_HOME") as caught:
+    with pytest.raises(
+        UserError, match=r"the record .* cannot be written .*: free space .* TEQ_HOME"
+    ) as caught:
         written(tmp_path / "file" / "records", job)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("array", [np.arange(6.0).reshape(2, 3), np.zeros((0, 3)), np.array(5), np.ones(3, bool)])
+@pytest.mark.parametrize(
+    "array", [np.arange(6.0).reshape(2, 3), np.zeros((0, 3)), np.array(5), np.ones(3, bool)]
+)
 def test_an_array_comes_back_as_it_was_packed(array):
     back = record.unpack(json.loads(json.dumps(record.pack(array))))
     assert back.dtype == array.dtype and back.shape == array.shape and (back == array).all()

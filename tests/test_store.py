@@ -301,5 +301,7 @@ def test_a_store_that_cannot_be_written_serves_what_it_holds(read_only, caplog):
     Store(root / "store").check()
     assert "serves what it holds" in caplog.text
     assert get(Store(root / "store"), never).cached
-    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\), stage .* set TEQ_HOME"):
+    with pytest.raises(
+        UserError, match=r"cannot be written \(Read-only file system\), stage .* set TEQ_HOME"
+    ):
         get(Store(root / "store"), never, settings={"a": 2})
