@@ -92,8 +92,9 @@ def test_a_read_that_fails_is_no_damage(tmp_path, monkeypatch, reader, code):
     assert [p.name for p in folder.parent.iterdir() if p.is_dir()] == [folder.name]
 
 
-def test_what_is_damaged_is_moved_aside_with_all_its_content(tmp_path):
-    folder = get(Store(tmp_path)).folder
+@pytest.mark.parametrize("tensors", [TENSORS, {}], ids=["tensors", "none"])
+def test_what_is_damaged_is_moved_aside_with_all_its_content(tmp_path, tensors):
+    folder = get(Store(tmp_path), lambda _: (tensors, {"x": 1})).folder
     (folder / INFO).write_text("{}")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     get(Store(tmp_path))
