@@ -35,7 +35,11 @@ def said(root, code):
         "import json, pathlib\nfrom teq import measure\nshow = lambda: print(json.dumps(measure.code()))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", prelude + code], env=environment, cwd=root.parent, capture_output=True, text=True
+        [sys.executable, "-c", prelude + code],
+        env=environment,
+        cwd=root.parent,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
