@@ -48,11 +48,11 @@ class Artefact:
     cached: bool
 
     def tensors(self, device: str = "cpu") -> dict[str, "Tensor"]:
-        """The stored tensors by name."""
+        """The stored tensors by name. Raises an error where they were deleted meanwhile."""
         from safetensors.torch import load_file
 
-        file = self.folder / DATA
-        return load_file(file, device=device) if file.is_file() else {}
+        there = DATA in _manifest(self.folder)["files"]
+        return load_file(self.folder / DATA, device=device) if there else {}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Store:
         disk is full or the folder cannot be written, OSError where it cannot be read.
         """
         folder = self.root / stage.name / stage.key
-        if folder in self._got:
+        if folder in self._got and not self._stale(stage):
             return self._got[folder]
         in_use.register(self.root, f"{stage.name}/{stage.key}")  # before it is opened: nobody prunes it now
         found = self._open(folder, stage, content)
@@ -114,6 +114,14 @@ class Store:
         if content or not found.cached:
             self._got[folder] = found
         return found
+
+    def _stale(self, stage: Stage) -> bool:
+        """Whether something before a result that is there was made anew since, with another result."""
+        try:
+            self._check_reads(stage, self._peeked(stage) or {"reads": {}})
+        except ValueError:
+            return True
+        return False
 
     def peek(self, stage: Stage) -> str | None:
         """The digest of the result that is there for `stage`, or None."""

@@ -300,6 +300,22 @@ def test_a_record_never_mixes_results_of_other_scales_with_metrics(own_home, mon
     assert changed >= {"weights", "python-docs"} and ("scales" in changed) == ("scales" in gone)
 
 
+def test_nor_with_a_metric_that_was_made_before_the_scales_were_made_anew(own_home, monkeypatch):
+    """A second evaluation reads the weights that are there; only the record asks for the scales again."""
+    run(own_home, "method=teq")
+    shutil.rmtree(own_home / "store" / "scales")
+
+    def uneven(made):
+        return {key: t * torch.linspace(1, 2, t.shape[-1]) for key, t in made[0].items()}, made[1]
+
+    changed_result(monkeypatch, ranks, "fit", uneven)
+    again = run(own_home, "method=teq", "evals=[python-docs,lastword-python-docs]", "tasks.limit=2")
+    found = results(own_home, again)
+    assert found["weights"][1] == {"scales": found["scales"][0]}
+    for name in ("python-docs", "lastword-python-docs"):
+        assert found[name][1] == {"weights": found["weights"][0]}, name
+
+
 @pytest.mark.parametrize(
     "gone", ["scales", "weights", "weights/*/data.safetensors", "scales/*/data.safetensors"]
 )

@@ -111,6 +111,14 @@ def test_deleted_tensors_leave_what_they_cost_and_no_damage(tmp_path):
     assert not list(first.folder.parent.glob("*damaged*"))
 
 
+def test_tensors_that_were_deleted_under_a_run_are_an_error_and_not_none(tmp_path):
+    found, without = get(Store(tmp_path)), get(Store(tmp_path), lambda _: ({}, {}), settings={"a": 2})
+    (found.folder / DATA).unlink()
+    with pytest.raises(FileNotFoundError):
+        found.tensors()
+    assert without.tensors() == {}
+
+
 def test_use_is_the_age_of_an_artefact(tmp_path):
     manifest = get(Store(tmp_path)).folder / MANIFEST
     os.utime(manifest, (0, 0))
