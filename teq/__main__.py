@@ -1,4 +1,4 @@
-"""The verbs beside run.py: `python -m teq report|publish|plan|prefetch ...`."""
+"""The verbs beside run.py: `python -m teq report|publish|plan|prefetch|cache ...`."""
 
 import logging
 import sys
@@ -12,7 +12,8 @@ usage: python -m teq <verb> ...
   report [experiment ...|all] [overrides]   tables and figures from records; takes run.py's overrides
   publish <experiment> ...                  copy the records an experiment shows to results/ and render them
   plan [--calibrate] [overrides]            memory and seconds that a run would take, without its weights
-  prefetch [name ...|all]                   download evaluation sets into the mirror TEQ_DATA"""
+  prefetch [name ...|all]                   download evaluation sets into the mirror TEQ_DATA
+  cache [prune --stage <what> --older 30d]  what the cache holds, and freeing space in it"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,13 +36,17 @@ def main(argv: Sequence[str]) -> int:
             from teq import prefetch
 
             return prefetch.main(rest)
+        if verb == "cache":
+            from teq import cache
+
+            return cache.main(rest)
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    known = "report, publish, plan, prefetch"
+    known = "report, publish, plan, prefetch, cache"
     print(f"error: there is no verb {verb!r}: it must be one of {known}", file=sys.stderr)
     return 2
 

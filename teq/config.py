@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from teq import files
 from teq.composition import Composer, flat, is_hydras, key_of, resolved, unread, without
 from teq.evaluate.counts import Counts
 from teq.models import Checkpoint, Outline
@@ -63,6 +65,7 @@ def prepare_environment() -> None:
     os.environ["TEQ_ROOT"] = str(ROOT)
     os.environ["TEQ_HOME"] = str(home())
     os.environ["TEQ_START"] = start_of_run()
+    os.environ["TEQ_OUTPUT"] = str(output())
 
 
 def start_of_run() -> str:
@@ -79,8 +82,12 @@ def begin_run() -> None:
 
 
 def output() -> Path:
-    """The folder for the logs and outcomes of this start of run.py."""
-    return home() / "hydra" / start_of_run()
+    """The folder for the logs and outcomes of this start of run.py; a temporary one where `home()` cannot be
+    written.
+    """
+    if files.writable(home()):
+        return home() / "hydra" / start_of_run()
+    return Path(tempfile.gettempdir()) / f"teq-{start_of_run()}"
 
 
 def quoted(argv: Sequence[str]) -> list[str]:

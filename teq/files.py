@@ -1,8 +1,29 @@
-"""Files: digests, writing aside and renaming into place."""
+"""Files: digests, locks, writing aside and renaming into place."""
 
+import contextlib
+import errno
+import functools
 import hashlib
+import logging
 import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import filelock
+import platformdirs
+
+log = logging.getLogger(__name__)
+MAKING = "making-"
+ABANDONED = 7 * 24 * 3600.0  # seconds after which what another machine left is taken for left behind
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def user_cache() -> Path:
+    """The folder for what does not depend on TEQ_HOME: converted checkpoints, digests of files."""
+    return Path(platformdirs.user_cache_dir("teq"))
 
 
 def sha256(file: Path) -> str:
@@ -40,3 +61,74 @@ def umask() -> int:
 def open_to_all(file: Path) -> None:
     """Give a file the permissions that the umask leaves: libraries write some for the owner alone."""
     file.chmod(0o666 & ~umask())
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, or the folder itself where it is missing."""
+    there = next(one for one in (folder, *folder.parents) if os.access(one, os.F_OK))
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+@contextlib.contextmanager
+def locked(file: Path, waiting: str | None = None) -> Iterator[None]:
+    """Context manager: holds the lock `file`; logs `waiting` once where another process holds it.
+
+    On a file system without locks it holds nothing and says so. Raises OSError where the file cannot be made.
+    """
+    lock = filelock.FileLock(file, mode=0o666 & ~umask())
+    try:
+        try:
+            lock.acquire(timeout=1)
+        except filelock.Timeout:
+            if waiting is not None:
+                log.info("%s", waiting)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        _warn_without_locks(file.parent)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@functools.cache
+def _warn_without_locks(folder: Path) -> None:
+    log.warning("%s has no file locks: two processes may do the same work", folder)
+
+
+def making_beside(folder: Path) -> Path:
+    """A name beside `folder` for what is made aside; it tells `abandoned` which process makes it."""
+    return folder.with_name(f"{folder.name}.{MAKING}{socket.gethostname()}-{os.getpid()}-{time.time_ns()}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what processes that have ended left under names of `making_beside(folder)`."""
+    for leftover in folder.parent.glob(f"{folder.name}.{MAKING}*"):
+        if abandoned(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def abandoned(making: Path) -> bool:
+    """Whether nobody works on a folder named by `making_beside`: its process on this machine has ended, or
+    nothing was done in it for a week.
+    """
+    host, _, pid = making.name.rpartition(MAKING)[2].rpartition("-")[0].rpartition("-")
+    if host == socket.gethostname() and pid.isdecimal() and not alive(int(pid)):
+        return True
+    try:
+        return time.time() - making.stat().st_mtime > ABANDONED
+    except FileNotFoundError:  # its owner was faster
+        return False
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine has this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

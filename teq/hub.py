@@ -3,11 +3,12 @@
 import contextlib
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from platformdirs import user_cache_dir
-
+from teq import files
+from teq.files import user_cache
 from teq.spec import Settings, UserError
 
 log = logging.getLogger(__name__)
@@ -15,6 +16,7 @@ ELSEWHERE = (
     "give a local folder with model.path=<folder>, or a mirror in the environment variable HF_ENDPOINT"
 )
 WEIGHTS = "*.safetensors"
+SHARD = r"-\d+-of-\d+\.safetensors$"
 BOT, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 
 
@@ -36,16 +38,16 @@ class Hub(Settings):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
-        files = [WEIGHTS, "*.json", "*.model", "*.txt", "*.jinja"]
+        patterns = [WEIGHTS, "*.json", "*.model", "*.txt", "*.jinja"]
         commit = self._commit()
         with contextlib.suppress(LocalEntryNotFoundError):
             cached = Path(
-                snapshot_download(self.repo, revision=commit, local_files_only=True, allow_patterns=files)
+                snapshot_download(self.repo, revision=commit, local_files_only=True, allow_patterns=patterns)
             )
             if _complete(cached):
                 return cached
         try:
-            return Path(snapshot_download(self.repo, revision=commit, allow_patterns=files))
+            return Path(snapshot_download(self.repo, revision=commit, allow_patterns=patterns))
         except GatedRepoError:
             raise self._gated() from None
         except Exception as error:  # the client raises many kinds; each means the same to the user
@@ -59,14 +61,13 @@ class Hub(Settings):
         if known not in _commits:
             _commits[known] = self._resolved()
             with contextlib.suppress(OSError):  # a folder that cannot be written costs the note alone
-                self._note().parent.mkdir(parents=True, exist_ok=True)
-                self._note().write_text(_commits[known])
+                files.write_text(self._note(), _commits[known])
         return _commits[known]
 
     def _note(self) -> Path:
         """Where the commit is kept: the hub's cache knows no revision of what was downloaded by commit."""
         name = f"{self.repo}@{self.revision}".replace("/", "--")
-        return Path(user_cache_dir("teq")) / "revisions" / name
+        return user_cache() / "revisions" / name
 
     def _gated(self) -> UserError:
         return UserError(
@@ -153,10 +154,10 @@ def _complete(folder: Path) -> bool:
     """Whether a snapshot holds its weights, all shards of them."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return all(
-            (folder / shard).is_file() for shard in set(json.loads(index.read_text())["weight_map"].values())
-        )
-    return any(folder.glob(WEIGHTS))
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        return all((folder / shard).is_file() for shard in shards)
+    found = [file.name for file in folder.glob(WEIGHTS) if file.is_file()]
+    return any(re.search(SHARD, name) is None for name in found)  # of how many shards only the index tells
 
 
 def brief(error: BaseException) -> str:

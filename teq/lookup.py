@@ -1,5 +1,6 @@
 """Which record answers for a run: the one with exactly its settings, else the nearest, with what differs."""
 
+import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from teq import record
 from teq.corpora.sources import SOURCES
+from teq.models import Folder
 from teq.record import Record
+from teq.spec import UserError
 
 if TYPE_CHECKING:
     from teq.pipeline import Run
@@ -39,6 +42,7 @@ class Library:
         self._own = [r for r in mine if r.file.name not in shared or r.data != shared[r.file.name].data]
         kept = {r.file.name for r in self._own}
         self._published = [r for name, r in shared.items() if name not in kept]
+        self._folders: dict[str, str] = {}  # identities of local checkpoints, by path
 
     @cached_property
     def _all(self) -> list[tuple[Record, bool]]:
@@ -59,10 +63,11 @@ class Library:
     ) -> Found | None:
         """The record for `run`'s part that `evaluations` (by name) measure, exact before nearest, or None.
 
-        Settings of evaluations that are not asked for do not count. A record of synthetic weights is only
-        considered where `synthetic` allows it, one that differs in a setting of `fixed` never.
+        Settings of evaluations that are not asked for do not count. A local folder's weights are compared as
+        they are there now. A record of synthetic weights is only considered where `synthetic` allows it, one
+        that differs in a setting of `fixed` never.
         """
-        plain = run.plain()
+        plain, weights = run.plain(), self._weights(run.model.source)
         best: Found | None = None
         wanted = {name: e for e, name in zip(plain["evals"], (e.name for e in run.evals), strict=True)}
         for candidate, own in self._by_cell.get(place(plain), []):
@@ -78,12 +83,21 @@ class Library:
                 continue
             if candidate.synthetic:  # said by a mark of its own; which checkpoint was meant says nothing more
                 differences = {k: v for k, v in differences.items() if not k.startswith("model.source")}
+            elif weights is not None and candidate.data["run"]["model"]["source"]["kind"] == "Folder":
+                differences |= dict(_differences(weights, candidate.data["identity"], "model.weights"))
             differences |= _parts(candidate, evaluations)
             # a real model's record comes before a made-up one's, however near that is
             rank = (candidate.synthetic, len(differences))
             if best is None or rank < (best.record.synthetic, len(best.differences)):
                 best = Found(candidate, own, differences)
         return best
+
+    def _weights(self, source: Any) -> str | None:
+        """What a local folder holds now; None of what is no folder, or cannot be loaded from."""
+        if isinstance(source, Folder) and source.path not in self._folders:
+            with contextlib.suppress(UserError, OSError):
+                self._folders[source.path] = source.identity()
+        return self._folders.get(source.path) if isinstance(source, Folder) else None
 
 
 def varying(runs: Iterable["Run"]) -> dict[tuple[Any, ...], set[str]]:

@@ -56,8 +56,9 @@ class _Sources(MetaPathFinder):
         return digest({name: self.imported.get(name) or sha256(file) for name, file in found.items()})
 
     def _note(self, file: str | None) -> None:
-        if file is not None and Path(file).is_file():
-            self.imported[str(Path(file).relative_to(PACKAGE))] = sha256(Path(file))
+        source = None if file is None else Path(file).resolve()  # as PACKAGE is
+        if source is not None and source.is_relative_to(PACKAGE) and source.is_file():
+            self.imported[str(source.relative_to(PACKAGE))] = sha256(source)
 
 
 @contextlib.contextmanager

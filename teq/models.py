@@ -1,13 +1,13 @@
 """Checkpoints: where they come from, what identifies them, and how they become a model with its tokenizer."""
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teq.arch import Arch
+from teq.digests import file_digests
 from teq.hub import WEIGHTS, Hub, brief
 from teq.spec import Settings, UserError, digest, option
 
@@ -48,8 +48,8 @@ class Folder(Settings):
     def identity(self) -> str:
         """Digest over the configuration, the tokenizer and the weights: moving the folder changes nothing."""
         folder = self.folder()
-        files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".model", ".txt"))
-        return "sha256:" + digest({file.name: file_digest(file) for file in files})
+        found = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".model", ".txt")]
+        return "sha256:" + digest(file_digests(folder, found))
 
     def folder(self) -> Path:
         """The folder itself. Raises UserError when it is missing or incomplete."""
@@ -111,8 +111,8 @@ class Random(Settings):
 @dataclass(frozen=True, kw_only=True)
 class Synthetic(Settings):
     """An architecture of true size filled with seeded random weights, to measure time and memory on any
-    machine that holds it; never quality. `teq.random_model.fill` gives the distribution. The weights are made
-    on the device, so that a CPU's differ from a GPU's.
+    machine that holds it; never quality. `teq.random_model.fill` gives the distribution. A CPU's weights
+    differ from a GPU's: `Checkpoint.identity` tells them apart.
     """
 
     version = 1
@@ -164,6 +164,11 @@ class Checkpoint(Settings):
             self.source.folder(), local_files_only=True, trust_remote_code=False
         )
 
+    def identity(self, device: str) -> str:
+        """What names the weights: of synthetic ones drawn on a `device` that is no CPU, its type as well."""
+        kind, found = device.partition(":")[0], self.source.identity()
+        return f"{found}.{kind}" if isinstance(self.source, Synthetic) and kind != "cpu" else found
+
     def load(self, dtype: str, device: str, drawn_on: str | None = None) -> LM:
         """The model in eval mode with `dtype` weights on `device`, every parameter frozen, and its
         tokenizer.
@@ -175,7 +180,7 @@ class Checkpoint(Settings):
         from transformers import AutoModelForCausalLM
 
         _quiet()
-        identity, kind = self.source.identity(), getattr(torch, dtype)
+        identity, kind = self.identity(drawn_on or device), getattr(torch, dtype)
         if isinstance(self.source, Outline):
             from teq.random_model import architecture
 
@@ -251,15 +256,4 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file, remembered by path, size and time for as long as the process lives."""
-    status = file.stat()
-    known = (str(file.resolve()), status.st_size, status.st_mtime_ns)
-    if known not in _digests:
-        with file.open("rb") as stream:
-            _digests[known] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return _digests[known]
-
-
-_digests: dict[tuple[str, int, int], str] = {}
 _tokenizers: dict[str, "PreTrainedTokenizerBase"] = {}

@@ -106,7 +106,7 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
     equal work is done once, whoever asks for it. A stage whose result is not read by another is not made for
     it: a run whose metrics and record are there needs neither scales nor weights.
     """
-    identity = spec.model.source.identity()
+    identity = spec.model.identity(runtime.device)
     of_model = {"model": identity, "dtype": spec.dtype, "arch": spec.model.arch.plain()}
     bench = Bench(spec.model, spec.dtype, runtime.device, identity)
     check_texts = functools.cache(functools.partial(_check_texts, spec))
@@ -163,22 +163,28 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
         evaluations[each.name] = Stage(
             "metrics", settings, functools.partial(evaluate, each), {"weights": weights}
         )
+    chain = {"scales": scales, "weights": weights, **evaluations}
+
+    def everything() -> dict[str, Artefact]:
+        return {name: store.get(stage, runtime.device) for name, stage in chain.items()}
+
     metrics = {name: store.get(stage, runtime.device) for name, stage in evaluations.items()}
     made = {"scales": store.peek(scales), "weights": store.peek(weights)}
     made |= {name: artefact.digest for name, artefact in metrics.items()}
-    keys = {name: stage.key for name, stage in {"scales": scales, "weights": weights, **evaluations}.items()}
+    keys = {name: stage.key for name, stage in chain.items()}
     finished = record.find(home / "records", spec.key(), keys, made)
     if finished is None:
-        # the scales last: where both are gone, it is the weights that read them
-        quantized, trained = store.get(weights, runtime.device), store.get(scales, runtime.device)
-        stages = {"scales": trained, "weights": quantized, **metrics}
+        stages = everything()
+        if not all(artefact.cached for artefact in stages.values()):
+            stages = everything()  # what was made anew may not be what those found before it were made from
+        trained, quantized = stages["scales"], stages["weights"]
         finished = record.write(
             {
                 "id": spec.key(),
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "run": spec.plain() | {"method": spec.method},
                 "identity": identity,
-                "metrics": {name: artefact.info for name, artefact in metrics.items()},
+                "metrics": {name: stages[name].info for name in evaluations},
                 "training": {"loss": [], "scales": {}} | trained.info,
                 "quantization": quantized.info,
                 "text": {"transform": _text(spec.transform), "quantizer": _text(spec.quantizer)},
@@ -211,7 +217,7 @@ class Bench:
             log.info("loading model=%s", self.checkpoint.name)
             with measure.uncounted():
                 self._lm = self.checkpoint.load(self.dtype, device or self.device, self.device)
-                if (now := self.checkpoint.source.identity()) != self.identity:
+                if (now := self.checkpoint.identity(self.device)) != self.identity:
                     raise UserError(
                         f"the weights of model={self.checkpoint.name} changed while the run was under way "
                         f"({self.identity} is {now} now): start it again, what was finished is kept"

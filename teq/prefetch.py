@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from teq import files
 from teq.corpora import hub, mirror
 from teq.corpora.sources import SOURCES, source
-from teq.models import file_digest
+from teq.digests import file_digest
 from teq.progress import track
 from teq.spec import UserError
 
@@ -31,20 +32,20 @@ def main(argv: list[str]) -> int:
         given = parser.parse_args(argv)
     except SystemExit as stopped:
         return int(stopped.code or 0)
-    files: dict[str, str] = {}  # two protocols may read one file
+    wanted: dict[str, str] = {}  # two protocols may read one file
     for name in SOURCES if "all" in given.names else given.names:
-        files.setdefault(source(name).file, name)
+        wanted.setdefault(source(name).file, name)
     folder = _folder(given.into)
     for client in ("httpx", "httpx2"):  # the hub's client, by its version: it logs every request
         logging.getLogger(client).setLevel(logging.WARNING)
     failed = 0
-    for name in track(list(files.values()), "prefetch"):
+    for name in track(list(wanted.values()), "prefetch"):
         try:
             print(fetch(name, folder))
         except UserError as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr)
-    print(f"{len(files) - failed} of {len(files)} files in {folder}: set TEQ_DATA={folder} to use them")
+    print(f"{len(wanted) - failed} of {len(wanted)} files in {folder}: set TEQ_DATA={folder} to use them")
     return 1 if failed else 0
 
 
@@ -65,7 +66,7 @@ def fetch(name: str, folder: Path) -> str:
         return f"{name}: {found.commit} is there already"
     rows = found.all_rows()
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.part")
+    aside = files.unique_beside(path)
     try:
         pyarrow.parquet.write_table(rows, aside, compression="zstd")
         entry = {"name": name, "repo": wanted.repo, "revision": found.commit, "rows": len(rows)}
@@ -90,8 +91,8 @@ def _folder(given: str | None) -> Path:
 
 
 def _lock(folder: Path, file: str, entry: dict[str, Any]) -> None:
-    """Add an entry to the lock file, in one step."""
+    """Add an entry to the lock file, while no other process does."""
     lock = folder / mirror.LOCK
-    aside = lock.with_suffix(f".{os.getpid()}.part")
-    aside.write_text(json.dumps({**mirror.read_lock(folder), file: entry}, indent=1, sort_keys=True) + "\n")
-    aside.replace(lock)
+    with files.locked(lock.with_suffix(".json.lock"), f"{lock}: another process writes it, waiting"):
+        entries = {**mirror.read_lock(folder), file: entry}
+        files.write_text(lock, json.dumps(entries, indent=1, sort_keys=True) + "\n")

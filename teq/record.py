@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from teq import files
-from teq.spec import digest
+from teq.spec import UserError, digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,16 +73,26 @@ def unpack(packed: dict[str, Any]) -> np.ndarray:
 def write(data: dict[str, Any], folder: Path) -> Record:
     """Store a record under its id and the digest of its stages' results; the same one is written once.
 
-    One that was damaged is written anew. Says so where an earlier record of the run has other results.
+    One that was damaged is written anew. Says so where an earlier record of the run has other results. Raises
+    UserError where the folder cannot be written, OSError where what is there cannot be read.
     """
     trail = digest({name: [stage["key"], stage["digest"]] for name, stage in data["stages"].items()})[:8]
     file = folder / f"{data['id']}-{trail}.json"
     if (kept := read(file)) is not None:
         return kept
+    if file.is_file():
+        file.read_bytes()  # a failing disk is no damage: what is there may be good
     keys = {name: stage["key"] for name, stage in data["stages"].items()}
     if (earlier := find(folder, data["id"], keys, {})) is not None:
         log.warning("%s: computed again, with other results than in %s", data["id"], earlier.file.name)
-    files.write_text(file, json.dumps({"schema": SCHEMA, **data}, allow_nan=False, separators=(",", ":")))
+    text = json.dumps({"schema": SCHEMA, **data}, allow_nan=False, separators=(",", ":"))
+    try:
+        files.write_text(file, text)
+    except OSError as error:
+        raise UserError(
+            f"the record {file} cannot be written ({error.strerror}): free space there, or set TEQ_HOME to a "
+            "folder you own; what was computed is kept"
+        ) from error
     return Record(json.loads(file.read_text()), file)
 
 

@@ -14,17 +14,14 @@ import json
 import logging
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
-
-from teq import measure
-from teq.files import open_to_all, sha256, umask
+from teq import files, in_use, measure
+from teq.files import open_to_all, sha256
 from teq.spec import UserError, digest
 
 if TYPE_CHECKING:
@@ -33,11 +30,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Made = tuple[Mapping[str, "Tensor"], dict[str, Any]]
 INFO, DATA, MANIFEST = "info.json", "data.safetensors", "manifest.json"
-MAKING, DAMAGED = "making-", "damaged-"
-ABANDONED = 7 * 24 * 3600.0  # seconds after which an unfinished folder of another machine is deleted
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+DAMAGED = "damaged-"
+UNSTORABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -54,11 +49,11 @@ class Artefact:
     cached: bool
 
     def tensors(self, device: str = "cpu") -> dict[str, "Tensor"]:
-        """The stored tensors by name."""
+        """The stored tensors by name. Raises an error where they were deleted meanwhile."""
         from safetensors.torch import load_file
 
-        file = self.folder / DATA
-        return load_file(file, device=device) if file.is_file() else {}
+        there = DATA in _manifest(self.folder)["files"]
+        return load_file(self.folder / DATA, device=device) if there else {}
 
 
 @dataclass(frozen=True)
@@ -88,28 +83,28 @@ class Store:
         self._got: dict[Path, Artefact] = {}  # with their tensors checked, or made by this object
 
     def check(self) -> None:
-        """Raise UserError when the folder cannot be written."""
+        """Raise UserError when the folder is not there and cannot be made."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            probe = self.root / f".{socket.gethostname()}-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
         except OSError as error:
             raise UserError(
                 f"the cache folder {self.root} cannot be written ({error.strerror}): "
                 "set TEQ_HOME to a folder you own"
             ) from error
+        if not files.writable(self.root):
+            log.warning("the cache %s cannot be written: it serves what it holds", self.root)
 
     def get(self, stage: Stage, device: str, content: bool = False) -> Artefact:
         """The result of `stage`, made unless it is there already; with `content` its tensors are as well.
 
         An artefact whose files do not match their digests is moved aside and made again, and so is one that
-        was made from other results than the stages it reads have now. Raises UserError where the disk is full
-        or the folder cannot be written, OSError where it cannot be read.
+        was made from other results than those that all stages before it have now. Raises UserError where the
+        disk is full or the folder cannot be written, OSError where it cannot be read.
         """
         folder = self.root / stage.name / stage.key
-        if folder in self._got:
+        if folder in self._got and not self._stale(stage):
             return self._got[folder]
+        in_use.register(self.root, f"{stage.name}/{stage.key}")  # before it is opened: nobody prunes it now
         found = self._open(folder, stage, content)
         if found is None:
             read = {name: self.get(each, device, content=True) for name, each in stage.reads.items()}
@@ -121,20 +116,29 @@ class Store:
             self._got[folder] = found
         return found
 
+    def _stale(self, stage: Stage) -> bool:
+        """Whether something before a result that is there was made anew since, with another result."""
+        try:
+            self._check_reads(stage, self._peeked(stage) or {"reads": {}})
+        except ValueError:
+            return True
+        return False
+
     def peek(self, stage: Stage) -> str | None:
         """The digest of the result that is there for `stage`, or None."""
-        try:
-            manifest = _manifest(self.root / stage.name / stage.key)
-        except (FileNotFoundError, ValueError):
-            return None
-        return str(manifest["result"])
+        manifest = self._peeked(stage)
+        return None if manifest is None else str(manifest["result"])
+
+    def _peeked(self, stage: Stage) -> dict[str, Any] | None:
+        with contextlib.suppress(ValueError):
+            return _manifest(self.root / stage.name / stage.key)
+        return None
 
     def _make(self, folder: Path, stage: Stage, device: str, read: Mapping[str, Artefact]) -> Artefact:
         what, partial = f"{stage.name} {stage.key}", self.partial(stage)
-        _remove_leftovers(folder)
+        files.remove_leftovers(folder)
         log.info("%s: computing", what)
-        owner = f"{socket.gethostname()}-{os.getpid()}"
-        making = folder.parent / f"{folder.name}.{MAKING}{owner}-{time.time_ns()}"
+        making = files.making_beside(folder)
         try:
             with self._storing(what):
                 making.mkdir()
@@ -166,12 +170,13 @@ class Store:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            known = error.errno if isinstance(error, OSError) else None
-            if known not in UNWRITABLE and "os error 28" not in str(error):  # as safetensors says ENOSPC
+            code = error.errno if isinstance(error, OSError) else None
+            if code not in UNSTORABLE and "os error 28" not in str(error):  # safetensors' words for ENOSPC
                 raise
+            why = os.strerror(code or errno.ENOSPC)
             raise UserError(
-                f"{what} could not be stored in {self.root} ({' '.join(str(error).split())}): free space "
-                "there, or set TEQ_HOME to a folder you own; the same command goes on from what was kept"
+                f"the cache folder {self.root} cannot be written ({why}), {what} is not stored: "
+                "free space, or set TEQ_HOME to a folder you own; the same command goes on from what was kept"
             ) from error
 
     def partial(self, stage: Stage) -> Path:
@@ -187,15 +192,16 @@ class Store:
         stage: Stage,
         reads: Mapping[str, str],
     ) -> str:
+        folder.mkdir(exist_ok=True)  # whoever deleted it meanwhile does not waste the work
         (folder / INFO).write_text(json.dumps(info, allow_nan=False))
         if tensors:
             from safetensors.torch import save_file
 
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / DATA)
             open_to_all(folder / DATA)
-        files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-        manifest = {"settings": stage.settings, "cost": spent, "files": files, "reads": reads}
-        manifest["result"] = files.get(DATA, files[INFO])[:16]
+        written = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+        manifest = {"settings": stage.settings, "cost": spent, "files": written, "reads": reads}
+        manifest["result"] = written.get(DATA, written[INFO])[:16]
         (folder / MANIFEST).write_text(json.dumps(manifest | {"digest": digest(manifest)}, indent=1))
         return str(manifest["result"])
 
@@ -203,47 +209,45 @@ class Store:
         """The artefact in `folder`, or None; `repair` (under the lock) moves aside what cannot be used."""
         if not folder.is_dir():
             return None
+        pruned = False
         try:
             manifest = _manifest(folder)
             _check_file(folder, INFO, manifest)
             info = json.loads((folder / INFO).read_text())
-            for name, read in stage.reads.items():
-                now = self.peek(read)
-                if now is not None and manifest.get("reads", {}).get(name) != now:
-                    raise ValueError(f"it was made from other {name} than those that are here now")
+            self._check_reads(stage, manifest)
             if content and DATA in manifest["files"]:
+                pruned = not (folder / DATA).exists()
                 _check_file(folder, DATA, manifest)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             if repair:
                 log.warning("%s in the cache cannot be used (%s): it is computed again", folder, error)
-                if (folder / DATA).is_file():
-                    folder.rename(folder.parent / f"{folder.name}.{DAMAGED}{time.time_ns()}")
-                else:  # there is nothing in it worth keeping: its tensors were pruned
+                if pruned:  # there is nothing in it worth keeping
                     shutil.rmtree(folder)
+                else:
+                    folder.rename(folder.parent / f"{folder.name}.{DAMAGED}{time.time_ns()}")
             return None
         log.info("%s %s: cached", folder.parent.name, folder.name)
+        with contextlib.suppress(OSError):  # another user's; its age is that of its last use
+            os.utime(folder / MANIFEST)
         return Artefact(folder.name, folder, info, manifest["cost"], manifest["result"], cached=True)
+
+    def _check_reads(self, stage: Stage, manifest: Mapping[str, Any]) -> None:
+        """Raise ValueError where an artefact, or one before it, was made from other results than are here."""
+        for name, read in stage.reads.items():
+            if (above := self._peeked(read)) is not None:
+                if manifest["reads"].get(name) != above["result"]:
+                    raise ValueError(f"{stage.name} were made from other {name} than those that are here now")
+                self._check_reads(read, above)
 
     @contextlib.contextmanager
     def _locked(self, folder: Path, what: str) -> Iterator[None]:
         """Context manager: holds the lock of one key, where the file system has locks."""
-        self.check()
-        folder.parent.mkdir(exist_ok=True)
-        lock = filelock.FileLock(f"{folder}.lock", mode=0o666 & ~umask())
-        try:
-            try:
-                lock.acquire(timeout=1)
-            except filelock.Timeout:
-                log.info("%s: another process is computing it, waiting", what)
-                lock.acquire()
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-                raise
-            log.warning("%s has no file locks: two processes may compute the same stage", self.root)
-        try:
+        with contextlib.ExitStack() as stack:
+            with self._storing(what):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                waiting = f"{what}: another process is computing it, waiting"
+                stack.enter_context(files.locked(Path(f"{folder}.lock"), waiting))
             yield
-        finally:
-            lock.release()
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -254,8 +258,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST} is missing") from None
     if not isinstance(manifest, dict) or manifest.pop("digest", None) != digest(manifest):
         raise ValueError(f"{MANIFEST} was edited")
-    if "result" not in manifest:
-        raise ValueError(f"{MANIFEST} is of an earlier version")
+    if not {"files", "cost", "reads", "result"} <= manifest.keys():
+        raise ValueError(f"{MANIFEST} is of another version")
     return manifest
 
 
@@ -266,23 +270,3 @@ def _check_file(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} does not match its digest")
     except FileNotFoundError:
         raise ValueError(f"{name} is missing") from None
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Delete what processes that have ended left unfinished of one key."""
-    for leftover in folder.parent.glob(f"{folder.name}.{MAKING}*"):
-        host, _, rest = leftover.name.partition(MAKING)[2].rpartition("-")[0].rpartition("-")
-        with contextlib.suppress(FileNotFoundError):  # its owner was faster
-            old = time.time() - leftover.stat().st_mtime > ABANDONED
-            if old or (host == socket.gethostname() and not _alive(int(rest))):
-                shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

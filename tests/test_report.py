@@ -11,7 +11,7 @@ import pytest
 from made import add_experiment, made
 
 from teq import __main__ as verbs
-from teq import config, report
+from teq import config, record, report
 from teq.lookup import Library
 
 TABLE = """\
@@ -283,3 +283,85 @@ def test_a_stage_out_of_the_cache_says_where_it_ran(added, own_home):
     one = made(own_home / "records", job, evals={"python-docs": np.full(6, 2.0)}, change=elsewhere)
     cost = report.page.summary(one)["facts"]["cost"]
     assert cost["scales threads"] == "1" and "weights threads" not in cost
+
+
+def test_what_older_records_lack_is_shown_as_not_recorded(added, own_home):
+    job = config.jobs(["experiments=added", "model=tiny-opt", "method=teq"])[0]
+
+    def complete(data):
+        code, flags = {"sources": "5" * 16, "commit": "c" * 40, "dirty": False}, {"deterministic": False}
+        data["code"], data["machine"]["flags"] = code, flags
+        for name, stage in data["stages"].items():
+            machine = stage["cost"]["machine"] | {"flags": flags}
+            data["stages"][name] = stage | {"cost": stage["cost"] | {"machine": machine, "code": code}}
+
+    def older(data):
+        complete(data)
+        for stage in data["stages"].values():
+            stage.pop("digest")
+            stage["cost"]["machine"].pop("flags")
+        data["stages"]["scales"]["cost"].pop("code")
+        data["stages"]["weights"]["cost"]["code"] = {"commit": "c" * 40, "dirty": False}
+        data["code"] = {"commit": "c" * 40, "dirty": False}
+        data["machine"].pop("flags")
+
+    losses = {"python-docs": np.full(6, 2.0)}
+    one = made(own_home / "records", job, evals=losses, change=complete)
+    facts = report.page.summary(one)["facts"]
+    assert facts["code"] == {"sources": "5" * 16, "commit": "c" * 40, "dirty": "False"}
+    assert facts["machine"]["flags.deterministic"] == "False"
+    assert facts["digests"] == dict.fromkeys(("scales", "weights", "python-docs"), "0" * 16)
+    assert not any("not recorded" in str(group) for group in facts.values())
+    file = own_home / "records" / "older.json"
+    data = json.loads(one.file.read_text())
+    older(data)
+    file.write_text(json.dumps(data))
+    facts = report.page.summary(record.read(file))["facts"]
+    assert facts["code"]["sources"] == facts["machine"]["flags"] == "not recorded"
+    assert facts["code"]["commit"] == "c" * 40
+    assert set(facts["digests"].values()) == {"not recorded"}
+    assert facts["cost"]["scales commit"] == facts["cost"]["scales dirty"] == "not recorded"
+    assert "weights commit" not in facts["cost"] and "weights sources" not in facts["cost"]
+    one.file.unlink()
+    assert verbs.main(["report", "added"]) == 0
+
+
+def test_a_report_after_an_edit_of_the_checkpoint_says_so(added, own_home, tmp_path, capsys):
+    """A record of the weights that were there before is not the run's."""
+    from teq.models import Folder
+
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    found = config.jobs(["experiments=added", "model=tiny-opt", "method=rtn", f"model.path={folder}"])
+    for job in found:
+
+        def of_this_folder(data):
+            data["identity"] = Folder(path=str(folder)).identity()
+
+        made(own_home / "records", job, evals={"python-docs": np.full(6, 2.0)}, change=of_this_folder)
+    (first, *_) = found
+    library = Library(own_home / "records")
+    assert library.find(first.run, {"python-docs"}).differences == {}
+    before = Folder(path=str(folder)).identity()
+    (folder / "model.safetensors").write_text("[]")
+    after = Folder(path=str(folder)).identity()
+    library = Library(own_home / "records")
+    assert library.find(first.run, {"python-docs"}).differences == {"model.weights": (after, before)}
+    assert verbs.main(["report", "added", "model=tiny-opt", "method=rtn", f"model.path={folder}"]) == 0
+    out = capsys.readouterr().out
+    assert f"model.weights {before} instead of {after}" in out
+
+    def of_the_new_weights(data):
+        data["identity"] = after
+        data["stages"]["weights"]["digest"] = "1" * 16
+
+    exact = made(
+        own_home / "records", first, evals={"python-docs": np.full(6, 3.0)}, change=of_the_new_weights
+    )
+    answer = Library(own_home / "records").find(first.run, {"python-docs"})
+    assert answer.differences == {} and answer.record.file == exact.file
+    for file in folder.iterdir():
+        file.unlink()  # what is not there cannot differ
+    assert Library(own_home / "records").find(first.run, {"python-docs"}).differences == {}

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -167,6 +168,49 @@ def test_unwritable_cache_is_refused_before_any_work(monkeypatch, tmp_path, caps
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TEQ_HOME", str(tmp_path / "file" / "home"))
     assert "set TEQ_HOME to a folder you own" in refused(["model=tiny-llama"], capsys)
+
+
+def test_a_home_that_cannot_be_written_serves_what_it_holds(read_only, own_home, monkeypatch, capsys):
+    folder, lock = read_only
+    argv = ["-m", "model=tiny-llama", "method=fp,rtn", *TINY]
+    assert entry.main(argv) == 0
+    table = capsys.readouterr().out.replace(str(own_home), str(folder / "home"))
+    shutil.copytree(own_home, folder / "home")
+    monkeypatch.setenv("TEQ_HOME", str(folder / "home"))
+    before = sorted((folder / "home").rglob("*"))
+    lock()
+    output = None
+    try:
+        assert entry.main(argv) == 0
+        output = config.output()
+        printed = capsys.readouterr()
+        assert table.splitlines()[-4:] == printed.out.splitlines()[-4:] and "computing" not in printed.out
+        assert sorted((folder / "home").rglob("*")) == before
+        assert not output.is_relative_to(folder) and len(list(output.rglob("run.log"))) == 2
+        shutil.rmtree(output)
+        assert entry.main(["-m", "model=tiny-llama", "method=fp,gptq", *TINY]) == 1
+        output = config.output()
+        printed = capsys.readouterr()
+        failed = [line for line in printed.out.splitlines() if line.startswith("failed: model=")]
+        assert (
+            len(failed) == 1
+            and "method=gptq" in failed[0]
+            and "set TEQ_HOME to a folder you own" in failed[0]
+        )
+        assert "Traceback" not in printed.out + printed.err and "1 records in" in printed.out
+    finally:
+        if output is not None:
+            shutil.rmtree(output, ignore_errors=True)
+
+
+def test_the_output_of_a_start_is_one_folder_for_all_its_processes(own_home, monkeypatch):
+    config.begin_run()
+    config.prepare_environment()
+    assert os.environ["TEQ_OUTPUT"] == str(config.output()) == f"{own_home}/hydra/{config.start_of_run()}"
+    first = config.output()
+    config.begin_run()
+    config.prepare_environment()
+    assert os.environ["TEQ_OUTPUT"] == str(config.output()) != str(first)
 
 
 @pytest.mark.parametrize("key", ["ppl.context", "train.length", "gptq.length"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teq.corpora.sources import Source
-from teq.models import file_digest
+from teq.digests import file_digest
 from teq.spec import UserError
 
 if TYPE_CHECKING:

@@ -46,6 +46,9 @@ MEANINGS = {
     NOT_RUN: "no record; the cell gives the command",
     OURS: "nothing published to compare with",
 }
+UNKNOWN = "not recorded"
+MACHINE = ("device", "name", "cpus", "threads", "flags")
+CODE = ("sources", "commit", "dirty")
 HERE = Path(__file__).parent
 
 
@@ -218,10 +221,9 @@ def summary(record: Record) -> dict[str, Any]:
         "results": dict(_flat(values)),
         "cost": dict(_costs(data)),
         "versions": {**dict(_flat(machine.get("versions", {}))), "python": str(machine.get("python"))},
-        "machine": dict(
-            _flat({key: machine[key] for key in ("device", "name", "cpus", "threads") if key in machine})
-        ),
-        "code": dict(_flat(data.get("code", {}))),
+        "machine": dict(_flat({key: machine.get(key, UNKNOWN) for key in MACHINE})),
+        "code": _code(data),
+        "digests": {name: stage.get("digest", UNKNOWN) for name, stage in data["stages"].items()},
     }
     return {"facts": facts, "created": data["created"], "loss": data.get("training", {}).get("loss", [])}
 
@@ -230,16 +232,25 @@ def _costs(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Seconds and memory of each stage, and what of machine and code was another when it ran: a stage out of
     the cache was not made by whatever wrote the record.
     """
-    wrote = dict(_flat(data.get("machine", {}))) | dict(_flat(data.get("code", {})))
+    wrote = _ran(data)
     for name, stage in data["stages"].items():
         cost = stage["cost"]
         yield f"{name} seconds", f"{cost['seconds']:.1f}"
         if cost["peak_bytes"]:
             yield f"{name} peak memory", f"{cost['peak_bytes'] / 2**20:,.0f} MiB"
-        made = dict(_flat(cost.get("machine", {}))) | dict(_flat(cost.get("code", {})))
-        for key, value in made.items():
+        for key, value in _ran(cost).items():
             if wrote.get(key) != value:
                 yield f"{name} {key}", value
+
+
+def _ran(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Machine, versions and code of a record or of a stage's cost."""
+    return dict(_flat({"flags": UNKNOWN, **entry.get("machine", {})})) | _code(entry)
+
+
+def _code(entry: Mapping[str, Any]) -> dict[str, str]:
+    """The code of a record or of a stage's cost; older ones lack parts of it."""
+    return dict(_flat({key: entry.get("code", {}).get(key, UNKNOWN) for key in CODE}))
 
 
 def _flat(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
