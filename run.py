@@ -6,7 +6,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from teq import cli, config, ranks
+from teq import cli, config, ranks, sweeper
 from teq.spec import UserError
 
 
@@ -14,7 +14,8 @@ from teq.spec import UserError
 def launch(cfg: DictConfig) -> None:
     """One job, in whatever process Hydra's launcher put it."""
     config.prepare_environment()
-    cli.run_job(config.job(cfg, HydraConfig.get().runtime.choices))
+    with sweeper.noted():
+        cli.run_job(config.job(cfg, HydraConfig.get().runtime.choices))
 
 
 def main(argv: list[str]) -> int:
@@ -25,12 +26,13 @@ def main(argv: list[str]) -> int:
         return 0
     if not ranks.leads():
         return ranks.follow()
+    config.begin_run()
     config.prepare_environment()
     try:
         jobs = cli.checked_jobs(argv)
         sys.argv[1:] = config.quoted(argv)
         with ranks.leading({job.options.device for job in jobs}):
-            launch()
+            failed = sweeper.run(launch)
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(cli.INTERRUPTED, file=sys.stderr)
         return 130
-    return cli.summary(jobs)
+    return max(failed, cli.summary(jobs))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
 
 Runs, one after another and each as a process of its own: teq_step.py at every number of --tokens, gptq.py,
 scaling.py on this model, and the model's row of Table 5 (`run.py experiments=table5`) with a text that needs
-no fetching. FOLDER/MODEL.json collects what they found. A part that is there already, from the same command,
-is not run again; one that failed is said in a line, the others go on, and the next invocation tries it again.
-Overrides are given to every part but scaling.py, which takes none.
+no fetching. FOLDER/MODEL.json collects what they found. A part that is there already, from the same command
+and the same code, is not run again; one that failed is said in a line, the others go on, and the next
+invocation tries it again. Overrides are given to every part but scaling.py, which takes none.
 """
 
 import argparse
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measuring
 from benchmarks.measuring import shown
-from teq import config, record
+from teq import config, measure, record
 from teq.spec import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -67,7 +67,7 @@ def ran(name: str, command: list[str], file: Path) -> dict[str, Any]:
     if name == "table5":
         if process.returncode == 0:
             return table5(rest)
-    elif process.returncode in (0, 1) and file.exists():  # 1: some contender failed, the others are there
+    elif process.returncode in (0, measuring.INCOMPLETE) and file.exists():
         found = measuring.read(file)
         if name != "scaling" or "exponents" in found:  # it writes each point as it has it
             return found | {"complete": process.returncode == 0}
@@ -161,20 +161,24 @@ def main(argv: list[str]) -> int:
     found = measuring.read(file) if file.exists() else {"model": arguments.model, "parts": {}}
     failed = {}
     for name, command in commands(arguments).items():
-        before = found["parts"].get(name, {})
-        if before.get("command") == command and before["result"].get("complete", True):
+        before, sources = found["parts"].get(name, {}), measure.code()["sources"]
+        same = before.get("command") == command and before["code"]["sources"] == sources
+        if same and before["result"].get("complete", True):
             print(f"{name}: measured before")
             continue
-        aside = arguments.folder / f"{arguments.model}.{name.replace(' ', '_')}.json"
+        aside = arguments.folder / f"{arguments.model}.{name.replace(' ', '_')}.{sources}.json"
         arguments.folder.mkdir(parents=True, exist_ok=True)
+        if name != "scaling":  # that one goes on from its own file, which it writes point by point
+            aside.unlink(missing_ok=True)
         try:
-            found["parts"][name] = {"command": command, "result": ran(name, command, aside)}
+            result = ran(name, command, aside)
+            found["parts"][name] = {"command": command, "code": measure.code(), "result": result}
         except UserError as error:
             failed[name] = measuring.brief(error)
             continue
         if name == "table5":
             found["targets"] = verdicts(arguments.model, found["parts"][name]["result"])
-        elif name != "scaling":  # that one goes on from its own file, and its plot lies beside it
+        elif name != "scaling":  # whose plot lies beside its file
             aside.unlink()
         measuring.write(file, found)
     print_parts(found["parts"])

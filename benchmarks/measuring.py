@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 T = TypeVar("T")
+INCOMPLETE = 3  # exit status: some contender failed, the others are there; a crash of Python itself is 1
 
 
 def synchronize(device: str) -> None:

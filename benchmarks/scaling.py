@@ -201,7 +201,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         measuring.write(arguments.json, found)
         draw(lines, found["exponents"], arguments.json.with_suffix(".svg"))
-    return 1 if failed else 0
+    return measuring.INCOMPLETE if failed else 0
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def main(argv: list[str]) -> int:
         found |= {"dtype": dtype, "machine": measure.machine(device), "machines": machines}
         found |= {"settings": settings.plain(), "contenders": rows, "first_loss_difference": apart}
         measuring.write(arguments.json, found | {"left_out": left_out, "failed": failed})
-    return 1 if failed else 0
+    return measuring.INCOMPLETE if failed else 0
 
 
 if __name__ == "__main__":

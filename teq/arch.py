@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from teq.spec import Settings, UserError
+from teq.spec import Settings, UserError, option
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +24,11 @@ class Arch(Settings):
     `sites` maps each source to the linears that read its output; names are relative to the block.
     """
 
-    name: str
+    name: str = option(hashed=False)
     blocks: str
     sites: dict[str, Any]
     requires: dict[str, Any]
-    because: str
+    because: str = option(hashed=False)  # why `requires` is required, for the message
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """What run.py says and does around a job: checking, running, summing up."""
 
+import contextlib
+import json
 import logging
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from teq import config, memory, pipeline, plan, record, tables
+from teq import config, devices, files, memory, pipeline, plan, record, tables
 from teq.config import Job
 from teq.loggers import Silent
 from teq.lookup import Library
@@ -14,6 +16,7 @@ from teq.spec import Runtime, UserError
 from teq.store import Store
 
 log = logging.getLogger(__name__)
+LOST = "it left no record: its process ended without a word, as one that was killed does"
 INTERRUPTED = "interrupted: every stage that was finished is kept, the same command goes on from there"
 EXAMPLES = """\
   python run.py                                         the defaults: TEQ at 3 bits on SmolLM2-135M, minutes
@@ -26,7 +29,9 @@ EXAMPLES = """\
 
 def help_text() -> str:
     """Groups, options, experiments and examples."""
-    groups = "\n".join(f"  {name:<12} {', '.join(names)}" for name, names in config.groups().items())
+    found = config.groups()
+    found["group_size"].append("any other number above 0")
+    groups = "\n".join(f"  {name:<12} {', '.join(names)}" for name, names in found.items())
     values = (
         (config.CONF / "config.yaml")
         .read_text()
@@ -47,9 +52,11 @@ def checked_jobs(argv: list[str]) -> list[Job]:
     each problem.
     """
     found = config.jobs(argv)
-    Store(config.home() / "store")
-    for options in dict.fromkeys(job.options for job in found):
-        pipeline.resolve_device(options.device)
+    Store(config.home() / "store").check()
+    for options, launcher in dict.fromkeys((job.options, job.launcher) for job in found):
+        # a CUDA device that a launcher finds elsewhere is checked where the job runs
+        if launcher == "basic" or not devices.CUDA.fullmatch(options.device):
+            pipeline.resolve_device(options.device)
         memory.check(options.memory)
     for stage in zip(*(pipeline.checks(job.run) for job in found), strict=True):
         problems, passed = [], set()
@@ -82,41 +89,45 @@ def _too_long(job: Job) -> Iterator[str]:
 
 
 def run_job(job: Job) -> None:
-    """Run one job; a failure is one line here, the traceback in the job's log, and a note for `summary`."""
-    home, note = config.home(), _failure_note(job)
-    note.unlink(missing_ok=True)
+    """Run one job; a failure is one line here, the traceback in the job's log. Notes either for `summary`."""
+    home = config.home()
     log.info("— %s (%s)", job.run.title(), job.run.key())
     try:
-        runtime = Runtime(
-            device=pipeline.resolve_device(job.options.device),
-            memory=job.options.memory,
-            batch_size=job.options.batch_size,
-        )
-        with job.logger.start(job.run.title(), job.run.plain(), str(home), job.experiment) as logger:
-            pipeline.run(job.run, Store(home / "store"), home, runtime, logger)
+        settings = job.run.plain() | {"method": job.run.method}
+        with (
+            devices.taken(job.options.device) as device,
+            job.logger.start(job.run.title(), settings, str(home), job.experiment) as logger,
+        ):
+            runtime = Runtime(
+                device=pipeline.resolve_device(device),
+                memory=job.options.memory,
+                batch_size=job.options.batch_size,
+            )
+            finished = pipeline.run(job.run, Store(home / "store"), home, runtime, logger)
+        _note(job, {"record": str(finished.file)})
     except Exception as error:  # the other jobs of a sweep go on; this one is reported at the end
         line = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, UserError):
             line = f"{type(error).__name__}: {line}"
         log.error("failed: %s", line)
         logging.getLogger("teq.traceback").debug("%s", traceback.format_exc())
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(line)
+        _note(job, {"failed": line})
 
 
 def summary(jobs: list[Job]) -> int:
     """Print the results of `jobs` as a table, where their records lie, and what failed. Returns the exit
     status.
     """
-    failed = [(job, _failure_note(job)) for job in jobs if _failure_note(job).is_file()]
-    wanted = {job.run.key() for job in jobs} - {job.run.key() for job, _ in failed}
-    latest = {r.id: r for r in record.load(config.home() / "records") if r.id in wanted}  # oldest first
-    if found := list(latest.values()):
-        print(tables.plain(found))
+    outcomes = {job.run.key(): _outcome(job) for job in jobs}
+    written = [Path(outcome["record"]) for outcome in outcomes.values() if "record" in outcome]
+    found = [one for one in map(record.read, written) if one is not None]
+    if found:
+        print(tables.plain(found, {job.run.key(): job.run.method for job in jobs}))
         print(f"{len(found)} records in {config.home() / 'records'}")
     _log_table(jobs)
-    for job, note in failed:
-        print(f"failed: {job.run.title()}: {note.read_text()}")
+    failed = {job.run.key(): job for job in jobs if job.run.key() not in {one.id for one in found}}
+    for key, job in failed.items():
+        print(f"failed: {job.run.title()}: {outcomes[key].get('failed', LOST)}")
     return 1 if failed else 0
 
 
@@ -136,5 +147,21 @@ def _log_table(jobs: list[Job]) -> None:
         started.table(shown.rows(), shown.drawings.get("png"))
 
 
-def _failure_note(job: Job) -> Path:
-    return config.home() / "failed" / f"{job.run.key()}.txt"
+def _note(job: Job, outcome: dict[str, str]) -> None:
+    """Leave what came of a job to `summary`, which may be another process's."""
+    key = config.start_of_run(), job.run.key()
+    _outcomes[key] = outcome
+    with contextlib.suppress(OSError):  # a full disk: in this process it is known all the same
+        files.write_text(config.output() / "outcomes" / f"{job.run.key()}.json", json.dumps(outcome))
+
+
+def _outcome(job: Job) -> dict[str, str]:
+    """What came of a job in this run; empty where nobody said."""
+    key = config.start_of_run(), job.run.key()
+    try:
+        return json.loads((config.output() / "outcomes" / f"{job.run.key()}.json").read_text())
+    except (OSError, ValueError):
+        return _outcomes.get(key, {})
+
+
+_outcomes: dict[tuple[str, str], dict[str, str]] = {}  # by start of run.py and job

@@ -9,12 +9,13 @@ an experiment with defaults of its own) goes to Hydra as it is. A test holds bot
 import copy
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from teq.spec import UserError
@@ -120,6 +121,39 @@ def resolved(part: Any, root: dict[str, Any]) -> Any:
             raise UserError(f"{part} in conf/ refers to a key that is not there")
         value = value[key]
     return resolved(value, root)
+
+
+def is_hydras(override: str) -> bool:
+    """Whether an override is one of Hydra's own settings, which no run reads."""
+    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
+def key_of(addition: str) -> str:
+    """The key, without its group, of an override such as `++train.steps=3` or `+eval@extra=ptb`."""
+    return addition.lstrip("+").partition("=")[0].rpartition("@")[2]
+
+
+def unread(cfg: Mapping[str, Any], base: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of the leaves of `cfg` that are not in `base`, nor fields of the class that it names."""
+    fields = getattr(get_class(base["_target_"]), "__dataclass_fields__", {}) if "_target_" in base else {}
+    for key, value in cfg.items():
+        if key in base and isinstance(value, dict) and isinstance(base[key], dict):
+            yield from unread(value, base[key], f"{prefix}{key}.")
+        elif key not in base and key in fields:
+            continue
+        elif isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        elif key not in base:
+            yield f"{prefix}{key}"
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of a configuration's leaves."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def _read(file: Path) -> tuple[bool, dict[str, Any]]:

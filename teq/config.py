@@ -1,11 +1,14 @@
 """From a command line to checked runs. The only module of the package that imports Hydra."""
 
+import datetime
 import difflib
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
@@ -24,7 +28,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from teq.composition import Composer, resolved, without
+from teq.composition import Composer, flat, is_hydras, key_of, resolved, unread, without
 from teq.evaluate.counts import Counts
 from teq.models import Checkpoint, Outline
 from teq.pipeline import Run
@@ -34,7 +38,16 @@ from teq.transforms.identity import Identity
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
+INTERNAL = ("method", "quant_grid", "calibration")  # what groups' files refer to: no user sets values there
 INTEGER_GROUPS = ("bits", "group_size")
+BASIC = "basic"  # Hydra's launcher that runs jobs in this process
+LAUNCHERS = {  # that Hydra's documentation names, with what installs them
+    "joblib": "hydra-joblib-launcher",
+    "ray": "hydra-ray-launcher",
+    "ray_aws": "hydra-ray-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+}
 LAYOUT = "layout"  # the node of an experiment file that says how its records are shown; no run reads it
 
 
@@ -44,9 +57,30 @@ def home() -> Path:
 
 
 def prepare_environment() -> None:
-    """Set what conf/config.yaml refers to: where the project is, and where its output goes."""
+    """Set what conf/config.yaml refers to: where the project is, where its output goes, and a name that no
+    other start has, which workers inherit.
+    """
     os.environ["TEQ_ROOT"] = str(ROOT)
     os.environ["TEQ_HOME"] = str(home())
+    os.environ["TEQ_START"] = start_of_run()
+
+
+def start_of_run() -> str:
+    """The name of this start of run.py, the same in every process that it starts and in no other start."""
+    if "TEQ_START" not in os.environ:
+        begin_run()
+    return os.environ["TEQ_START"]
+
+
+def begin_run() -> None:
+    """Give this start of run.py a name of its own."""
+    now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    os.environ["TEQ_START"] = f"{now}_{socket.gethostname()}-{os.getpid()}-{os.urandom(2).hex()}"
+
+
+def output() -> Path:
+    """The folder for the logs and outcomes of this start of run.py."""
+    return home() / "hydra" / start_of_run()
 
 
 def quoted(argv: Sequence[str]) -> list[str]:
@@ -85,6 +119,7 @@ class Job:
     experiment: str | None
     layout: Mapping[str, Any] | None
     dimensions: Mapping[str, Any] | None  # of the architecture, as conf/model carries them
+    launcher: str = BASIC  # Hydra's: any other may run the job on another host
 
 
 def jobs(argv: Sequence[str]) -> list[Job]:
@@ -96,12 +131,15 @@ def jobs(argv: Sequence[str]) -> list[Job]:
     problems: list[str] = []
     prepare_environment()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        for overrides in _expand(arguments.overrides, arguments.multirun):
+        every, launcher = _expand(arguments.overrides, arguments.multirun)
+        for overrides in every:
             try:
-                composed, choices = _composer()(overrides)
-                _check_choices(choices, overrides)
-                _check_keys(composed, choices, overrides)
-                found.append(job(composed, choices, overrides))
+                ours = [line for line in overrides if not is_hydras(line)]
+                _add_group_sizes(ours)
+                composed, choices = _composer()(ours)
+                _check_choices(composed, choices, ours)
+                _check_keys(composed, choices, ours)
+                found.append(replace(job(composed, choices, overrides), launcher=launcher))
             except UserError as error:
                 problems += str(error).splitlines()
     if problems:
@@ -176,23 +214,41 @@ def options(folder: Path) -> list[str]:
     return sorted(names, key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))
 
 
-def _expand(overrides: list[str], multirun: bool) -> list[list[str]]:
-    """The override lists of the single jobs, as Hydra's own sweeper makes them."""
+def _add_group_sizes(overrides: Sequence[str]) -> None:
+    """Add to the group `group_size` the numbers that have no file: Hydra takes options from memory too, and
+    its launchers hand these on to their workers.
+    """
+    for override in overrides:
+        number = re.fullmatch(r"group_size=['\"]?([1-9]\d*)['\"]?", override)
+        if number and not (CONF / "group_size" / f"{number[1]}.yaml").is_file():
+            ConfigStore.instance().store(
+                number[1], {"group_size": int(number[1])}, "group_size", package="_global_"
+            )
+
+
+def _expand(overrides: list[str], multirun: bool) -> tuple[list[list[str]], str]:
+    """The override lists of the single jobs, as Hydra's own sweeper makes them, and the launcher's name."""
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
         for one in parsed:
             if one.is_sweep_override() and one.key_or_group == "experiments":
                 raise UserError(f"{one.input_line} names several experiments: run one after the other")
+            if one.is_delete() and not is_hydras(one.input_line or ""):
+                raise UserError(
+                    f"{one.input_line} takes away what every run reads: leave it out, or give it a value "
+                    "(null leaves it to the recipe)"
+                )
         fixed = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
-        experiment = _compose([line for line in fixed if line.startswith("experiments=")])
+        experiment = _compose([o for o in fixed if o.startswith("experiments=") or is_hydras(o)])
         params = experiment.hydra.sweeper.params or {}
         if not multirun and "MULTIRUN" not in str(experiment.hydra.mode):
             swept = [o.input_line for o in parsed if o.is_sweep_override()]
             if swept:
                 raise UserError(f"{swept[0]} names several values: add -m (--multirun) to run each of them")
-            return [overrides]
+            return [overrides], BASIC
         lines = [f"{key}={value}" for key, value in params.items()] + overrides
-        return BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(lines), None)[0]
+        every = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(lines), None)[0]
+        return every, experiment.hydra.runtime.choices["hydra/launcher"]
     except (HydraException, yaml.YAMLError) as error:
         raise UserError(_one_line(error, overrides)) from error
 
@@ -205,7 +261,7 @@ def _composer() -> Composer:
 def _compose(overrides: list[str]) -> DictConfig:
     try:
         return compose("config", overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UserError(_one_line(error, overrides)) from error
 
 
@@ -213,19 +269,31 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     """What Hydra says in a paragraph, as one line that names the way out."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if group == "group_size":
+            return f"group_size={name} is not allowed: it must be -1 (whole rows) or a whole number above 0"
+        if group == "hydra/launcher" and name in LAUNCHERS:
+            return f"{group}={name} is not installed: pip install {LAUNCHERS[name]}"
+        if group.startswith("hydra/"):
+            return f"{group}={name} is not allowed: it must be one of {', '.join(error.options)}"
         known = options(ROOT / group if group == "experiments" else CONF / group)
         return f"{group}={name} is not allowed: it must be one of {', '.join(known)}"
     text = " ".join(str(error).split())
     if isinstance(error, ConfigCompositionException) and "Could not override" in text:
         key = text.split("'")[1]
-        close = difflib.get_close_matches(key, list(_flat(_composer()([])[0])) + list(groups()), 1)
+        close = difflib.get_close_matches(key, list(flat(_composer()([])[0])) + list(groups()), 1)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"there is no option {key!r}: {hint}`python run.py --help` lists them all"
     return f"{' '.join(overrides)}: {text}"
 
 
-def _check_choices(choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Refuse a choice that another one hides."""
+def _check_choices(cfg: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse a choice that another one hides, and a value in the place of a whole section."""
+    for section, values in _file(CONF / "config.yaml").items():
+        if section in cfg and isinstance(values, dict) and not isinstance(cfg[section], dict):
+            first = next(iter(values))
+            raise UserError(
+                f"{section}={cfg[section]} is not allowed: set its values, such as {section}.{first}"
+            )
     for override in overrides:
         if choices.get("grid") is not None and override.partition("=")[0] in ("bits", "group_size"):
             raise UserError(
@@ -235,18 +303,25 @@ def _check_choices(choices: Mapping[str, Any], overrides: Sequence[str]) -> None
 
 
 def _check_keys(cfg: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Refuse a key that only an experiment file knows: Hydra merges those in without a word."""
-    name = choices.get("experiments")
-    if name is None or (name, choices["model"]) in _checked:
+    """Refuse keys that only an addition (`+key=value`) or an experiment file knows: Hydra merges those in
+    without a word, and nothing reads them.
+    """
+    name, added = choices.get("experiments"), [line for line in overrides if line.startswith("+")]
+    if not added and (name is None or (name, choices["model"]) in _checked):
         return
-    without = [o for o in overrides if not o.startswith("experiments=")]
-    known = set(_flat(_composer()(without)[0]))
-    for key in _flat(cfg):
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f": did you mean {close[0]}?" if close else ""
-            raise UserError(f"experiments/{name}.yaml sets {key!r}, which is no option{hint}")
-    _checked.add((name, choices["model"]))
+    plain = [line for line in overrides if line not in added and not line.startswith("experiments=")]
+    base, problems = _composer()(plain)[0], []
+    known = [*groups(), *flat({key: node for key, node in base.items() if key not in INTERNAL})]
+    for key in unread(cfg, base):
+        what = f"experiments/{name}.yaml sets {key!r}, which is no option"
+        if source := next((line for line in added if f"{key}.".startswith(f"{key_of(line)}.")), ""):
+            key, what = key_of(source), f"{source} is read by no run"
+        close = difflib.get_close_matches(key, known, 1, cutoff=0)
+        problems.append(f"{what}: did you mean {close[0]}? `python run.py --help` lists them all")
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    if not added:
+        _checked.add((name, choices["model"]))
 
 
 _checked: set[tuple[str, str]] = set()  # experiments with the model for which their keys were found good
@@ -255,15 +330,6 @@ _checked: set[tuple[str, str]] = set()  # experiments with the model for which t
 @functools.cache
 def _experiment(name: str) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(ROOT / "experiments" / f"{name}.yaml"))
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of a configuration's leaves."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def _fill_from_recipe(cfg: dict[str, Any], model: str) -> None:

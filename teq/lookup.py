@@ -122,9 +122,15 @@ def _parts(candidate: Record, evaluations: set[str]) -> dict[str, tuple[Any, Any
 
 
 def place(run: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a record must share with a run to stand in for it: model, method and grid."""
+    """What a record must share with a run to stand in for it: model, transform, quantizer and grid.
+
+    A method is told by its settings, whatever it is called: the kinds of its two stages and the switches that
+    are on in them (act-order, clipping).
+    """
     grid = run["quantizer"].get("grid") or {}
-    return run["model"]["name"], run["method"], *(grid.get(k) for k in ("bits", "group_size", "symmetric"))
+    stages = [run["transform"], run["quantizer"]]
+    switches = [(s["kind"], *sorted(key for key, value in s.items() if value is True)) for s in stages]
+    return run["model"]["name"], *switches, *(grid.get(k) for k in ("bits", "group_size", "symmetric"))
 
 
 def _differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:

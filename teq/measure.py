@@ -9,11 +9,16 @@ import sys
 import time
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 from teq import ranks
+from teq.files import sha256
+from teq.spec import digest
 
+PACKAGE = Path(__file__).resolve().parent
 LIBRARIES = (
     "torch",
     "transformers",
@@ -26,18 +31,49 @@ LIBRARIES = (
 )
 
 
+class _Sources(MetaPathFinder):
+    """Notes the digest of each module of this package when it is imported: what is edited later does not run.
+
+    `imported` holds them by path below the package.
+    """
+
+    def __init__(self) -> None:
+        names = [name for name in sys.modules if name.partition(".")[0] == PACKAGE.name]
+        self.imported: dict[str, str] = {}
+        for name in names:
+            self._note(getattr(sys.modules[name], "__file__", None))
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        """Find nothing itself: that is left to the finders that follow."""
+        if name.partition(".")[0] == PACKAGE.name and (spec := PathFinder.find_spec(name, path)) is not None:
+            self._note(spec.origin)
+            return spec
+        return None
+
+    def digest(self) -> str:
+        """Of all sources of the package: as they were imported, and the others as they lie there now."""
+        found = {str(file.relative_to(PACKAGE)): file for file in sorted(PACKAGE.rglob("*.py"))}
+        return digest({name: self.imported.get(name) or sha256(file) for name, file in found.items()})
+
+    def _note(self, file: str | None) -> None:
+        if file is not None and Path(file).is_file():
+            self.imported[str(Path(file).relative_to(PACKAGE))] = sha256(Path(file))
+
+
 @contextlib.contextmanager
 def cost(device: str) -> Iterator[dict[str, Any]]:
-    """Fills the yielded dict at its end: seconds, peak_bytes (of the device, or of the process on a CPU),
-    machine, and the code that did it.
+    """Context manager: fills the dict that it gives at its end: seconds, peak_bytes (of the device, or of the
+    process on a CPU), machine, and the code that did it.
     """
-    found: dict[str, Any] = {"code": code()}
+    found: dict[str, Any] = {}
+    code()  # the commit is that of now
     _reset_peak(device)
     start, before = time.perf_counter(), _Uncounted.seconds
     yield found
     found["seconds"] = round(time.perf_counter() - start - (_Uncounted.seconds - before), 3)
     found["peak_bytes"] = _peak(device)
     found["machine"] = machine(device)
+    found["code"] = code()
 
 
 @contextlib.contextmanager
@@ -67,6 +103,7 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads() if torch is not None else None,
         "python": platform.python_version(),
         "versions": versions(),
+        "flags": flags(device),
     } | ({"ranks": ranks.count()} if ranks.count() > 1 else {})
 
 
@@ -79,24 +116,56 @@ def versions() -> dict[str, str]:
     return found
 
 
-@functools.cache
 def code() -> dict[str, Any]:
-    """The commit of this code and whether the tree had uncommitted changes when the process first asked: what
-    is committed while it runs is not what runs. Nulls outside a git checkout.
+    """The code that runs: digest of the sources as imported, the commit when the process first asked, and
+    whether the sources had changes then or have others now. Commit and dirty are null outside a git checkout.
     """
-    folder = Path(__file__).resolve().parent.parent
+    commit, dirty, first = _checkout()
+    sources = _SOURCES.digest()
+    return {
+        "sources": sources,
+        "commit": commit,
+        "dirty": None if dirty is None else dirty or sources != first,
+    }
+
+
+@functools.cache
+def _checkout() -> tuple[str | None, bool | None, str]:
+    """Commit, whether the tree has uncommitted changes, and the digest of the sources, at the first call."""
 
     def git(*args: str) -> str | None:
+        command = ["git", "-C", str(PACKAGE), *args]
         try:
-            done = subprocess.run(
-                ["git", "-C", str(folder), *args], capture_output=True, text=True, check=False
-            )
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     status = git("status", "--porcelain")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    return git("rev-parse", "HEAD"), None if status is None else bool(status), _SOURCES.digest()
+
+
+def flags(device: str) -> dict[str, Any]:
+    """Switches of PyTorch and versions of the device's libraries that can move a result."""
+    import torch
+
+    found: dict[str, Any] = {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device.startswith("cuda"):
+        found |= {
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+            "bf16_reduced": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+            "fp16_reduced": torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+            "cudnn_deterministic": torch.backends.cudnn.deterministic,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": torch._C._cuda_getDriverVersion(),
+        }
+    return found
 
 
 def _processor() -> str:
@@ -128,3 +197,7 @@ def _peak(device: str) -> int | None:
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+_SOURCES = _Sources()
+sys.meta_path.insert(0, _SOURCES)

@@ -4,18 +4,16 @@ The step itself is run on fake tensors (shapes and lifetimes, no numbers), on tw
 difference is what every further block adds.
 """
 
-import contextlib
 import copy
 import gc
 import logging
-import os
 import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from teq import host_memory
 from teq.arch import Arch
 from teq.spec import STRATEGIES, Runtime, UserError
 
@@ -40,8 +38,8 @@ class Rehearsable(Protocol):
 
 
 def budget(memory: str, device: str) -> int:
-    """Bytes that may be used: `auto` is nine tenths of what is free on the device (on a CPU of what is
-    available, or of all memory where the system does not say).
+    """Return the bytes that may be used: `auto` is nine tenths of what is free on the device (on a CPU of
+    what the host has free and its cgroups leave).
 
     Raises UserError when `memory` is no amount.
     """
@@ -53,11 +51,7 @@ def budget(memory: str, device: str) -> int:
         # what PyTorch keeps for later and does not use is free as well
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(RESERVE * (torch.cuda.mem_get_info(device)[0] + kept))
-    with contextlib.suppress(OSError):  # Linux
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(RESERVE * int(line.split()[1]) * 1024)
-    return int(RESERVE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return int(RESERVE * host_memory.available())
 
 
 def _bytes(memory: str) -> int:
@@ -162,14 +156,21 @@ class Need:
 
     bytes: int
     flops: int
+    movable: int = 0  # of the bytes: what may wait in the host's memory instead
 
 
-def need(stage: Rehearsable, config: "PretrainedConfig", arch: Arch, dtype: str, strategy: str) -> Need:
-    """What `stage` needs on a model of all its blocks, from rehearsals on models of two and of three."""
+def need(
+    stage: Rehearsable, config: "PretrainedConfig", arch: Arch, dtype: str, strategy: str, device: str = "cpu"
+) -> Need:
+    """What `stage` needs on a model of all its blocks, from rehearsals on models of two and of three.
+
+    The fake tensors are a CPU's, for which attention is one operator as on a GPU. On the `device` "meta" what
+    goes to the host's memory is told apart and not counted.
+    """
     blocks = config.num_hidden_layers
     if blocks <= 3:
-        return _counted(stage, config, arch, dtype, blocks, strategy)
-    two, three = (_counted(stage, config, arch, dtype, n, strategy) for n in (2, 3))
+        return _counted(stage, config, arch, dtype, blocks, strategy, device)
+    two, three = (_counted(stage, config, arch, dtype, n, strategy, device) for n in (2, 3))
     more = blocks - 2
     return Need(two.bytes + more * (three.bytes - two.bytes), two.flops + more * (three.flops - two.flops))
 
@@ -198,7 +199,13 @@ def release(device: str) -> None:
 
 
 def _counted(
-    stage: Rehearsable, config: "PretrainedConfig", arch: Arch, dtype: str, blocks: int, strategy: str
+    stage: Rehearsable,
+    config: "PretrainedConfig",
+    arch: Arch,
+    dtype: str,
+    blocks: int,
+    strategy: str,
+    device: str,
 ) -> Need:
     """What was there before the rehearsal on a fake model of so many blocks, and what the rehearsal made."""
     import torch
@@ -212,13 +219,14 @@ def _counted(
     config = copy.deepcopy(config)
     config.num_hidden_layers = blocks
     with FakeTensorMode(), one_sequence_a_row():
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         model.eval().requires_grad_(False)
         model.tie_weights()
         present = {*model.parameters(), *model.buffers()}
         if strategy == "offload":
             present -= {p for block in blocks_of(model, arch).values() for p in block.parameters()}
-        with LiveBytes() as live:
+        with LiveBytes(None if device == "cpu" else device) as live:
             stage.rehearse(LM(model, None, arch, "outline"), strategy)
     return Need(sum(tensor.nbytes for tensor in present) + live.peak, live.flops)
 
@@ -227,10 +235,12 @@ class LiveBytes:
     """Within: counts the bytes of the tensors that operators make, for as long as they live. `peak` is kept.
 
     Works on fake tensors and on real ones; what a fused kernel allocates and frees inside itself is not seen.
-    `flops` are the operations of the matrix products.
+    `flops` are the operations of the matrix products. Where a `device` is given, tensors elsewhere are not
+    counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
+        self.device = device
         self.live = self.peak = self.flops = 0
         self._known: set[int] = set()
 
@@ -262,6 +272,8 @@ class LiveBytes:
         self._mode.__exit__(*error)
 
     def _add(self, tensor: "Tensor") -> None:
+        if self.device is not None and tensor.device.type != self.device:
+            return
         storage = _storage(tensor)
         name, size = storage._cdata, storage.nbytes()
         if name not in self._known:

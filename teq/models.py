@@ -37,6 +37,14 @@ class Folder(Settings):
 
     path: str
 
+    def plain(self) -> dict[str, Any]:
+        """The folder's own name alone: where it lies changes no result and is nobody else's business."""
+        return super().plain() | {"path": self.folder_path().name}
+
+    def folder_path(self) -> Path:
+        """The absolute path of the folder."""
+        return Path(self.path).expanduser().absolute()
+
     def identity(self) -> str:
         """Digest over the configuration, the tokenizer and the weights: moving the folder changes nothing."""
         folder = self.folder()
@@ -45,7 +53,7 @@ class Folder(Settings):
 
     def folder(self) -> Path:
         """The folder itself. Raises UserError when it is missing or incomplete."""
-        folder = Path(self.path).expanduser()
+        folder = self.folder_path()
         if not folder.is_dir():
             raise UserError(f"model.path={self.path} is not a folder: give one that save_pretrained wrote")
         if not (folder / "config.json").is_file():

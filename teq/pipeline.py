@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, runtime_checkable
@@ -13,11 +13,10 @@ from teq import corpora, measure, memory, ranks, record
 from teq.models import Checkpoint
 from teq.record import Record
 from teq.spec import Runtime, Settings, UserError, digest, option
-from teq.store import Artefact, Store
+from teq.store import Artefact, Made, Stage, Store
 from teq.transforms import Diverged, folded
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from teq.models import LM
@@ -48,10 +47,15 @@ class Run(Settings):
 
     model: Checkpoint
     dtype: str = option(among=("float32", "bfloat16", "float16", "float64"))
-    method: str
+    method: str = option(hashed=False)  # a display name: two names of one pair are one run
     transform: Settings
     quantizer: Settings
     evals: tuple[Settings, ...]
+
+    def key(self) -> str:
+        """The content hash, which the order of the evaluations does not change."""
+        plain = self.plain()
+        return digest(plain | {"evals": sorted(plain["evals"], key=digest)})
 
     def title(self) -> str:
         """The run in a few words, for messages."""
@@ -69,7 +73,7 @@ def checks(spec: Run) -> list[dict[str, Callable[[], Any]]]:
     texts = {f"text {r.corpus()}": functools.partial(_text, r) for r in (spec.transform, spec.quantizer)}
     together = functools.partial(ranks.check, spec.transform, spec.model)
     return [
-        {spec.model.source.key(): spec.model.source.identity},
+        {repr(spec.model.source): spec.model.source.identity},
         {f"ranks {spec.model.key()} {spec.transform.key()}": together},
         texts | {evaluation.key(): evaluation.provenance for evaluation in spec.evals},
     ]
@@ -99,18 +103,18 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
     """Run what is not in the store yet and write the record under `home`/records.
 
     A stage's key holds its settings, the weights' identity, and the digest of the text it reads, so that
-    equal work is done once, whoever asks for it.
+    equal work is done once, whoever asks for it. A stage whose result is not read by another is not made for
+    it: a run whose metrics and record are there needs neither scales nor weights.
     """
     identity = spec.model.source.identity()
-    weights = {"model": identity, "dtype": spec.dtype, "arch": spec.model.arch.plain()}
-    bench = Bench(spec.model, spec.dtype, runtime.device)
+    of_model = {"model": identity, "dtype": spec.dtype, "arch": spec.model.arch.plain()}
+    bench = Bench(spec.model, spec.dtype, runtime.device, identity)
     check_texts = functools.cache(functools.partial(_check_texts, spec))
 
-    def fit() -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+    def fit(partial: Path) -> Made:
         from teq.transforms.histogram import summaries
 
-        def with_strategy(strategy: str) -> tuple[Mapping[str, "Tensor"], dict[str, Any]]:
-            partial = home / "partial" / f"{digest(transform)}.safetensors"
+        def with_strategy(strategy: str) -> Made:
             load = functools.partial(bench.pristine, "cpu") if strategy == "offload" else bench.pristine
             how = dataclasses.replace(runtime, strategy=strategy, partial=partial)
             return ranks.fit(spec.transform, bench, load, how, logger.step)
@@ -133,53 +137,57 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
         return tensors, {**info, "planned_strategy": chosen, "scales": summaries(tensors)}
 
     @_with_a_way_out("the weights are quantized", runtime.device)
-    def quantize() -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+    def quantize(partial: Path, scales: Artefact) -> Made:
         with measure.uncounted():
             check_texts()
         moved = {name: s.to(runtime.device) for name, s in folded(scales.tensors()).items()}
-        return spec.quantizer.quantize(bench.to_use_up, moved, runtime)
+        how = dataclasses.replace(runtime, partial=partial)
+        return spec.quantizer.quantize(bench.to_use_up, moved, how)
 
-    transform = {**weights, "transform": spec.transform.plain(), "text": _text(spec.transform)}
-    scales = store.get("scales", transform, fit, runtime.device)
-    quantized = store.get(
-        "weights",
-        {**weights, "scales": scales.key, "quantizer": spec.quantizer.plain(), "text": _text(spec.quantizer)},
-        quantize,
-        runtime.device,
+    def evaluate(evaluation: Any, partial: Path, weights: Artefact) -> Made:
+        how = dataclasses.replace(runtime, partial=partial)
+        guard = _with_a_way_out(f"{evaluation.name} is measured", runtime.device)
+        metric = guard(lambda: evaluation.measure(bench.holding(weights, spec.quantizer.grid), how))()
+        arrays = {name: record.pack(array) for name, array in metric.arrays.items()}
+        info = metric.info | {"attention": bench.attention()}
+        return {}, {"values": metric.values, "arrays": arrays, "info": info}
+
+    scales = Stage(
+        "scales", {**of_model, "transform": spec.transform.plain(), "text": _text(spec.transform)}, fit
     )
-    stages = {"scales": scales, "weights": quantized}
-    metrics = {}
-    for evaluation in spec.evals:
-
-        @_with_a_way_out(f"{evaluation.name} is measured", runtime.device)
-        def evaluate(evaluation: Any = evaluation) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-            metric = evaluation.measure(bench.holding(quantized, spec.quantizer.grid), runtime)
-            arrays = {name: record.pack(array) for name, array in metric.arrays.items()}
-            return {}, {"values": metric.values, "arrays": arrays, "info": metric.info}
-
-        settings = {
-            "weights": quantized.key,
-            "evaluation": evaluation.plain(),
-            "text": evaluation.provenance(),
-        }
-        stages[evaluation.name] = store.get("metrics", settings, evaluate, runtime.device)
-        metrics[evaluation.name] = stages[evaluation.name].info
-    finished = record.write(
-        {
-            "id": spec.key(),
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "run": spec.plain(),
-            "identity": identity,
-            "metrics": metrics,
-            "training": {"loss": [], "scales": {}} | scales.info,
-            "quantization": quantized.info,
-            "text": {"transform": _text(spec.transform), "quantizer": _text(spec.quantizer)},
-            "stages": {name: _stage(artefact) for name, artefact in stages.items()},
-            "code": measure.code(),
-            "machine": measure.machine(runtime.device),
-        },
-        home / "records",
-    )
+    quantizer = {"quantizer": spec.quantizer.plain(), "text": _text(spec.quantizer)}
+    weights = Stage("weights", {**of_model, "scales": scales.key, **quantizer}, quantize, {"scales": scales})
+    evaluations = {}
+    for each in spec.evals:
+        settings = {"weights": weights.key, "evaluation": each.plain(), "text": each.provenance()}
+        evaluations[each.name] = Stage(
+            "metrics", settings, functools.partial(evaluate, each), {"weights": weights}
+        )
+    metrics = {name: store.get(stage, runtime.device) for name, stage in evaluations.items()}
+    made = {"scales": store.peek(scales), "weights": store.peek(weights)}
+    made |= {name: artefact.digest for name, artefact in metrics.items()}
+    keys = {name: stage.key for name, stage in {"scales": scales, "weights": weights, **evaluations}.items()}
+    finished = record.find(home / "records", spec.key(), keys, made)
+    if finished is None:
+        # the scales last: where both are gone, it is the weights that read them
+        quantized, trained = store.get(weights, runtime.device), store.get(scales, runtime.device)
+        stages = {"scales": trained, "weights": quantized, **metrics}
+        finished = record.write(
+            {
+                "id": spec.key(),
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "run": spec.plain() | {"method": spec.method},
+                "identity": identity,
+                "metrics": {name: artefact.info for name, artefact in metrics.items()},
+                "training": {"loss": [], "scales": {}} | trained.info,
+                "quantization": quantized.info,
+                "text": {"transform": _text(spec.transform), "quantizer": _text(spec.quantizer)},
+                "stages": {name: _stage(artefact) for name, artefact in stages.items()},
+                "code": measure.code(),
+                "machine": measure.machine(runtime.device),
+            },
+            home / "records",
+        )
     logger.finish(finished)
     return finished
 
@@ -187,19 +195,27 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
 class Bench:
     """The one model in memory, and what has been done to it. Nothing is loaded before it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, device: str) -> None:
-        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+    def __init__(self, checkpoint: Checkpoint, dtype: str, device: str, identity: str) -> None:
+        self.checkpoint, self.dtype, self.device, self.identity = checkpoint, dtype, device, identity
         self._lm: LM | None = None
         self._state: str | None = "pristine"
 
     def pristine(self, device: str | None = None) -> "LM":
-        """The model as it was loaded, on `device` (its own); the caller leaves it so."""
+        """The model as it was loaded, on `device` (its own); the caller leaves it so.
+
+        Raises UserError where the weights are not those any more that the run's keys were made of.
+        """
         if self._lm is None or self._state != "pristine":
             self._lm = None
             memory.release(self.device)  # the old model, before another one needs its room
             log.info("loading model=%s", self.checkpoint.name)
             with measure.uncounted():
                 self._lm = self.checkpoint.load(self.dtype, device or self.device, self.device)
+                if (now := self.checkpoint.source.identity()) != self.identity:
+                    raise UserError(
+                        f"the weights of model={self.checkpoint.name} changed while the run was under way "
+                        f"({self.identity} is {now} now): start it again, what was finished is kept"
+                    )
             self._state = "pristine"
         elif self._lm.device.type != "meta":  # an outline stays one
             self._lm.model.to(device or self.device)
@@ -220,6 +236,10 @@ class Bench:
             self._state = weights.key
         assert self._lm is not None
         return self._lm
+
+    def attention(self) -> str | None:
+        """The kernel that the model in memory computes attention with, as transformers names it."""
+        return None if self._lm is None else getattr(self._lm.model.config, "_attn_implementation", None)
 
 
 def _with_a_way_out(doing: str, device: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -258,7 +278,12 @@ def _text(reader: Any) -> dict[str, Any] | None:
 
 
 def _stage(artefact: Artefact) -> dict[str, Any]:
-    return {"key": artefact.key, "cost": artefact.cost, "cached": artefact.cached}
+    return {
+        "key": artefact.key,
+        "digest": artefact.digest,
+        "cost": artefact.cost,
+        "cached": artefact.cached,
+    }
 
 
 def _kept(error: Diverged, file: Path) -> Diverged:

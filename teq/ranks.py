@@ -51,6 +51,7 @@ class Task:
     checkpoint: "Checkpoint"
     dtype: str
     runtime: Runtime
+    identity: str
 
 
 class _Team:
@@ -129,12 +130,15 @@ def leading(devices: set[str]) -> Iterator[None]:
 
 def follow() -> int:
     """What every rank but 0 does, from the beginning to the end. Returns the exit status."""
+    from teq import devices
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 is the one to interrupt; its end is everyone's
     try:
         _meet("")
-        while (task := _first(None)) is not None:
-            with contextlib.suppress(UserError):  # rank 0 has it as well, says it and goes on to another job
-                _take_part(dataclasses.replace(task, runtime=_as_own(task.runtime)), lambda *_: None)
+        with devices.taken(_Team.device.partition(":")[0]):
+            while (task := _first(None)) is not None:
+                with contextlib.suppress(UserError):  # rank 0 has it as well, says it and goes on
+                    _take_part(dataclasses.replace(task, runtime=_as_own(task.runtime)), lambda *_: None)
     except UserError:  # rank 0 says it
         return 1
     except RuntimeError as error:
@@ -156,7 +160,7 @@ def fit(transform: "Transform", bench: "Bench", load: "Load", runtime: Runtime, 
         return transform.fit(load, runtime, on_step)
     if _Team.group is None:
         raise UserError("torchrun's ranks train in the process it started: leave out hydra/launcher")
-    task = Task(transform, bench.checkpoint, bench.dtype, runtime)
+    task = Task(transform, bench.checkpoint, bench.dtype, runtime, bench.identity)
     _first(task)
     try:
         return _take_part(task, on_step)
@@ -300,7 +304,7 @@ def _as_own(runtime: Runtime) -> Runtime:
 def _take_part(task: Task, on_step: "OnStep") -> Fitted:
     from teq.pipeline import Bench
 
-    bench = Bench(task.checkpoint, task.dtype, _Team.device)
+    bench = Bench(task.checkpoint, task.dtype, _Team.device, task.identity)
     _Team.training, _Team.agreed = True, False
     try:
         return task.transform.fit(bench.to_use_up, task.runtime, on_step)

@@ -3,15 +3,16 @@
 import base64
 import json
 import logging
-import os
+import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from teq import files
 from teq.spec import digest
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
+LARGEST = 2**28  # bytes of one unpacked array: a record is no place for more
 
 
 @dataclass(frozen=True)
@@ -56,24 +58,64 @@ def pack(array: np.ndarray) -> dict[str, Any]:
 
 
 def unpack(packed: dict[str, Any]) -> np.ndarray:
-    """The inverse of `pack`."""
-    raw = zlib.decompress(base64.b64decode(packed["data"]))
-    return np.frombuffer(raw, dtype=packed["dtype"]).reshape(packed["shape"])
+    """The inverse of `pack`. Raises ValueError where the data are not of the shape that is given."""
+    dtype, shape = np.dtype(packed["dtype"]), packed["shape"]
+    size = dtype.itemsize * math.prod(shape)
+    if dtype.hasobject or not 0 <= size <= LARGEST:
+        raise ValueError(f"an array of {dtype} {shape} is not allowed: {LARGEST} bytes at most")
+    reader = zlib.decompressobj()
+    raw = reader.decompress(base64.b64decode(packed["data"]), size + 1)
+    if len(raw) != size:
+        raise ValueError(f"an array of {dtype} {shape} has other data than that")
+    return np.frombuffer(raw, dtype=dtype).reshape(shape)
 
 
 def write(data: dict[str, Any], folder: Path) -> Record:
-    """Store a record under its id and the keys of its stages; one that is there already is kept and
-    returned.
+    """Store a record under its id and the digest of its stages' results; the same one is written once.
+
+    One that was damaged is written anew. Says so where an earlier record of the run has other results.
     """
-    trail = digest({name: stage["key"] for name, stage in data["stages"].items()})[:8]
+    trail = digest({name: [stage["key"], stage["digest"]] for name, stage in data["stages"].items()})[:8]
     file = folder / f"{data['id']}-{trail}.json"
-    if file.exists():
-        return Record(json.loads(file.read_text()), file)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(f".{os.getpid()}.part")
-    aside.write_text(json.dumps({"schema": SCHEMA, **data}, allow_nan=False, separators=(",", ":")))
-    aside.replace(file)
+    if (kept := read(file)) is not None:
+        return kept
+    keys = {name: stage["key"] for name, stage in data["stages"].items()}
+    if (earlier := find(folder, data["id"], keys, {})) is not None:
+        log.warning("%s: computed again, with other results than in %s", data["id"], earlier.file.name)
+    files.write_text(file, json.dumps({"schema": SCHEMA, **data}, allow_nan=False, separators=(",", ":")))
     return Record(json.loads(file.read_text()), file)
+
+
+def find(folder: Path, run: str, keys: Mapping[str, str], results: Mapping[str, str | None]) -> Record | None:
+    """The latest record of the run with id `run` whose stages have these keys and, where they are given,
+    these digests of their results; None where there is none.
+    """
+    found = []
+    for file in sorted(folder.glob(f"{run}-*.json")):
+        if (one := read(file)) is None:
+            continue
+        stages = one.data["stages"]
+        same = {name: stage["key"] for name, stage in stages.items()} == dict(keys)
+        wanted = {name: result for name, result in results.items() if result is not None}
+        if same and all(stages[name].get("digest") == result for name, result in wanted.items()):
+            found.append(one)
+    return max(found, key=lambda one: one.data["created"], default=None)
+
+
+def read(file: Path) -> Record | None:
+    """The record in `file`; None, with a warning, where it is damaged or of another schema."""
+    try:
+        data = json.loads(file.read_text())
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
+        _check(data)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever a damaged file may lead to: it must not hide the others
+        reason = f"no {error} in it" if isinstance(error, KeyError) else error
+        log.warning("record %s is left out: %s", file, reason)
+        return None
+    return Record(data, file)
 
 
 def load(*folders: Path) -> list[Record]:
@@ -84,19 +126,8 @@ def load(*folders: Path) -> list[Record]:
     """
     found = []
     for folder in folders:
-        inside = []
-        for file in sorted(folder.glob("*.json")) if folder.is_dir() else []:
-            try:
-                data = json.loads(file.read_text())
-                if data["schema"] != SCHEMA:
-                    raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
-                _check(data)
-            except Exception as error:  # whatever a damaged file may lead to: it must not hide the others
-                reason = f"no {error} in it" if isinstance(error, KeyError) else error
-                log.warning("record %s is left out: %s", file, reason)
-                continue
-            inside.append(Record(data, file))
-        found += sorted(inside, key=lambda record: record.data["created"])
+        inside = [read(file) for file in sorted(folder.glob("*.json"))] if folder.is_dir() else []
+        found += sorted((one for one in inside if one is not None), key=lambda one: one.data["created"])
     return found
 
 

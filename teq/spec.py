@@ -23,13 +23,20 @@ def option(
     at_most: float | None = None,
     among: tuple[Any, ...] | None = None,
     key: str | None = None,
+    hashed: bool = True,
+    omitted: Any = dataclasses.MISSING,
 ) -> Any:
     """A dataclass field whose value must lie in a range or in a set; `Settings` checks it.
 
-    `key` is the name the command line knows it by, where that is not `<group>.<field>`.
+    `key` is the name the command line knows it by, where that is not `<group>.<field>`. A field that is not
+    `hashed` (a display name, the words of a message) is neither in the key nor in a record. A field that has
+    the value `omitted` is left out of both, so that an option added later changes no key of a run without it.
     """
     bounds = {"above": above, "at_least": at_least, "at_most": at_most, "among": among, "key": key}
-    return dataclasses.field(default=default, metadata={k: v for k, v in bounds.items() if v is not None})
+    metadata = {k: v for k, v in bounds.items() if v is not None} | {"hashed": hashed}
+    if omitted is not dataclasses.MISSING:
+        metadata["omitted"] = omitted
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +63,15 @@ class Settings:
             object.__setattr__(self, field.name, fitted)
 
     def plain(self) -> dict[str, Any]:
-        """These settings in the types of JSON, with the class's name and version: what is hashed and
-        recorded.
-        """
-        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        """Settings in the types of JSON, with the class's name and version: what is hashed and recorded."""
+        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if self._counts(f)}
         return {"kind": type(self).__name__, "version": self.version, **fields}
+
+    def _counts(self, field: dataclasses.Field) -> bool:
+        """Whether a field is hashed with the value that it has here."""
+        if not field.metadata.get("hashed", True):
+            return False
+        return "omitted" not in field.metadata or getattr(self, field.name) != field.metadata["omitted"]
 
     def key(self) -> str:
         """The content hash: 16 hex digits of the SHA-256 of `plain()`."""
@@ -78,7 +89,7 @@ class Runtime(Settings):
     memory: str = "auto"  # what `teq.memory.choose` chooses the strategy by
     strategy: str = option("keep", among=STRATEGIES)
     batch_size: int = option(8, at_least=1)
-    partial: Path | None = None  # where a long stage may keep its state, to go on after an interruption
+    partial: Path | None = None  # folder for the state of a stage that can be interrupted and resumed
 
 
 def digest(plain: Any) -> str:

@@ -2,24 +2,29 @@
 
     <root>/<stage>/<key>/   info.json  data.safetensors (where there are tensors)  manifest.json
 
-The manifest is written last and the folder is renamed into place, so a folder that exists is complete; its
-digests are checked whenever it is opened. Two processes that want the same key wait for one another.
+The manifest is written last and the folder is renamed into place, so a folder that exists is complete.
+Manifest and info are checked when an artefact is found, the tensors when they are read. Two processes that
+want the same key wait for one another. A stage keeps the state of unfinished work in <root>/../partial until
+its result is stored.
 """
 
 import contextlib
-import hashlib
+import errno
 import json
 import logging
+import os
 import shutil
-import tempfile
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
 
 from teq import measure
+from teq.files import open_to_all, sha256, umask
 from teq.spec import UserError, digest
 
 if TYPE_CHECKING:
@@ -28,16 +33,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Made = tuple[Mapping[str, "Tensor"], dict[str, Any]]
 INFO, DATA, MANIFEST = "info.json", "data.safetensors", "manifest.json"
+MAKING, DAMAGED = "making-", "damaged-"
+ABANDONED = 7 * 24 * 3600.0  # seconds after which an unfinished folder of another machine is deleted
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A stage's stored result. `cost` is what making it took, even when this call found it made."""
+    """A stage's stored result. `cost` is what making it took, even when this call found it made; `digest`
+    identifies the result: two computations that agree to the bit have the same one.
+    """
 
     key: str
     folder: Path
     info: dict[str, Any]
     cost: dict[str, Any]
+    digest: str
     cached: bool
 
     def tensors(self, device: str = "cpu") -> dict[str, "Tensor"]:
@@ -48,45 +61,122 @@ class Artefact:
         return load_file(file, device=device) if file.is_file() else {}
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A piece of work of a run: what identifies it, how it is made, and the stages it reads, by name.
+
+    `make(partial, **read)` gives (tensors, info) from the artefacts of the stages it reads; it may keep the
+    state of unfinished work in the folder `partial`.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    make: Callable[..., Made]
+    reads: Mapping[str, "Stage"] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The stage's cache key."""
+        return digest({"stage": self.name, **self.settings})
+
+
 class Store:
-    """The cache under one folder. Raises UserError when the folder cannot be written."""
+    """The cache under one folder. One that cannot be written serves what it holds."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._got: dict[Path, Artefact] = {}  # with their tensors checked, or made by this object
+
+    def check(self) -> None:
+        """Raise UserError when the folder cannot be written."""
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=root):
-                pass
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / f".{socket.gethostname()}-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
         except OSError as error:
             raise UserError(
-                f"the cache folder {root} cannot be written ({error.strerror}): "
+                f"the cache folder {self.root} cannot be written ({error.strerror}): "
                 "set TEQ_HOME to a folder you own"
             ) from error
 
-    def get(self, stage: str, settings: dict[str, Any], make: Callable[[], Made], device: str) -> Artefact:
-        """The result for `settings`, made by `make` (tensors, info) unless it is there already."""
-        key = digest({"stage": stage, **settings})
-        folder = self.root / stage / key
-        folder.parent.mkdir(exist_ok=True)
-        if (found := self._open(folder)) is not None:
-            return found
-        with _locked(folder, f"{stage} {key}"):
-            if (found := self._open(folder, repair=True)) is not None:
-                return found
-            for leftover in folder.parent.glob(f"{key}.making-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            log.info("%s %s: computing", stage, key)
-            making = Path(tempfile.mkdtemp(prefix=f"{key}.making-", dir=folder.parent))
-            try:
-                with measure.cost(device) as spent:
-                    tensors, info = make()
-                self._write(making, tensors, info, spent, settings)
-                making.rename(folder)
-            except BaseException:
-                shutil.rmtree(making, ignore_errors=True)
+    def get(self, stage: Stage, device: str, content: bool = False) -> Artefact:
+        """The result of `stage`, made unless it is there already; with `content` its tensors are as well.
+
+        An artefact whose files do not match their digests is moved aside and made again, and so is one that
+        was made from other results than the stages it reads have now. Raises UserError where the disk is full
+        or the folder cannot be written, OSError where it cannot be read.
+        """
+        folder = self.root / stage.name / stage.key
+        if folder in self._got:
+            return self._got[folder]
+        found = self._open(folder, stage, content)
+        if found is None:
+            read = {name: self.get(each, device, content=True) for name, each in stage.reads.items()}
+            with self._locked(folder, f"{stage.name} {stage.key}"):
+                found = self._open(folder, stage, content, repair=True)
+                if found is None:
+                    found = self._make(folder, stage, device, read)
+        if content or not found.cached:
+            self._got[folder] = found
+        return found
+
+    def peek(self, stage: Stage) -> str | None:
+        """The digest of the result that is there for `stage`, or None."""
+        try:
+            manifest = _manifest(self.root / stage.name / stage.key)
+        except (FileNotFoundError, ValueError):
+            return None
+        return str(manifest["result"])
+
+    def _make(self, folder: Path, stage: Stage, device: str, read: Mapping[str, Artefact]) -> Artefact:
+        what, partial = f"{stage.name} {stage.key}", self.partial(stage)
+        _remove_leftovers(folder)
+        log.info("%s: computing", what)
+        owner = f"{socket.gethostname()}-{os.getpid()}"
+        making = folder.parent / f"{folder.name}.{MAKING}{owner}-{time.time_ns()}"
+        try:
+            with self._storing(what):
+                making.mkdir()
+            with measure.cost(device) as spent:
+                tensors, info = stage.make(partial, **read)
+            results = {name: artefact.digest for name, artefact in read.items()}
+            with self._storing(what):
+                result = self._write(making, tensors, info, spent, stage, results)
+                try:
+                    making.rename(folder)
+                except OSError as error:
+                    # another process, on a file system whose locks do not lock, was faster
+                    theirs = self._open(folder, stage, content=True) if error.errno in TAKEN else None
+                    if theirs is None:
+                        raise
+                    log.warning("%s: another process stored it first: do locks work there?", what)
+                    return theirs
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        log.info("%s: done in %.1f s", what, spent["seconds"])
+        return Artefact(folder.name, folder, info, spent, result, cached=False)
+
+    @contextlib.contextmanager
+    def _storing(self, what: str) -> Iterator[None]:
+        """Context manager: a full disk and a folder that cannot be written are UserErrors."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            known = error.errno if isinstance(error, OSError) else None
+            if known not in UNWRITABLE and "os error 28" not in str(error):  # as safetensors says ENOSPC
                 raise
-        log.info("%s %s: done in %.1f s", stage, key, spent["seconds"])
-        return Artefact(key, folder, info, spent, cached=False)
+            raise UserError(
+                f"{what} could not be stored in {self.root} ({' '.join(str(error).split())}): free space "
+                "there, or set TEQ_HOME to a folder you own; the same command goes on from what was kept"
+            ) from error
+
+    def partial(self, stage: Stage) -> Path:
+        """The folder for the state of unfinished work on `stage`."""
+        return self.root.parent / "partial" / f"{stage.name}-{stage.key}"
 
     def _write(
         self,
@@ -94,53 +184,105 @@ class Store:
         tensors: Mapping[str, "Tensor"],
         info: dict[str, Any],
         spent: dict[str, Any],
-        settings: Any,
-    ) -> None:
+        stage: Stage,
+        reads: Mapping[str, str],
+    ) -> str:
         (folder / INFO).write_text(json.dumps(info, allow_nan=False))
         if tensors:
             from safetensors.torch import save_file
 
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / DATA)
-        files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
-        manifest = {"settings": settings, "cost": spent, "files": files}
+            open_to_all(folder / DATA)
+        files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+        manifest = {"settings": stage.settings, "cost": spent, "files": files, "reads": reads}
+        manifest["result"] = files.get(DATA, files[INFO])[:16]
         (folder / MANIFEST).write_text(json.dumps(manifest | {"digest": digest(manifest)}, indent=1))
+        return str(manifest["result"])
 
-    def _open(self, folder: Path, repair: bool = False) -> Artefact | None:
-        """The artefact in `folder`, or None; `repair` (under the lock) removes a damaged one and says so."""
+    def _open(self, folder: Path, stage: Stage, content: bool, repair: bool = False) -> Artefact | None:
+        """The artefact in `folder`, or None; `repair` (under the lock) moves aside what cannot be used."""
         if not folder.is_dir():
             return None
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            claimed = manifest.pop("digest")
-            if claimed != digest(manifest):
-                raise ValueError(f"{MANIFEST} was edited")
-            for name, expected in manifest["files"].items():
-                if _sha256(folder / name) != expected:
-                    raise ValueError(f"{name} does not match its digest")
+            manifest = _manifest(folder)
+            _check_file(folder, INFO, manifest)
             info = json.loads((folder / INFO).read_text())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            for name, read in stage.reads.items():
+                now = self.peek(read)
+                if now is not None and manifest.get("reads", {}).get(name) != now:
+                    raise ValueError(f"it was made from other {name} than those that are here now")
+            if content and DATA in manifest["files"]:
+                _check_file(folder, DATA, manifest)
+        except ValueError as error:
             if repair:
-                log.warning("%s in the cache is damaged (%s): it is computed again", folder, error)
-                shutil.rmtree(folder)
+                log.warning("%s in the cache cannot be used (%s): it is computed again", folder, error)
+                if (folder / DATA).is_file():
+                    folder.rename(folder.parent / f"{folder.name}.{DAMAGED}{time.time_ns()}")
+                else:  # there is nothing in it worth keeping: its tensors were pruned
+                    shutil.rmtree(folder)
             return None
         log.info("%s %s: cached", folder.parent.name, folder.name)
-        return Artefact(folder.name, folder, info, manifest["cost"], cached=True)
+        return Artefact(folder.name, folder, info, manifest["cost"], manifest["result"], cached=True)
+
+    @contextlib.contextmanager
+    def _locked(self, folder: Path, what: str) -> Iterator[None]:
+        """Context manager: holds the lock of one key, where the file system has locks."""
+        self.check()
+        folder.parent.mkdir(exist_ok=True)
+        lock = filelock.FileLock(f"{folder}.lock", mode=0o666 & ~umask())
+        try:
+            try:
+                lock.acquire(timeout=1)
+            except filelock.Timeout:
+                log.info("%s: another process is computing it, waiting", what)
+                lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            log.warning("%s has no file locks: two processes may compute the same stage", self.root)
+        try:
+            yield
+        finally:
+            lock.release()
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, what: str) -> Iterator[None]:
-    lock = filelock.FileLock(f"{folder}.lock")
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artefact's folder. Raises ValueError where it is damaged or missing."""
     try:
-        lock.acquire(timeout=1)
-    except filelock.Timeout:
-        log.info("%s: another process is computing it, waiting", what)
-        lock.acquire()
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    if not isinstance(manifest, dict) or manifest.pop("digest", None) != digest(manifest):
+        raise ValueError(f"{MANIFEST} was edited")
+    if "result" not in manifest:
+        raise ValueError(f"{MANIFEST} is of an earlier version")
+    return manifest
+
+
+def _check_file(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError where a file of an artefact is missing or is not the one that was written."""
     try:
-        yield
-    finally:
-        lock.release()
+        if sha256(folder / name) != manifest["files"][name]:
+            raise ValueError(f"{name} does not match its digest")
+    except FileNotFoundError:
+        raise ValueError(f"{name} is missing") from None
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what processes that have ended left unfinished of one key."""
+    for leftover in folder.parent.glob(f"{folder.name}.{MAKING}*"):
+        host, _, rest = leftover.name.partition(MAKING)[2].rpartition("-")[0].rpartition("-")
+        with contextlib.suppress(FileNotFoundError):  # its owner was faster
+            old = time.time() - leftover.stat().st_mtime > ABANDONED
+            if old or (host == socket.gethostname() and not _alive(int(rest))):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -174,8 +174,11 @@ def _in_order(places: Sequence[Place]) -> list[Place]:
     return sorted(dict.fromkeys(places), key=lambda place: [orders[i][v] for i, v in enumerate(place)])
 
 
-def plain(records: Sequence[Record]) -> str:
-    """Model, method, grid and every metric of some records, in Markdown."""
+def plain(records: Sequence[Record], methods: Mapping[str, str] | None = None) -> str:
+    """Model, method, grid and every metric of some records, in Markdown.
+
+    `methods` names the method of a record by its id as it was asked for now: one run may have several names.
+    """
     metrics = list(
         dict.fromkeys(
             (evaluation, key)
@@ -188,7 +191,7 @@ def plain(records: Sequence[Record]) -> str:
     rows = [["model", "method", "bits", "group", *(f"{e} {m}" for e, m in metrics)]]
     for r in records:
         grid = r.data["run"]["quantizer"].get("grid") or {}
-        cells = [r.data["run"]["model"]["name"], r.data["run"]["method"]]
+        cells = [r.data["run"]["model"]["name"], (methods or {}).get(r.id, r.data["run"]["method"])]
         cells += [str(grid.get(key, "")) for key in ("bits", "group_size")]
         for evaluation, key in metrics:
             value = r.metrics.get(evaluation, {}).get("values", {}).get(key)

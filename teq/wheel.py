@@ -51,7 +51,7 @@ def fetch(requirement: str, into: Path) -> Path:
     """The wheel file of `requirement`, without its dependencies, by pip as the user configured it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run(
-        [*command, "--no-deps", "--only-binary=:all:", "--dest", str(into), requirement],
+        [*command, "--no-deps", "--only-binary=:all:", "--dest", str(into), "--", requirement],
         capture_output=True,
         text=True,
         check=False,

@@ -165,6 +165,7 @@ class Cuda:
             "_cuda_memoryStats": self._memory,
             "_cuda_resetPeakMemoryStats": self._allocator,
             "_cuda_isCurrentStreamCapturing": lambda: False,
+            "_cuda_getDriverVersion": lambda: 12080,  # needs no initialized device
         }
         generators = tuple(Generator(f"cuda:{i}") for i in range(self.devices))
         changed = {
@@ -264,7 +265,14 @@ class Cuda:
         return {"allocated_bytes": bytes_, "reserved_bytes": bytes_}
 
     def _properties(self, index):
-        return SimpleNamespace(name=NAME, major=9, minor=0, total_memory=MEMORY, multi_processor_count=132)
+        return SimpleNamespace(
+            name=NAME,
+            major=9,
+            minor=0,
+            total_memory=MEMORY,
+            multi_processor_count=132,
+            uuid=f"{NAME}-{index}",
+        )
 
     def _no_compiler(self, *_, **__):
         raise RuntimeError("the stand-in for a GPU has no compiler")

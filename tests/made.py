@@ -44,14 +44,14 @@ def made(folder: Path, job, *, evals=None, change=None, seconds=10.0, scales=Non
     data = {
         "id": job.run.key(),
         "created": created,
-        "run": {**plain, "evals": kept},
+        "run": {**plain, "method": job.run.method, "evals": kept},
         "identity": "made by hand",
         "metrics": metrics,
         "training": {"loss": [3.0, 2.5, 2.0] if "teq" in job.run.method else [], "scales": scales or {}},
         "quantization": {},
         "text": {"transform": None, "quantizer": None},
         "stages": {
-            name: {"key": job.run.key() + name, "cost": cost, "cached": False}
+            name: {"key": job.run.key() + name, "digest": "0" * 16, "cost": cost, "cached": False}
             for name in ("scales", "weights", *metrics)
         },
         "code": {"commit": None, "dirty": None},

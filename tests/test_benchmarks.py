@@ -119,6 +119,26 @@ def test_everything_for_one_model_is_collected_and_run_once(tmp_path, monkeypatc
     assert "table5: teq" in capfd.readouterr().out
 
 
+def test_a_part_that_crashes_gives_nothing_and_other_code_is_measured_again(tmp_path, monkeypatch, capfd):
+    argv = ["tiny-opt", "--device", "cpu", "--folder", str(tmp_path), "--tokens", "16"]
+    parts = {"gptq": ["gptq.py", "--no-such-option"]}  # argparse: exit status 2, and the file stays
+    monkeypatch.setattr(gpu, "commands", lambda _: parts)
+    sources = gpu.measure.code()["sources"]
+    stale = tmp_path / f"tiny-opt.gptq.{sources}.json"
+    crash = tmp_path / "crash.py"
+    crash.write_text("raise SystemExit(1)")  # as Python ends after a traceback
+    for parts["gptq"] in (["gptq.py", "--no-such-option"], [str(crash)]):
+        stale.write_text('{"total_over_floor": {}}')
+        assert gpu.main(argv) == 1
+        assert "failed: gptq" in capfd.readouterr().out and not (tmp_path / "tiny-opt.json").exists()
+    made = []
+    monkeypatch.setattr(gpu, "ran", lambda *_: made.append(1) or {"total_over_floor": {}})
+    monkeypatch.setattr(gpu.Path, "unlink", lambda *_, **__: None)
+    assert gpu.main(argv) == gpu.main(argv) == 0 and len(made) == 1
+    monkeypatch.setattr(gpu.measure, "code", lambda: {"sources": "0" * 16, "commit": None, "dirty": None})
+    assert gpu.main(argv) == 0 and len(made) == 2
+
+
 def test_targets_are_held_against_the_cells_of_table_5():
     stages = {"scales": {"peak_bytes": 50 * 10**9}, "weights": {"peak_bytes": 1}}
     cells = {"teq": {"seconds": 240.0, "stages": stages}, "gptq": {"seconds": 1.0, "stages": stages}}
@@ -143,6 +163,6 @@ def test_errors_are_one_line(main, argv, said, capsys):
 
 def test_a_contender_that_cannot_be_measured_is_said_and_the_others_go_on(capsys):
     argv = ["--contenders", "neural-compressor", "--neural-compressor", "/nowhere", "--", "model=tiny-opt"]
-    assert teq_step.main(argv) == 1
+    assert teq_step.main(argv) == measuring.INCOMPLETE
     said = " ".join(capsys.readouterr().out.split())
     assert "neural-compressor failed: neural-compressor: /nowhere cannot be run" in said

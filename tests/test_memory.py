@@ -262,7 +262,7 @@ def test_a_model_in_a_reference_cycle_is_gone_before_another_is_loaded(monkeypat
     monkeypatch.setattr(Checkpoint, "load", noting)
     models = []
     for _ in range(2):  # two runs, two models each
-        bench = pipeline.Bench(job.run.model, "float32", "cpu")
+        bench = pipeline.Bench(job.run.model, "float32", "cpu", job.run.model.source.identity())
         models.append(in_a_cycle(bench.to_use_up()))
         models.append(in_a_cycle(bench.to_use_up()))
         del bench

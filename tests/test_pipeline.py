@@ -100,8 +100,17 @@ def test_record_holds_what_tables_need(own_home):
     assert len(data["metrics"]["python-docs"]["info"]["tokens_sha256"]) == 64
     assert data["stages"]["scales"]["cost"]["seconds"] > 0
     assert data["stages"]["scales"]["cost"]["machine"]["versions"]["torch"].startswith("2.")
-    assert {"commit", "dirty"} == data["code"].keys()
+    assert {"sources", "commit", "dirty"} == data["code"].keys()
     assert json.loads(finished.file.read_text()) == data
+
+
+def test_record_holds_what_can_move_a_number_and_is_in_no_key(own_home):
+    finished = run(own_home, "method=rtn", "evals=[python-docs,lastword-python-docs]")
+    flags = finished.data["stages"]["weights"]["cost"]["machine"]["flags"]
+    assert flags["deterministic"] is False and flags["matmul_precision"] == "highest" and flags["cpu"]
+    assert finished.metrics["python-docs"]["info"]["attention"] == "sdpa"
+    assert finished.metrics["lastword-python-docs"]["info"]["batch_size"] == 8
+    assert {len(stage["digest"]) for stage in finished.data["stages"].values()} == {16}
 
 
 def test_records_as_a_frame(own_home):
@@ -260,18 +269,21 @@ def start(home, *argv, **environment):
     return subprocess.Popen(command, env=variables, cwd=home.parent, stdout=-1, stderr=-2, text=True)
 
 
-def test_second_process_loads_no_model_and_two_at_once_compute_each_stage_once(own_home):
+def test_eight_processes_compute_each_stage_once_and_the_next_loads_no_model(own_home):
     own_home.mkdir()
-    both = [start(own_home, "-m", "method=rtn,teq") for _ in range(2)]
-    logs = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], logs
+    sweep = ["-m", "method=fp,rtn,gptq,teq,teq+gptq", "ppl.limit=1", "train.length=32"]
+    processes = [start(own_home, *sweep) for _ in range(8)]
+    logs = [process.communicate(timeout=500)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8, logs
+    assert all("5 records in" in log for log in logs)
     together = "".join(logs)
-    # stages: scales of identity and of teq, weights of rtn and teq, one metric each
-    assert together.count(": computing") == 6 and together.count(": done in") == 6
-    third = start(own_home, "-m", "method=rtn,teq")
-    log = third.communicate(timeout=300)[0]
-    assert third.returncode == 0 and log.count(": cached") == 6 and "loading" not in log
-    assert len(list((own_home / "records").glob("*.json"))) == 2
+    # scales of identity and of teq, weights of five methods, one metric each
+    assert together.count(": computing") == 12 and together.count(": done in") == 12
+    another = start(own_home, *sweep)
+    log = another.communicate(timeout=300)[0]
+    assert another.returncode == 0 and log.count(": cached") == 5 and "loading" not in log  # the metrics
+    assert len(list((own_home / "records").glob("*.json"))) == 5
+    assert not list((own_home / "store").rglob("*making*")) and not list(own_home.glob("partial/*"))
 
 
 @pytest.mark.parametrize(
@@ -280,11 +292,13 @@ def test_second_process_loads_no_model_and_two_at_once_compute_each_stage_once(o
 def test_interrupt_in_every_stage_is_one_line_and_loses_nothing(own_home, monkeypatch, capsys, stage, said):
     original = Store.get
 
-    def interrupted(self, name, settings, make, device):
-        def stop():
+    def interrupted(self, asked, device, content=False):
+        def stop(*_, **__):
             raise KeyboardInterrupt
 
-        return original(self, name, settings, stop if name == stage else make, device)
+        if asked.name == stage:
+            object.__setattr__(asked, "make", stop)
+        return original(self, asked, device, content)
 
     import run as entry
 

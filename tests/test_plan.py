@@ -1,13 +1,16 @@
 """`python -m teq plan`: true without loading a weight."""
 
 import json
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from teq import config, memory, plan
+from teq import config, host_memory, memory, plan
 from teq.__main__ import main
+from teq.evaluate import lastword, scoring
+from teq.evaluate.workload import WORKLOADS, Scoring, Workload
 from teq.models import LM, Checkpoint
 from teq.quantizers.gptq_blocks import expected, quantize_blocks
 from teq.spec import Runtime
@@ -46,7 +49,7 @@ def test_every_stage_is_planned_without_weights(no_weights, capsys):
     (job,) = config.jobs(TINY)
     kept = memory.need(job.run.transform, job.run.model.config(), job.run.model.arch, "float32", "keep")
     assert found["scales", "keep (picked)"][0] == f"{kept.bytes / 1e6:.2f} MB"
-    assert found["lastword-python-docs", ""] == ("not known", "not known")
+    assert found["lastword-python-docs", ""][0].startswith("~") and "~ an estimate from the lengths" in out
     assert "seconds are known after `python -m teq plan --calibrate model=tiny-llama" in out
 
 
@@ -79,9 +82,117 @@ def test_calibration_measures_and_keeps_a_rate(own_home, monkeypatch, capsys):
     assert "not known" not in rows(capsys.readouterr().out)["scales", "keep (picked)"]
 
 
-def test_a_budget_too_small_names_the_least(no_weights, capsys):
-    assert main(["plan", *TINY, "memory=0.1MB"]) == 2
-    assert "is too small to train the scales: the least that would do is" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def counted():
+    """What LLaMA-13B needs, by stage and strategy: counted once for all budgets."""
+    return {}
+
+
+@pytest.fixture
+def llama(counted, no_weights, monkeypatch):
+    """The README's command for LLaMA-13B."""
+    plain = memory.need
+
+    def need(stage, sizes, arch, dtype, strategy, device):
+        key = (stage, strategy, device)
+        counted[key] = counted.get(key) or plain(stage, sizes, arch, dtype, strategy, device)
+        return counted[key]
+
+    monkeypatch.setattr(memory, "need", need)
+    return ["plan", *LLAMA]
+
+
+LLAMA = ["model=llama-13b", "method=teq+gptq", "grid=w4", "evals=[wikitext2,piqa]"]
+
+
+def test_a_model_that_does_not_fit_here_is_planned_all_the_same(llama, monkeypatch, capsys):
+    monkeypatch.setattr(host_memory, "available", lambda: 24 * 10**9)
+    assert main(llama) == 0
+    out = capsys.readouterr().out
+    assert list(rows(out)) == [
+        ("scales", "keep"),
+        ("scales", "checkpoint"),
+        ("weights", ""),
+        ("wikitext2", ""),
+        ("piqa", ""),
+    ]
+    assert "does not fit into the 21.60 GB that may be used: scales (27.19 GB), weights (34.74 GB)," in out
+
+
+@pytest.mark.parametrize(
+    ("amount", "picked", "waiting", "over"),
+    [
+        ("40GB", "keep", "", []),
+        ("33GB", "keep", "hidden states on the host", []),
+        ("29GB", "checkpoint", "hidden states on the host", ["weights"]),
+        ("8GB", "offload", "hidden states on the host", ["weights", "wikitext2", "piqa"]),
+        ("1GB", None, "hidden states on the host", ["scales", "weights", "wikitext2", "piqa"]),
+    ],
+)
+def test_a_named_budget_is_a_gpu_of_that_size_on_any_machine(amount, picked, waiting, over, llama, capsys):
+    assert main([*llama, f"memory={amount}", "device=cuda:5"]) == 0
+    out = capsys.readouterr().out
+    strategies = [strategy for stage, strategy in rows(out) if stage == "scales"]
+    assert strategies == [f"{s} (picked)" if s == picked else s for s in ("keep", "checkpoint", "offload")]
+    assert f"on a GPU of {amount}\n" in out and ("weights", waiting) in rows(out)
+    (said,) = [line for line in out.splitlines() if line.startswith("does not fit")] or [""]
+    assert re.findall(r"([\w-]+) \(", said) == over
+
+
+def test_a_cpu_by_name_is_a_cpu_of_the_named_memory(no_weights, capsys):
+    assert main(["plan", *TINY, "memory=40GB", "device=cpu"]) == 0
+    assert "on cpu (40.00 GB may be used)" in capsys.readouterr().out
+    assert main(["plan", *TINY, "memory=40GB", "device=tpu"]) == 2
+    assert "device=tpu is not allowed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model", "size"), [("llama-7b", "14.38 GB"), ("llama-13b", "27.45 GB")])
+def test_packed_codes_leave_the_gpu(model, size, no_weights, capsys):
+    plain = [f"model={model}", "method=rtn", "grid=w4_g128", "evals=[wikitext2]", "memory=80GB"]
+    assert main(["plan", *plain]) == 0
+    assert rows(capsys.readouterr().out)["weights", ""][0] == size
+
+
+def test_a_tasks_memory_and_operations_are_foreseen(family, monkeypatch):
+    """From the counts of this tokenizer, which reads bytes; the largest batch is an upper bound."""
+    documents = 40
+    few = lastword.items()[:documents]
+    monkeypatch.setattr(lastword, "items", lambda: few)
+    wide = ["model.config.hidden_size=256"]  # attention within a row is no large part of the work
+    wide += [f"model.config.{'ffn_dim' if family == 'opt' else 'intermediate_size'}=1024"]
+    wide = wide[:1] if family == "bloom" else wide
+    (job,) = config.jobs([f"model=tiny-{family}", "method=fp", "evals=[lastword-python-docs]", *wide])
+    lm, (evaluation,) = job.run.model.load("float32", "cpu"), job.run.evals
+    seen, plain = [], scoring.SharedContextLM._batches
+
+    def batches(self, sequences, longest):
+        found = plain(self, sequences, longest)
+        every = [row for batch in found for row in batch]
+        seen.append((sum(len(r.tokens) for r in every), sum(len(r.points) for r in every), longest))
+        return found
+
+    monkeypatch.setattr(scoring.SharedContextLM, "_batches", batches)
+    with memory.LiveBytes() as live:
+        evaluation.measure(lm, Runtime(batch_size=2))
+    ((tokens, scored, longest),) = seen
+    work = Scoring(Workload(documents, tokens / documents, scored / documents, longest), documents, 2)
+    batch = memory.need(work, job.run.model.config(), job.run.model.arch, "float32", "keep")
+    weights = sum(p.nbytes for p in lm.model.parameters())
+    assert 0.9 * live.peak <= batch.bytes - weights <= 2 * live.peak
+    assert work.flops(batch) == pytest.approx(live.flops, rel=0.3)
+
+
+def test_a_tasks_limit_and_batch_size_count(no_weights, own_home, capsys):
+    (job,) = config.jobs(["model=opt-125m", "method=fp", "evals=[piqa]"])
+    own_home.mkdir()
+    (own_home / plan.RATES).write_text(json.dumps({plan._rate_name("cpu", job.run.dtype): 1e9}))
+    found = []
+    for more in ([], ["tasks.limit=183"], ["tasks.batch_size=2"]):
+        assert main(["plan", "model=opt-125m", "method=fp", "evals=[piqa]", *more]) == 0
+        found.append(rows(capsys.readouterr().out)["piqa", ""])
+    (whole, few, small) = ((float(size[1:-3]), float(seconds[1:])) for size, seconds in found)
+    assert few[0] == whole[0] > small[0]
+    assert few[1] == pytest.approx(whole[1] * 183 / WORKLOADS["piqa"].documents, rel=0.01)
 
 
 @pytest.mark.parametrize("options", [[], ["group_size=-1"], ["gptq.act_order=true", "group_size=16"]])

@@ -43,8 +43,8 @@ def refused(argv, capsys):
         (["bits=0"], ["bits=0", "2, 3, 4"]),
         (["bits=99"], ["bits=99", "2, 3, 4"]),
         (["bits=x"], ["bits=x", "2, 3, 4"]),
-        (["group_size=0"], ["group_size=0", "-1, 16, 32"]),
-        (["group_size=7.5"], ["group_size=7.5", "-1, 16, 32"]),
+        (["group_size=0"], ["group_size=0", "-1 (whole rows)"]),
+        (["group_size=7.5"], ["group_size=7.5", "-1 (whole rows)"]),
         (["train.lr=0"], ["train.lr=0", "a number above 0"]),
         (["train.lr=-0.1"], ["train.lr=-0.1", "a number above 0"]),
         (["train.lr=abc"], ["train.lr='abc'", "a number above 0"]),
@@ -194,11 +194,41 @@ def test_the_summary_shows_one_row_a_run_and_none_of_a_failed_one(own_home, caps
     jobs = config.jobs(argv)
     assert cli.summary(jobs) == 0
     assert "1 records" in capsys.readouterr().out
-    (own_home / "failed").mkdir(exist_ok=True)
-    (own_home / "failed" / f"{jobs[0].run.key()}.txt").write_text("no luck")
+    config.begin_run()  # another start, in which the job left nothing
     assert cli.summary(jobs) == 1
     out = capsys.readouterr().out
-    assert "no luck" in out and "records in" not in out
+    assert cli.LOST in out and "records in" not in out
+
+
+def test_a_failure_here_is_said_whatever_another_process_does(own_home, monkeypatch, capsys):
+    """Two starts of one job on one home: each has its own outcome."""
+    argv = ["model=tiny-llama", "method=rtn", *TINY]
+    (job,) = config.jobs(argv)
+    config.begin_run()
+    here = os.environ["TEQ_START"]
+
+    def fail(*_):
+        raise RuntimeError("disk on fire")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "run", fail)
+        cli.run_job(job)
+    config.begin_run()
+    cli.run_job(job)
+    assert cli.summary([job]) == 0
+    monkeypatch.setenv("TEQ_START", here)
+    assert cli.summary([job]) == 1
+    assert "failed: model=tiny-llama method=rtn bits=3 group_size=64: RuntimeError: disk on fire" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_run_under_another_name_is_shown_under_the_name_that_was_asked_for(own_home, capsys):
+    assert entry.main(["model=tiny-llama", "method=gptq", "gptq.act_order=true", *TINY]) == 0
+    assert "| gptq   |" in capsys.readouterr().out
+    assert entry.main(["model=tiny-llama", "method=gptq-ao", *TINY]) == 0
+    assert "| gptq-ao |" in capsys.readouterr().out
+    assert len(record.load(own_home / "records")) == 1
 
 
 def test_a_value_by_hand_and_the_same_value_from_the_recipe_are_one_run():

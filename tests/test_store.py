@@ -10,15 +10,20 @@ import pytest
 import torch
 
 from teq.spec import UserError
-from teq.store import DATA, INFO, MANIFEST, Store
+from teq.store import DATA, INFO, MANIFEST, Stage, Store
+
+TENSORS = {"w": torch.arange(6.0).view(2, 3)}
 
 
-def get(store, make=None, settings=None):
-    tensors = {"w": torch.arange(6.0).view(2, 3)}
-    return store.get("stage", settings or {"a": 1}, make or (lambda: (tensors, {"x": 1})), "cpu")
+def stage(make=None, settings=None, reads=None):
+    return Stage("stage", settings or {"a": 1}, make or (lambda _: (TENSORS, {"x": 1})), reads or {})
 
 
-def never():
+def get(store, make=None, settings=None, content=True):
+    return store.get(stage(make, settings), "cpu", content)
+
+
+def never(_):
     raise AssertionError("computed again")
 
 
@@ -49,12 +54,12 @@ def test_damage_is_found_said_and_repaired(tmp_path, caplog, file, damage):
         content[-3] ^= 1
         target.write_bytes(content)
     again = get(Store(tmp_path))
-    assert not again.cached and "damaged" in caplog.text
+    assert not again.cached and "computed again" in caplog.text
     assert get(Store(tmp_path), never).cached
 
 
 def test_failure_leaves_nothing(tmp_path):
-    def fail():
+    def fail(_):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
@@ -64,7 +69,7 @@ def test_failure_leaves_nothing(tmp_path):
 
 
 def slow_work(root, log):
-    def make():
+    def make(_):
         with log.open("a") as stream:
             stream.write("made\n")
         time.sleep(1.5)
@@ -86,7 +91,7 @@ def test_two_processes_compute_it_once(tmp_path):
 
 
 def endless_work(root, log):
-    def make():
+    def make(_):
         log.write_text("started")
         time.sleep(60)
         return {}, {}
@@ -112,4 +117,4 @@ def test_killed_process_leaves_nothing_in_the_way(tmp_path):
 def test_unwritable_folder_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written .*: set TEQ_HOME"):
-        Store(tmp_path / "file" / "cache")
+        Store(tmp_path / "file" / "cache").check()

@@ -225,6 +225,21 @@ class SharedContextLM(HFLM):
         return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=self.device)
 
 
+@torch.no_grad()
+def rehearse(model: PreTrainedModel, tokens: int, scored: int) -> None:
+    """Do the work of a batch of one row of `tokens` tokens, of which `scored` are projected, on a model whose
+    tensors need no contents.
+    """
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
+    mask = torch.zeros(1, 1, tokens, tokens, dtype=model.dtype, device=model.device)
+    with _alibi_at(model.base_model, ids, tokens):
+        hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)[0]
+    for at in range(0, scored, HEAD_CHUNK):
+        model.get_output_embeddings()(hidden[0, at : min(at + HEAD_CHUNK, scored)]).float().log_softmax(
+            dim=-1
+        )
+
+
 def _rows(sequences: list[_Sequence], width: int, most: int) -> list[_Row]:
     """Put sequences that begin alike into one row, of at most `most` tokens, where that pays.
 

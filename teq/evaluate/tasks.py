@@ -128,6 +128,7 @@ def score(
         "task_version": found["versions"][name],
         "bos": _bos(scorer),
         "truncated": scorer.truncated,
+        "batch_size": scorer.batch_size,  # as it was at the end: it is halved where memory runs out
     }
     return Metric(values=values, arrays=arrays, info={**info, **provenance})
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class Gptq(Settings):
     """GPTQ as its official code runs it; the defaults of the options are that code's."""
 
-    version = 1
+    version = 2
     group = "gptq"
     grid: Grid
     calib: Calibration

@@ -197,6 +197,7 @@ def expected(settings: "Gptq", lm: "LM") -> Need:
     return Need(
         weights + waiting_bytes(settings, lm) + 4 * numbers + 4 * squares + largest,
         len(every) * (passes + tokens * squares + solving + factors),
+        movable=waiting_bytes(settings, lm),
     )
 
 

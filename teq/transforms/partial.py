@@ -74,8 +74,3 @@ class Partial:
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, aside)
         aside.replace(self.file)
         self.saved = time.monotonic()
-
-    def done(self) -> None:
-        """The training is over: the file has served."""
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)

@@ -172,7 +172,9 @@ def train(
     start = best = trainer.snapshot()
     lowest = float("inf")
     torch.manual_seed(settings.calib.seed)  # dropout of profile inc
-    unfinished = Partial(runtime.partial, trainer.free, trainer.optimizer)
+    unfinished = Partial(
+        runtime.partial and runtime.partial / "training.safetensors", trainer.free, trainer.optimizer
+    )
     if (found_state := unfinished.restore()) is not None:
         losses, best = found_state
         lowest = min(losses)
@@ -199,7 +201,6 @@ def train(
         raise
     finally:
         model.eval()
-    unfinished.done()
     last = trainer.snapshot()
     kept = {f"start/{name}": s for name, s in start.items()} | {f"best/{name}": s for name, s in best.items()}
     scales = on_host(last | kept)

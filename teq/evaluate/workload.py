@@ -1,0 +1,56 @@
+"""How much a model has to read for a task, counted once: `python -m teq plan` needs no data set at hand."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from teq.memory import Need
+    from teq.models import LM
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Documents of a whole set; mean tokens read (what requests share once) and positions scored of each;
+    tokens of the longest sequence. Counted with SmolLM2's tokenizer (49 152 entries) on the rows that
+    `SharedContextLM` makes in batches of 8; another tokenizer gives other numbers.
+    """
+
+    documents: int
+    tokens: float
+    scored: float
+    longest: int
+
+
+WORKLOADS = {
+    "hellaswag": Workload(10042, 156.3, 113.8, 154),
+    "lambada_openai": Workload(5153, 79.2, 1.4, 223),
+    "lastword-python-docs": Workload(320, 20.5, 1.1, 40),
+    "piqa": Workload(1838, 44.8, 36.2, 241),
+    "winogrande": Workload(1267, 22.0, 10.3, 38),
+}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Scoring `documents` of a workload in batches of `batch_size` of the longest sequences."""
+
+    work: Workload
+    documents: int
+    batch_size: int
+
+    @property
+    def batch(self) -> int:
+        """Tokens of the largest batch."""
+        from teq.evaluate.scoring import MIN_LENGTH
+
+        return self.batch_size * max(self.work.longest, MIN_LENGTH)
+
+    def rehearse(self, lm: "LM", strategy: str) -> None:
+        """The largest batch on an outline of the model."""
+        from teq.evaluate.scoring import rehearse
+
+        rehearse(lm.model, self.batch, round(self.batch * self.work.scored / self.work.tokens))
+
+    def flops(self, batch: "Need") -> int:
+        """Operations of all documents, from those of the largest batch."""
+        return int(batch.flops * self.documents * self.work.tokens / self.batch)

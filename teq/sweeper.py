@@ -1,0 +1,125 @@
+"""Sweeps over several processes: a worker that the kernel kills costs the job that it ran, and no other."""
+
+import contextlib
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import env_override
+from hydra.plugins.launcher import Launcher
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from teq.spec import UserError
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def run(launch: Callable[[], Any]) -> int:
+    """Run `launch`, a function under `hydra.main`; what the launcher raises is printed in one line.
+
+    Returns 0, or 1 where jobs may be without their records. HYDRA_FULL_ERROR=1 gives the traceback.
+    """
+    wanted = os.environ.get(FULL_ERROR) == "1"
+    try:
+        with env_override({FULL_ERROR: "1"}), _relaunching():  # Hydra raises, where else it prints and exits
+            launch()
+    except Exception as error:
+        if wanted:
+            raise
+        said = " ".join(str(error).split())
+        line = (
+            said if isinstance(error, UserError) else f"the launcher failed: {type(error).__name__}: {said}"
+        )
+        print(f"error: {line}", file=sys.stderr)
+        return 1
+    return 0
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[None]:
+    """Context manager: a file in the sweep's folder says that this job has begun, then that it has ended."""
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        yield
+        return
+    begun, ended = _notes(Path(hydra.sweep.dir), hydra.job.num)
+    with contextlib.suppress(OSError):  # a full disk is the job's to report
+        begun.touch()
+    yield
+    with contextlib.suppress(OSError):
+        begun.rename(ended)
+
+
+def _notes(folder: Path, number: int) -> tuple[Path, Path]:
+    return folder / f"{number}.begun", folder / f"{number}.ended"
+
+
+class Relauncher:
+    """A launcher that launches again what another one left undone because a worker of its pool was killed."""
+
+    def __init__(self, launcher: Launcher, folder: Path) -> None:
+        self.launcher = launcher
+        self.folder = folder
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
+        """Return the results of the jobs' calls. Raises UserError, at the end, where a job's worker was
+        killed while it ran nothing else.
+
+        First come the jobs that had not begun; then, each by itself, those that had: any of them may be the
+        one that filled the memory.
+        """
+        batches, number = deque([list(job_overrides)]), initial_job_idx
+        results: list[Any] = []
+        lost: list[str] = []
+        while batches:
+            batch = batches.popleft()
+            try:
+                results += self.launcher.launch(batch, number)
+            except BrokenExecutor:
+                notes = [_notes(self.folder, number + i) for i in range(len(batch))]
+                begun = [job for job, (begun, _) in zip(batch, notes, strict=True) if begun.exists()]
+                new = [
+                    job for job, (b, e) in zip(batch, notes, strict=True) if not (b.exists() or e.exists())
+                ]
+                if not begun:  # the pool itself is at fault
+                    raise
+                if len(batch) == 1:
+                    lost.append(" ".join(batch[0]))
+                else:
+                    print(
+                        f"a worker process was killed: {len(begun) + len(new)} jobs are run again",
+                        file=sys.stderr,
+                    )
+                    batches.extendleft([new] if new else [])
+                    batches.extend([job] for job in begun)
+            number += len(batch)
+        if lost:
+            raise UserError(
+                f"{'; '.join(lost)}: the worker process was killed, most likely because the host's memory "
+                "ran out; choose fewer jobs at a time (hydra.launcher.n_jobs) or a smaller memory="
+            )
+        return results
+
+
+@contextlib.contextmanager
+def _relaunching() -> Iterator[None]:
+    """Context manager: Hydra gives its sweeper every launcher in a `Relauncher`. A launcher class of our own
+    would have to stand in Hydra's packages.
+    """
+    plain = Plugins.instantiate_launcher
+
+    def instantiate(self: Plugins, *, config: DictConfig, **given: Any) -> Relauncher:
+        return Relauncher(plain(self, config=config, **given), Path(config.hydra.sweep.dir))
+
+    Plugins.instantiate_launcher = instantiate
+    try:
+        yield
+    finally:
+        Plugins.instantiate_launcher = plain

@@ -1,0 +1,120 @@
+"""A sweep over several processes: what is lost when a worker is killed, and where its output goes."""
+
+import os
+import pathlib
+import subprocess
+import sys
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+from hydra.core.plugins import Plugins
+
+import run as entry
+from teq import record, sweeper
+from teq.spec import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHORT = ["evals=[python-docs]", "ppl.limit=2", "ppl.context=64"]
+KILLER = """
+import os, signal
+from dataclasses import dataclass
+from teq.loggers import Silent
+
+@dataclass(frozen=True, kw_only=True)
+class Killer(Silent):
+    def start(self, title, *rest):
+        if "group_size=40" in title:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self
+"""
+
+
+def test_a_worker_that_is_killed_costs_its_own_job_only(own_home, tmp_path):
+    pytest.importorskip(
+        "hydra_plugins.hydra_joblib_launcher", reason="hydra-joblib-launcher is not installed"
+    )
+    (tmp_path / "killer.py").write_text(KILLER)
+    command = [sys.executable, str(ROOT / "run.py"), "-m", "model=tiny-llama", "method=rtn", *SHORT]
+    command += ["group_size=24,40,128", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = subprocess.run(
+        [*command, "logger._target_=killer.Killer"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "TEQ_HOME": str(own_home)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    sizes = {r.data["run"]["quantizer"]["grid"]["group_size"] for r in record.load(own_home / "records")}
+    assert sizes == {24, 128}
+    assert "2 records in" in done.stdout
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "group_size=40" in line.replace("'", "") and "the worker process was killed" in line
+
+
+class Pool:
+    """A launcher whose workers begin `width` jobs at once and die of the job `deadly`."""
+
+    def __init__(self, folder, deadly, width=2):
+        self.folder, self.deadly, self.width = folder, deadly, width
+        self.batches, self.done = [], []
+
+    def launch(self, jobs, first):
+        self.batches.append([job for (job,) in jobs])
+        for at in range(0, len(jobs), self.width):
+            now = range(at, min(at + self.width, len(jobs)))
+            notes = [sweeper._notes(self.folder, first + i) for i in now]
+            for begun, _ in notes:
+                assert not begun.exists()  # no two launches share a number
+                begun.touch()
+            if self.deadly & {jobs[i][0] for i in now}:
+                raise BrokenProcessPool("a worker was terminated")
+            for begun, ended in notes:
+                begun.rename(ended)
+            self.done += [jobs[i][0] for i in now]
+        return [job for (job,) in jobs]
+
+
+def test_jobs_that_had_not_begun_go_on_together_and_the_others_one_by_one(tmp_path, capsys):
+    pool = Pool(tmp_path, {"c", "f"})
+    with pytest.raises(UserError, match=r"^c; f: the worker process was killed"):
+        sweeper.Relauncher(pool, tmp_path).launch([[job] for job in "abcdefgh"], 0)
+    assert sorted(pool.done) == ["a", "b", "d", "e", "g", "h"]
+    assert pool.batches == [list("abcdefgh"), list("efgh"), list("gh"), ["c"], ["d"], ["e"], ["f"]]
+    assert "a worker process was killed" in capsys.readouterr().err
+
+
+def test_a_pool_that_cannot_begin_is_not_tried_for_ever(tmp_path):
+    class Broken:
+        def launch(self, jobs, first):
+            raise BrokenProcessPool("no workers")
+
+    with pytest.raises(BrokenProcessPool):
+        sweeper.Relauncher(Broken(), tmp_path).launch([["a"], ["b"]], 0)
+
+
+def test_what_a_launcher_raises_is_one_line_before_the_summary(own_home, monkeypatch, capsys):
+    argv = ["-m", "model=tiny-llama", "method=rtn", *SHORT]
+    assert entry.main(argv) == 0
+    capsys.readouterr()
+
+    class Cluster:
+        def launch(self, jobs, first):
+            raise RuntimeError("sbatch:\nno such queue")
+
+    monkeypatch.setattr(Plugins, "instantiate_launcher", lambda *_, **__: Cluster())
+    assert entry.main(argv) == 1
+    printed = capsys.readouterr()
+    assert printed.err == "error: the launcher failed: RuntimeError: sbatch: no such queue\n"
+    assert "it left no record" in printed.out and "records in" not in printed.out
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(RuntimeError, match="no such queue"):
+        entry.main(argv)
+
+
+def test_starts_in_one_second_have_folders_of_their_own(own_home):
+    argv = ["model=tiny-llama", "method=rtn", *SHORT]
+    for start in (argv, argv, ["-m", *argv], ["-m", *argv]):
+        assert entry.main(start) == 0
+    assert len(list((own_home / "hydra").iterdir())) == 4
+    assert len(list((own_home / "hydra").rglob("run.log"))) == 4
