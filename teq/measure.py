@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -164,9 +165,19 @@ def flags(device: str) -> dict[str, Any]:
             "cudnn_deterministic": torch.backends.cudnn.deterministic,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "driver": torch._C._cuda_getDriverVersion(),
+            "driver": _driver(),
         }
     return found
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's driver, None where the system does not say: PyTorch has no call for it."""
+    with contextlib.suppress(OSError):
+        found = re.search(
+            r"Kernel Module.*?\s(\d+(?:\.\d+)+)", Path("/proc/driver/nvidia/version").read_text()
+        )
+        return found and found[1]
+    return None
 
 
 def _processor() -> str:

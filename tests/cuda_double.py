@@ -165,7 +165,6 @@ class Cuda:
             "_cuda_memoryStats": self._memory,
             "_cuda_resetPeakMemoryStats": self._allocator,
             "_cuda_isCurrentStreamCapturing": lambda: False,
-            "_cuda_getDriverVersion": lambda: 12080,  # needs no initialized device
         }
         generators = tuple(Generator(f"cuda:{i}") for i in range(self.devices))
         changed = {

@@ -8,6 +8,8 @@ because the stand-in has no compiler (see test_fused.py), and how much memory is
 
 import contextlib
 import json
+import pathlib
+import tempfile
 from types import SimpleNamespace
 
 import cuda_double
@@ -17,7 +19,7 @@ from cuda_double import Cuda, OnCuda, Race
 from safetensors.torch import load_file
 
 import run as entry
-from teq import cli, record
+from teq import cli, measure, record
 from teq.evaluate import lastword, scoring
 from teq.quantizers import gptq_solver
 from teq.transforms import fused
@@ -33,6 +35,7 @@ QUICK += ["awq.samples=2", "awq.length=32", "awq.ratios=3", "smoothquant.samples
 def ran(tmp_path, monkeypatch):
     """Run a command line in a cache of its own, on a CPU or on the stand-in `cuda`: what it left behind."""
     fused.compiled.cache_clear()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))  # where locks of devices are
 
     def run(*argv, cuda=None, device="cuda", evals="python-docs"):
         home = tmp_path / f"home-{len(list(tmp_path.iterdir()))}"
@@ -237,3 +240,17 @@ def test_a_read_in_the_loop_over_columns_is_found(ran, monkeypatch):
     found = ran("model=tiny-llama", "method=gptq", cuda=cuda)
     with pytest.raises(AssertionError):
         assert_waits_are_few(cuda, found)
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build", "570.86.15"),
+        ("something else", None),
+    ],
+)
+def test_the_drivers_version_is_read_where_linux_says_it(monkeypatch, line, version):
+    said = f"{line}\nGCC version:  gcc version 11.4.0 (Ubuntu)"
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda file: said if "nvidia" in str(file) else "")
+    assert measure.flags("cuda:0")["driver"] == version
