@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str]) -> int:
-    """Print what there is, or prune it. Returns the exit status; raises UserError."""
+    """Print or prune the cache. Returns the exit status; raises UserError."""
     known = [*TENSORS, *WHOLE, "all"]
     parser = _Parser("python -m teq cache", description="Show what the cache holds, or free space in it.")
     parser.add_argument("verb", nargs="?", choices=["prune"])
@@ -85,14 +85,14 @@ def _agreed(question: str) -> bool:
 
 
 def _deleted(entry: Entry) -> bool:
-    """Delete what pruning deletes of an entry, unless a running process uses it. Returns whether it did."""
+    """Delete an entry unless a running process uses it. Returns whether it was deleted."""
     with in_use.unchanging(entry.root), _free(entry.lock) as free:
         used = in_use.held(entry.root)
         name = str(entry.path.relative_to(entry.root)) if entry.path.is_relative_to(entry.root) else None
         waits = (
             (entry.kind == "making" and not files.abandoned(entry.path))
             or (entry.kind == "hydra" and _runs(entry))
-            or (entry.kind == "wandb" and used)  # its folders do not tell whose they are
+            or (entry.kind == "wandb" and used)  # its folders do not name their process
         )
         if not free or name in used or waits:
             return False
@@ -104,7 +104,7 @@ def _deleted(entry: Entry) -> bool:
 
 
 def _delete_locks() -> None:
-    """Delete the lock files of what is not there any more."""
+    """Delete the lock files whose artefacts do not exist any more."""
     for lock in [*(config.home() / "store").glob("*/*.lock"), *user_cache().glob("*.lock")]:
         with _free(lock) as free:
             if free and not lock.with_suffix("").exists():
@@ -113,7 +113,7 @@ def _delete_locks() -> None:
 
 @contextlib.contextmanager
 def _free(lock: Path | None) -> Iterator[bool]:
-    """Context manager: gives whether no other process holds `lock`, and holds it then."""
+    """Context manager: holds `lock` if no other process does, and yields whether it does."""
     with contextlib.ExitStack() as stack:
         free = True
         if lock is not None and lock.exists():
@@ -123,14 +123,17 @@ def _free(lock: Path | None) -> Iterator[bool]:
                 stack.callback(held.release)
             except filelock.Timeout:
                 free = False
-            except (OSError, NotImplementedError) as error:  # without locks none is held
+            except (
+                OSError,
+                NotImplementedError,
+            ) as error:  # the file system has no locks, so nobody holds one
                 if isinstance(error, OSError) and error.errno not in files.NO_LOCKS:
                     raise
         yield free
 
 
 def _runs(entry: Entry) -> bool:
-    """Whether the start of run.py that an output folder is named by may still go on."""
+    """Return whether the run of an output folder may still be running."""
     start, _, rest = entry.path.name.rpartition("_")
     host, pid = [*rest.rsplit("-", 2), "", ""][:2]
     if host == socket.gethostname() and start and pid.isdecimal():

@@ -82,9 +82,7 @@ def begin_run() -> None:
 
 
 def output() -> Path:
-    """The folder for the logs and outcomes of this start of run.py; a temporary one where `home()` cannot be
-    written.
-    """
+    """Return the folder for logs and outcomes of this start of run.py; temporary if `home()` is read-only."""
     if files.writable(home()):
         return home() / "hydra" / start_of_run()
     return Path(tempfile.gettempdir()) / f"teq-{start_of_run()}"

@@ -1,9 +1,9 @@
-"""SHA-256 of files, remembered on disk: a checkpoint is read for it once, not in every process.
+"""SHA-256 of files, cached on disk, so that a checkpoint is hashed once and not in every process.
 
     <user cache>/digests/<digest of the path>.json   the file's state and its digest
 
-A file whose place, size, times and inode are those of an entry has that entry's digest. One that changed less
-than two seconds before it was read gets no entry, for a later change could leave its times as they are.
+An entry is valid while the file's path, size, times and inode are the same. A file that changed less than two
+seconds before it was hashed gets no entry: a later change could leave its time stamps as they are.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from teq.files import user_cache
 from teq.spec import digest
 
 log = logging.getLogger(__name__)
-UNSETTLED = 2.0  # seconds: the coarsest time stamps of a file system
+UNSETTLED = 2.0  # seconds: the coarsest resolution of file systems' time stamps
 KEPT = 2**20  # bytes from which a digest is worth a file of its own
 LARGE = 10**9  # bytes that take a while
 State = list[str | int]
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file in hex, read only where its state is not known."""
+    """Return the SHA-256 of a file in hex; reads the file only if no entry is valid."""
     state, started = _state(file), time.time()
     if (known := _known(state)) is not None:
         return known
@@ -40,7 +40,7 @@ def file_digest(file: Path) -> str:
 
 
 def file_digests(folder: Path, found: Iterable[Path]) -> dict[str, str]:
-    """By name, the digests of files of `folder`; says so where much has to be read for them."""
+    """Return the digests of files of `folder` by name; logs a line if much has to be read."""
     found = sorted(found)
     unread = sum(file.stat().st_size for file in found if _known(_state(file)) is None)
     if unread > LARGE:
@@ -49,7 +49,7 @@ def file_digests(folder: Path, found: Iterable[Path]) -> dict[str, str]:
 
 
 def _state(file: Path) -> State:
-    """Place, size, times of change and inode."""
+    """Return path, size, times of change and inode."""
     status = file.stat()
     times = status.st_mtime_ns, status.st_ctime_ns
     return [str(file.resolve()), status.st_size, *times, status.st_ino]

@@ -22,7 +22,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def user_cache() -> Path:
-    """The folder for what does not depend on TEQ_HOME: converted checkpoints, digests of files."""
+    """Return the folder for data independent of TEQ_HOME: converted checkpoints, file digests."""
     return Path(platformdirs.user_cache_dir("teq"))
 
 
@@ -64,16 +64,16 @@ def open_to_all(file: Path) -> None:
 
 
 def writable(folder: Path) -> bool:
-    """Whether files can be made in `folder`, or the folder itself where it is missing."""
+    """Return whether files can be created in `folder`, or the folder itself if it is missing."""
     there = next(one for one in (folder, *folder.parents) if os.access(one, os.F_OK))
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 @contextlib.contextmanager
 def locked(file: Path, waiting: str | None = None) -> Iterator[None]:
-    """Context manager: holds the lock `file`; logs `waiting` once where another process holds it.
+    """Context manager: holds the lock `file`; logs `waiting` if another process holds it.
 
-    On a file system without locks it holds nothing and says so. Raises OSError where the file cannot be made.
+    On a file system without locks it warns and holds nothing. Raises OSError if the file cannot be created.
     """
     lock = filelock.FileLock(file, mode=0o666 & ~umask())
     try:
@@ -99,20 +99,21 @@ def _warn_without_locks(folder: Path) -> None:
 
 
 def making_beside(folder: Path) -> Path:
-    """A name beside `folder` for what is made aside; it tells `abandoned` which process makes it."""
+    """Return a temporary name next to `folder` that contains the host and process, for `abandoned`."""
     return folder.with_name(f"{folder.name}.{MAKING}{socket.gethostname()}-{os.getpid()}-{time.time_ns()}")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what processes that have ended left under names of `making_beside(folder)`."""
+    """Delete the abandoned temporary folders of `folder`."""
     for leftover in folder.parent.glob(f"{folder.name}.{MAKING}*"):
         if abandoned(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def abandoned(making: Path) -> bool:
-    """Whether nobody works on a folder named by `making_beside`: its process on this machine has ended, or
-    nothing was done in it for a week.
+    """Return whether nobody works in a folder named by `making_beside`.
+
+    That is: its process ran on this machine and has ended, or the folder has not changed for a week.
     """
     host, _, pid = making.name.rpartition(MAKING)[2].rpartition("-")[0].rpartition("-")
     if host == socket.gethostname() and pid.isdecimal() and not alive(int(pid)):
@@ -124,7 +125,7 @@ def abandoned(making: Path) -> bool:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this machine has this number."""
+    """Return whether a process with this id exists on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

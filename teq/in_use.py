@@ -1,6 +1,8 @@
-"""What running processes use of a cache, so that pruning leaves it alone.
+"""Entries of a cache that running processes use; pruning skips them.
 
-<root>/in-use/<host>-<pid>-<random>   an entry a line; the process holds a lock on the file until it ends
+    <root>/in-use/<host>-<pid>-<random>   one entry per line
+
+A process keeps its file locked until it ends, so that the files of ended processes can be told from others.
 """
 
 import contextlib
@@ -18,19 +20,17 @@ FOLDER = "in-use"
 
 
 def register(root: Path, entry: str) -> None:
-    """Note that this process uses `entry` of the cache `root` until it ends; one that cannot be written has
-    no notes.
-    """
+    """Register `entry` of the cache `root` as used by this process; does nothing in a read-only cache."""
     owner = root, os.getpid()
     stream, entries = _notes.get(owner, (None, set()))
     if stream is not None and entry in entries and Path(stream.name).is_file():
         return
     with contextlib.suppress(OSError), unchanging(root):
         if stream is None or not Path(stream.name).is_file():
-            held(root)  # deletes what ended processes left
+            held(root)  # deletes the files of ended processes
             name = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
             stream, entries = (root / FOLDER / name).open("w"), set()
-            with contextlib.suppress(OSError):  # without locks its process's number has to do
+            with contextlib.suppress(OSError):  # without locks, `_ended` checks the process id
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _notes[owner] = stream, entries
         stream.write(f"{entry}\n")
@@ -40,16 +40,16 @@ def register(root: Path, entry: str) -> None:
 
 @contextlib.contextmanager
 def unchanging(root: Path) -> Iterator[None]:
-    """Context manager: no process registers an entry meanwhile."""
+    """Context manager: blocks `register` in all processes."""
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
     with files.locked(root / FOLDER / ".lock"):
         yield
 
 
 def held(root: Path) -> set[str]:
-    """The entries that running processes use, those of other machines for a week; deletes other notes.
+    """Return the entries in use and delete the files of ended processes. Call it inside `unchanging`.
 
-    To be called within `unchanging`.
+    A file of another machine counts for a week.
     """
     found: set[str] = set()
     for file in (root / FOLDER).glob("*-*-*"):
@@ -57,13 +57,13 @@ def held(root: Path) -> set[str]:
             if not _ended(file):
                 found.update(file.read_text().split())
                 continue
-            with contextlib.suppress(PermissionError):  # another user's
+            with contextlib.suppress(PermissionError):  # it is another user's
                 file.unlink()
     return found
 
 
 def _ended(file: Path) -> bool:
-    """Whether the process that wrote a note has ended, as far as this machine can tell."""
+    """Return whether the process of a file has ended, as far as this machine can tell."""
     host, pid, _ = file.name.rsplit("-", 2)
     if host != socket.gethostname():
         return time.time() - file.stat().st_mtime > files.ABANDONED
@@ -72,9 +72,9 @@ def _ended(file: Path) -> bool:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (FileNotFoundError, BlockingIOError) as error:
         return isinstance(error, FileNotFoundError)
-    except OSError:  # no locks here, or another user's note
+    except OSError:  # no locks here, or another user's file
         return not files.alive(int(pid))
     return True
 
 
-_notes: dict[tuple[Path, int], tuple[TextIO, set[str]]] = {}  # by root and process, for a fork has its own
+_notes: dict[tuple[Path, int], tuple[TextIO, set[str]]] = {}  # by root and process: a fork needs its own

@@ -1,4 +1,4 @@
-"""What lies in the cache beside records and reports: each thing with its kind, size and last use."""
+"""Inventory of the cache: all entries except records and reports, with kind, size and last use."""
 
 import contextlib
 import os
@@ -12,16 +12,14 @@ from teq.files import user_cache
 from teq.plan import RATES
 from teq.store import DATA, MANIFEST
 
-TENSORS = ("scales", "weights")  # pruned of their tensors alone: what they cost stays known
+TENSORS = ("scales", "weights")  # pruning deletes their tensors only: the costs stay known
 NOTES = ("digests", "revisions")  # small files of the user's cache
 UNKNOWN = "not in a record"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A thing in the cache under `root`. `used` is when it was last used, in seconds of the epoch; a process
-    that makes it holds the lock file `lock`.
-    """
+    """A file or folder of the cache `root`. The process that computes it holds the lock file `lock`."""
 
     kind: str
     root: Path
@@ -32,18 +30,18 @@ class Entry:
 
     @property
     def used(self) -> float:
-        """An artefact's manifest is touched when it is served."""
+        """Return the time of the last use in seconds of the epoch: the store touches manifests."""
         states = _inside(self.path / MANIFEST) or _inside(self.path) or [self.path.lstat()]
         return max(state.st_mtime for state in states)
 
     @property
     def target(self) -> Path:
-        """What pruning deletes."""
+        """Return the path that pruning deletes."""
         return self.path / DATA if self.kind in TENSORS else self.path
 
 
 def entries() -> Iterator[Entry]:
-    """Everything that runs left in TEQ_HOME and in the user's cache, but for records and reports."""
+    """Yield the entries of TEQ_HOME and of the user's cache."""
     home, store, user, named = config.home(), config.home() / "store", user_cache(), _named()
     for path in sorted(store.glob("*/*/")):
         key, _, state = path.name.partition(".")
@@ -66,7 +64,7 @@ def entries() -> Iterator[Entry]:
 
 
 def shown(found: list[Entry]) -> str:
-    """A table of entries: a row for each kind, model and method, with how long ago they were used."""
+    """Format entries as a table: one row per kind, model and method."""
     rows = [["what", "model", "method", "number", "size", "last used"]]
     for group in dict.fromkeys((e.kind, e.model, e.method) for e in found):
         alike = [e for e in found if (e.kind, e.model, e.method) == group]
@@ -78,7 +76,7 @@ def shown(found: list[Entry]) -> str:
 
 
 def _named() -> dict[str, tuple[str, str]]:
-    """By stage key: the model and the methods of the records that name it."""
+    """Map each stage key to the model and the methods of the records that contain it."""
     found: dict[str, tuple[str, set[str]]] = {}
     for one in record.load(config.home() / "records"):
         for stage in one.data["stages"].values():
@@ -88,12 +86,12 @@ def _named() -> dict[str, tuple[str, str]]:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder; 0 of what is not there."""
+    """Return the bytes of a file or of all files in a folder; 0 if it does not exist."""
     return sum(state.st_size for state in _inside(path))
 
 
 def amount(bytes_: float) -> str:
-    """A number of bytes for people."""
+    """Format a number of bytes."""
     power, unit = next((p for p in ((9, "GB"), (6, "MB"), (3, "kB")) if bytes_ >= 10 ** p[0]), (0, "B"))
     return f"{bytes_ / 10**power:.{1 if power else 0}f} {unit}"
 
@@ -104,7 +102,7 @@ def _age(seconds: float) -> str:
 
 
 def _inside(path: Path) -> list[os.stat_result]:
-    """The states of a file, or of all files in a folder; what is deleted meanwhile is left out."""
+    """Return the status of a file or of all files in a folder; skips files deleted meanwhile."""
     walked = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
     found = []
     for one in walked if path.is_dir() and not path.is_symlink() else (path,):

@@ -93,7 +93,7 @@ class Library:
         return best
 
     def _weights(self, source: Any) -> str | None:
-        """What a local folder holds now; None of what is no folder, or cannot be loaded from."""
+        """Return the identity of a local folder's present weights; None for other sources or no folder."""
         if isinstance(source, Folder) and source.path not in self._folders:
             with contextlib.suppress(UserError, OSError):
                 self._folders[source.path] = source.identity()

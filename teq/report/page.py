@@ -244,12 +244,12 @@ def _costs(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _ran(entry: Mapping[str, Any]) -> dict[str, str]:
-    """Machine, versions and code of a record or of a stage's cost."""
+    """Return machine, versions and code of a record or of a stage's cost."""
     return dict(_flat({"flags": UNKNOWN, **entry.get("machine", {})})) | _code(entry)
 
 
 def _code(entry: Mapping[str, Any]) -> dict[str, str]:
-    """The code of a record or of a stage's cost; older ones lack parts of it."""
+    """Return the code of a record or of a stage's cost; older ones lack parts of it."""
     return dict(_flat({key: entry.get("code", {}).get(key, UNKNOWN) for key in CODE}))
 
 
