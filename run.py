@@ -6,7 +6,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from teq import cli, config, ranks
+from teq import cli, config, ranks, signals
 from teq.spec import UserError
 
 
@@ -19,6 +19,18 @@ def launch(cfg: DictConfig) -> None:
 
 def main(argv: list[str]) -> int:
     """Check every job, run them, say what came of each. Returns the exit status."""
+    try:
+        with signals.terminable():
+            return _main(argv)
+    except KeyboardInterrupt:
+        print(cli.INTERRUPTED, file=sys.stderr)
+        return 130
+    except signals.Terminated:
+        print(cli.TERMINATED, file=sys.stderr)
+        return 143
+
+
+def _main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         if ranks.leads():
             print(cli.help_text())
@@ -29,6 +41,7 @@ def main(argv: list[str]) -> int:
     config.prepare_environment()
     try:
         jobs = cli.checked_jobs(argv)
+        cli.make_output(len(jobs))
         sys.argv[1:] = config.quoted(argv)
         with ranks.leading({job.options.device for job in jobs}):
             launch()
@@ -38,9 +51,6 @@ def main(argv: list[str]) -> int:
     except ranks.Lost as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(cli.INTERRUPTED, file=sys.stderr)
-        return 130
     return cli.summary(jobs)
 
 

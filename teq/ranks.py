@@ -130,7 +130,8 @@ def leading(devices: set[str]) -> Iterator[None]:
 
 def follow() -> int:
     """What every rank but 0 does, from the beginning to the end. Returns the exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 is the one to interrupt; its end is everyone's
+    for each in (signal.SIGINT, signal.SIGTERM):  # rank 0 is the one to stop; its end is everyone's
+        signal.signal(each, signal.SIG_IGN)
     try:
         _meet("")
         while (task := _first(None)) is not None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from teq import measure
-from teq.files import open_to_all, sha256, umask
+from teq.files import save_tensors, sha256, umask
 from teq.spec import UserError, digest
 
 if TYPE_CHECKING:
@@ -135,9 +135,13 @@ class Store:
         making = folder.parent / f"{folder.name}.{MAKING}{owner}-{time.time_ns()}"
         try:
             making.mkdir()
-            with measure.cost(device) as spent:
-                tensors, info = stage.make(partial, **read)
             results = {name: artefact.digest for name, artefact in read.items()}
+            state = partial / digest(results)  # work on other results is not gone on with
+            resumed = state.is_dir()
+            with measure.cost(device) as spent:
+                tensors, info = stage.make(state, **read)
+            if resumed:  # the seconds are those of the last process alone
+                spent["resumed"] = True
             result = self._write(making, tensors, info, spent, stage, results)
             try:
                 making.rename(folder)
@@ -177,10 +181,7 @@ class Store:
     ) -> str:
         (folder / INFO).write_text(json.dumps(info, allow_nan=False))
         if tensors:
-            from safetensors.torch import save_file
-
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / DATA)
-            open_to_all(folder / DATA)
+            save_tensors(folder / DATA, tensors)
         files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
         manifest = {"settings": stage.settings, "cost": spent, "files": files, "reads": reads}
         manifest["result"] = files.get(DATA, files[INFO])[:16]
