@@ -56,7 +56,7 @@ class Gptq(Settings):
         beside = self.expected(lm).bytes - sum(p.nbytes for p in lm.model.parameters())
         if memory.fits(beside, lm.model, runtime):
             try:
-                return quantize_blocks(self, lm, scales, windows, runtime.partial)
+                return quantize_blocks(self, lm, scales, windows, partial=runtime.partial)
             except RuntimeError as error:
                 if runtime.device == "cpu" or not memory.exhausted(error):
                     raise
@@ -65,7 +65,7 @@ class Gptq(Settings):
             del lm
             lm = load()
         log.info("%.3g GB of hidden states wait in the host's memory", waiting_bytes(self, lm) / 1e9)
-        return quantize_blocks(self, lm, scales, windows, runtime.partial, torch.device("cpu"))
+        return quantize_blocks(self, lm, scales, windows, torch.device("cpu"), runtime.partial)
 
     def check_text(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raises UserError where the calibration text gives too few windows."""

@@ -33,8 +33,8 @@ def quantize_blocks(
     lm: "LM",
     scales: Mapping[str, Tensor],
     windows: Tensor,
-    partial: Path | None = None,
     waiting: torch.device | None = None,
+    partial: Path | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Quantize every linear of every block on calibration `windows [sample, token]`; `lm` is used up.
 
