@@ -19,8 +19,9 @@ def launch(cfg: DictConfig) -> None:
 
 def main(argv: list[str]) -> int:
     """Check every job, run them, say what came of each. Returns the exit status."""
+    config.begin_run()
     try:
-        with signals.terminable():
+        with signals.terminable(config.output() / cli.WORKING):
             return _main(argv)
     except KeyboardInterrupt:
         print(cli.INTERRUPTED, file=sys.stderr)
@@ -37,7 +38,6 @@ def _main(argv: list[str]) -> int:
         return 0
     if not ranks.leads():
         return ranks.follow()
-    config.begin_run()
     config.prepare_environment()
     try:
         jobs = cli.checked_jobs(argv)

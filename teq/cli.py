@@ -22,6 +22,7 @@ LOST = "it left no record: its process ended without a word, as one that was kil
 KEPT = "what was finished is kept, the same command goes on from there"
 INTERRUPTED, TERMINATED = f"interrupted: {KEPT}", f"terminated by SIGTERM: {KEPT}"
 FULL = (errno.ENOSPC, errno.EDQUOT)
+WORKING = "working"  # the folder, beside a start's logs, of notes on the jobs that are under way
 SPACE = 2**16  # bytes that a start of run.py writes at least: Hydra's copy of the configuration, logs
 EXAMPLES = """\
   python run.py                                         the defaults: TEQ at 3 bits on SmolLM2-135M, minutes
@@ -118,6 +119,7 @@ def run_job(job: Job) -> None:
         )
         with (
             signals.terminable(),
+            signals.noted(config.output() / WORKING, job.run.key()),
             job.logger.start(job.run.title(), job.run.plain(), str(home), job.experiment) as logger,
         ):
             finished = pipeline.run(job.run, Store(home / "store"), home, runtime, logger)

@@ -361,16 +361,6 @@ def test_a_worker_of_a_launcher_takes_sigterm_too(own_home, steps):
     assert entry.main(TRAINING) == 0 and steps == [0, 1, 2, 3, 4]
 
 
-def test_a_second_sigterm_at_once_does_not_stop_the_saving(own_home):
-    with pytest.raises(signals.Terminated), signals.terminable():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
-            saved = True
-    assert saved
-
-
 def test_scales_that_could_not_be_stored_are_not_trained_again(own_home, steps, monkeypatch, capsys):
     def full(file, tensors):
         if file.parent.parent.name == "scales":
