@@ -1,5 +1,6 @@
 """Run experiments: `python run.py [-m] key=value ...`. `python run.py --help` lists what there is."""
 
+import logging
 import sys
 
 import hydra
@@ -14,6 +15,7 @@ from teq.spec import UserError
 def launch(cfg: DictConfig) -> None:
     """One job, in whatever process Hydra's launcher put it."""
     config.prepare_environment()
+    logging.raiseExceptions = False  # no traceback where a log is on a full disk, wandb's among them
     cli.run_job(config.job(cfg, HydraConfig.get().runtime.choices))
 
 

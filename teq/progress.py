@@ -74,11 +74,6 @@ class Console(logging.StreamHandler):
     def stream(self, _: Any) -> None:
         """Given once by the base class; not kept."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Drop what cannot be written: standard error may be a file on a full disk, or closed."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line above the bars."""
         try:
