@@ -1,12 +1,13 @@
 """Run experiments: `python run.py [-m] key=value ...`. `python run.py --help` lists what there is."""
 
+import logging
 import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from teq import cli, config, ranks, sweeper
+from teq import cli, config, ranks, signals, sweeper
 from teq.spec import UserError
 
 
@@ -14,22 +15,36 @@ from teq.spec import UserError
 def launch(cfg: DictConfig) -> None:
     """One job, in whatever process Hydra's launcher put it."""
     config.prepare_environment()
+    logging.raiseExceptions = False  # no traceback where a log is on a full disk, wandb's among them
     with sweeper.noted():
         cli.run_job(config.job(cfg, HydraConfig.get().runtime.choices))
 
 
 def main(argv: list[str]) -> int:
     """Check every job, run them, say what came of each. Returns the exit status."""
+    config.begin_run()
+    try:
+        with signals.terminable(config.output() / cli.WORKING):
+            return _main(argv)
+    except KeyboardInterrupt:
+        print(cli.INTERRUPTED, file=sys.stderr)
+        return 130
+    except signals.Terminated:
+        print(cli.TERMINATED, file=sys.stderr)
+        return 143
+
+
+def _main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         if ranks.leads():
             print(cli.help_text())
         return 0
     if not ranks.leads():
         return ranks.follow()
-    config.begin_run()
     config.prepare_environment()
     try:
         jobs = cli.checked_jobs(argv)
+        cli.make_output(len(jobs))
         sys.argv[1:] = config.quoted(argv)
         with ranks.leading({job.options.device for job in jobs}):
             failed = sweeper.run(launch)
@@ -39,9 +54,6 @@ def main(argv: list[str]) -> int:
     except ranks.Lost as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(cli.INTERRUPTED, file=sys.stderr)
-        return 130
     return max(failed, cli.summary(jobs))
 
 

@@ -1,13 +1,15 @@
 """What run.py says and does around a job: checking, running, summing up."""
 
 import contextlib
+import errno
 import json
 import logging
+import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from teq import config, devices, files, memory, pipeline, plan, record, tables
+from teq import config, devices, files, memory, pipeline, plan, record, signals, tables
 from teq.config import Job
 from teq.loggers import Silent
 from teq.lookup import Library
@@ -17,7 +19,11 @@ from teq.store import Store
 
 log = logging.getLogger(__name__)
 LOST = "it left no record: its process ended without a word, as one that was killed does"
-INTERRUPTED = "interrupted: every stage that was finished is kept, the same command goes on from there"
+KEPT = "what was finished is kept, the same command goes on from there"
+INTERRUPTED, TERMINATED = f"interrupted: {KEPT}", f"terminated by SIGTERM: {KEPT}"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+WORKING = "working"  # the folder, beside a start's logs, of notes on the jobs that are under way
+SPACE = 2**16  # bytes that a start of run.py writes at least: Hydra's copy of the configuration, logs
 EXAMPLES = """\
   python run.py                                         the defaults: TEQ at 3 bits on SmolLM2-135M, minutes
   python run.py method=gptq bits=4 group_size=-1        another method and grid
@@ -75,6 +81,22 @@ def checked_jobs(argv: list[str]) -> list[Job]:
     return found
 
 
+def make_output(jobs: int) -> None:
+    """Make the folders that Hydra writes to, so that no job of a sweep ends where it would make one on a disk
+    that has filled up. Raises UserError when the disk is full already.
+    """
+    folder = config.output()
+    try:
+        for name in [".", *(str(job) for job in range(jobs) if jobs > 1)]:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / "space").write_bytes(os.urandom(SPACE))
+        (folder / "space").unlink()
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): free space there or set TEQ_HOME"
+        ) from error
+
+
 def _too_long(job: Job) -> Iterator[str]:
     """A line for each window of the run that is longer than its model's positions reach."""
     if job.dimensions is None and isinstance(job.run.model.source, Hub | Wheel):
@@ -92,9 +114,12 @@ def run_job(job: Job) -> None:
     """Run one job; a failure is one line here, the traceback in the job's log. Notes either for `summary`."""
     home = config.home()
     log.info("— %s (%s)", job.run.title(), job.run.key())
+    log.debug("settings: %s", json.dumps(job.run.plain()))
     try:
         settings = job.run.plain() | {"method": job.run.method}
         with (
+            signals.terminable(),
+            signals.noted(config.output() / WORKING, job.run.key()),
             devices.taken(job.options.device) as device,
             job.logger.start(job.run.title(), settings, str(home), job.experiment) as logger,
         ):
@@ -107,7 +132,9 @@ def run_job(job: Job) -> None:
         _note(job, {"record": str(finished.file)})
     except Exception as error:  # the other jobs of a sweep go on; this one is reported at the end
         line = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, UserError):
+        if isinstance(error, OSError) and error.errno in FULL:
+            line = f"{error.strerror} ({error.filename}): free space there; {KEPT}"
+        elif not isinstance(error, UserError):
             line = f"{type(error).__name__}: {line}"
         log.error("failed: %s", line)
         logging.getLogger("teq.traceback").debug("%s", traceback.format_exc())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
-from teq import corpora, measure, memory, ranks, record
+from teq import corpora, files, measure, memory, ranks, record
 from teq.models import Checkpoint
 from teq.record import Record
 from teq.spec import Runtime, Settings, UserError, digest, option
@@ -294,8 +294,8 @@ def _stage(artefact: Artefact) -> dict[str, Any]:
 
 def _kept(error: Diverged, file: Path) -> Diverged:
     """The error, after the scales so far were saved to `file`, saying so."""
-    from safetensors.torch import save_file
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in error.tensors.items()}, file)
+    try:
+        files.write_tensors(file, error.tensors)
+    except OSError as full:
+        return Diverged(f"{error}; the scales so far could not be saved ({full})", error.tensors)
     return Diverged(f"{error}; the scales so far are in {file}", error.tensors)

@@ -1,5 +1,6 @@
 """Progress of long work: a bar on a terminal, plain log lines where there is none."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -32,6 +33,33 @@ def track(items: Iterable[T], what: str) -> Iterator[T]:
             spoken, rate = now, done / (now - start)
             left = f", {(count - done) / rate:.0f} s left" if count else ""
             log.info("%s: %d%s at %.2f/s%s", what, done, f" of {count}" if count else "", rate, left)
+
+
+class File(logging.FileHandler):
+    """A log file. On a full disk it warns once, and goes on when there is space again."""
+
+    def __init__(self, filename: str) -> None:
+        super().__init__(filename, encoding="utf-8", delay=True)
+        self.warned = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        try:
+            super().emit(record)
+        except OSError:  # the file could not be opened
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Drop what cannot be written."""
+        if not isinstance(error := sys.exc_info()[1], OSError):
+            super().handleError(record)
+            return
+        stream, self.stream = self.stream, None
+        with contextlib.suppress(OSError, AttributeError):
+            stream.close()  # which tries once more to write
+        if not self.warned:
+            self.warned = True
+            log.warning("%s cannot be written (%s): the work goes on", self.baseFilename, error.strerror)
 
 
 class Console(logging.StreamHandler):

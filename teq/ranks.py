@@ -132,7 +132,8 @@ def follow() -> int:
     """What every rank but 0 does, from the beginning to the end. Returns the exit status."""
     from teq import devices
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 is the one to interrupt; its end is everyone's
+    for each in (signal.SIGINT, signal.SIGTERM):  # rank 0 is the one to stop; its end is everyone's
+        signal.signal(each, signal.SIG_IGN)
     try:
         _meet("")
         with devices.taken(_Team.device.partition(":")[0]):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teq import files, in_use, measure
-from teq.files import open_to_all, sha256
+from teq.files import save_tensors, sha256
 from teq.spec import UserError, digest
 
 if TYPE_CHECKING:
@@ -144,9 +144,13 @@ class Store:
         try:
             with self._storing(what):
                 making.mkdir()
-            with measure.cost(device) as spent:
-                tensors, info = stage.make(partial, **read)
             results = {name: artefact.digest for name, artefact in read.items()}
+            state = partial / digest(results)  # work on other results is not gone on with
+            resumed = state.is_dir()
+            with measure.cost(device) as spent:
+                tensors, info = stage.make(state, **read)
+            if resumed:  # the seconds are those of the last process alone
+                spent["resumed"] = True
             with self._storing(what):
                 result = self._write(making, tensors, info, spent, stage, results)
                 try:
@@ -167,17 +171,13 @@ class Store:
     @contextlib.contextmanager
     def _storing(self, what: str) -> Iterator[None]:
         """Context manager: a full disk and a folder that cannot be written are UserErrors."""
-        from safetensors import SafetensorError
-
         try:
             yield
-        except (OSError, SafetensorError) as error:
-            code = error.errno if isinstance(error, OSError) else None
-            if code not in UNSTORABLE and "os error 28" not in str(error):  # safetensors' words for ENOSPC
+        except OSError as error:
+            if error.errno not in UNSTORABLE:
                 raise
-            why = os.strerror(code or errno.ENOSPC)
             raise UserError(
-                f"the cache folder {self.root} cannot be written ({why}), {what} is not stored: "
+                f"the cache folder {self.root} cannot be written ({error.strerror}), {what} is not stored: "
                 "free space, or set TEQ_HOME to a folder you own; the same command goes on from what was kept"
             ) from error
 
@@ -197,10 +197,7 @@ class Store:
         folder.mkdir(exist_ok=True)  # if it was deleted meanwhile, the work is not lost
         (folder / INFO).write_text(json.dumps(info, allow_nan=False))
         if tensors:
-            from safetensors.torch import save_file
-
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / DATA)
-            open_to_all(folder / DATA)
+            save_tensors(folder / DATA, tensors)
         written = {file.name: sha256(file) for file in sorted(folder.iterdir())}
         manifest = {"settings": stage.settings, "cost": spent, "files": written, "reads": reads}
         manifest["result"] = written.get(DATA, written[INFO])[:16]

@@ -12,6 +12,7 @@ from test_corpora import documents
 
 from teq import corpora
 from teq.corpora.sources import SOURCES
+from teq.evaluate import perplexity
 from teq.evaluate.perplexity import Perplexity, window_loss
 from teq.random_model import byte_tokenizer
 from teq.spec import Runtime, UserError
@@ -47,6 +48,26 @@ def test_perplexity_is_the_plain_loop(write, tiny, family):
     assert metric.info["partial"] is True
     used = np.array(tokens[: len(losses) * 128], dtype=np.int64)
     assert metric.info["tokens_sha256"] == hashlib.sha256(used.tobytes()).hexdigest()
+
+
+def test_perplexity_goes_on_from_its_last_finished_window(write, tiny, tmp_path, monkeypatch):
+    write("ptb_text_only/test", sentence=documents(200, words=6))
+    lm, setting = tiny("opt"), Perplexity(corpus="ptb-new", context=128, limit=7)
+    expected, measured = setting.measure(lm, Runtime()), []
+
+    def interrupted(*args):
+        measured.append(None)
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        return window_loss(*args)
+
+    monkeypatch.setattr(perplexity, "window_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        setting.measure(lm, Runtime(partial=tmp_path))
+    resumed = setting.measure(lm, Runtime(partial=tmp_path))
+    assert len(measured) == 4 + 7 - 3
+    assert resumed.values == expected.values and resumed.info == expected.info
+    assert resumed.arrays["window_loss"].tobytes() == expected.arrays["window_loss"].tobytes()
 
 
 def test_a_limit_takes_the_first_windows(write, tiny):

@@ -6,13 +6,15 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import run as entry
-from teq import config, pipeline, ranks, record
+from teq import cli, config, pipeline, ranks, record
+from teq.loggers import Silent
 from teq.models import Checkpoint
 from teq.spec import UserError
 
@@ -101,6 +103,38 @@ def test_a_failure_on_another_rank_ends_all(tmp_path):
     status, log = torchrun(tmp_path / "home", script, *TINY, "memory=checkpoint", TEQ_TEST_FAIL="1")
     assert status != 0 and "OSError: the disk is full" in log
     assert not (tmp_path / "home" / "records").exists()
+
+
+def test_sigterm_lets_the_ranks_end_their_step_and_one_process_goes_on(tmp_path, monkeypatch):
+    """As a scheduler sends it to torchrun, which passes it on to all ranks."""
+    home = tmp_path / "home"
+    argv = [word for word in TINY if "steps" not in word] + ["train.steps=3000"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += [str(ROOT / "tests" / "two_ranks.py"), *argv]
+    variables = {**os.environ, "TEQ_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=variables, cwd=tmp_path, stdout=-1, stderr=-2, text=True)
+    while (
+        not all((home / f"rank-{rank}.jsonl").exists() for rank in (0, 1))
+        or "held" not in (home / "rank-0.jsonl").read_text()
+    ):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    log = process.communicate(timeout=100)[0]
+    assert log.count(cli.TERMINATED) == 1
+    (state,) = home.glob("partial/*/*/training.safetensors")
+    made = len(load_file(state)["losses"])
+    assert 0 < made < 3000
+    monkeypatch.setenv("TEQ_HOME", str(home))
+    steps = []
+
+    def step(self, number, loss):
+        steps.append(number)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Silent, "step", step)
+    assert entry.main(argv) == 130
+    assert steps == [made]
 
 
 def test_bad_input_is_said_once(tmp_path):

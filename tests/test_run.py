@@ -1,16 +1,21 @@
 """The command line: what it runs, what it refuses before any work, what it says when a job fails."""
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
+import re
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 
 import run as entry
-from teq import cli, config, models, pipeline, record
+from teq import cli, config, files, models, pipeline, record, signals
+from teq.loggers import Silent
 from teq.spec import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -346,3 +351,129 @@ def test_unknown_key_in_an_experiment_file_is_named(tmp_path, monkeypatch):
             config.jobs(["experiments=odd"])
     finally:
         config._composer.cache_clear()
+
+
+# --- what stops a run, and a disk that is full
+
+
+class Steps(list):
+    """The training steps that were made; `then` is called after step `after`."""
+
+    after, then = -1, staticmethod(lambda: None)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Notes the steps of every training in this process."""
+    made = Steps()
+
+    def step(self, number, loss):
+        made.append(number)
+        if number == made.after:
+            made.after = -1
+            made.then()
+
+    monkeypatch.setattr(Silent, "step", step)
+    return made
+
+
+TRAINING = ["model=tiny-llama", "method=teq", *TINY[1:], "train.steps=5"]
+
+
+def curve(home):
+    """The loss curve of the only record."""
+    (file,) = (home / "records").glob("*.json")
+    return json.loads(file.read_text())["training"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "status", "said"),
+    [(signal.SIGTERM, 143, cli.TERMINATED), (signal.SIGINT, 130, cli.INTERRUPTED)],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_a_stopped_training_says_one_line_and_goes_on_from_the_step_it_was_at(
+    own_home, steps, capsys, monkeypatch, stop, status, said
+):
+    with monkeypatch.context() as patch:
+        patch.setenv("TEQ_HOME", str(own_home.parent / "undisturbed"))
+        assert entry.main(TRAINING) == 0
+    steps.clear()
+    steps.after, steps.then = 2, lambda: os.kill(os.getpid(), stop)
+    capsys.readouterr()
+    before = signal.getsignal(signal.SIGTERM)
+    assert entry.main(TRAINING) == status
+    assert signal.getsignal(signal.SIGTERM) is before
+    printed = capsys.readouterr()
+    assert printed.err.strip().splitlines()[-1] == said and "Traceback" not in printed.err + printed.out
+    assert steps == [0, 1, 2] and not list((own_home / "store" / "scales").glob("*/"))
+    assert entry.main(TRAINING) == 0
+    assert steps == [0, 1, 2, 3, 4] and not list((own_home / "partial").iterdir())
+    assert curve(own_home) == curve(own_home.parent / "undisturbed")
+
+
+def test_a_launchers_own_handler_of_sigterm_is_left_and_the_state_saved(own_home, steps):
+    """As submitit's does: it starts the job anew elsewhere and ends this process."""
+    steps.after, steps.then = 2, lambda: os.kill(os.getpid(), signal.SIGTERM)
+
+    def requeue(*_):
+        raise SystemExit(75)
+
+    before = signal.signal(signal.SIGTERM, requeue)
+    try:
+        with pytest.raises(SystemExit, match="75"):
+            cli.run_job(config.jobs(TRAINING)[0])
+        assert signal.getsignal(signal.SIGTERM) is requeue
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert entry.main(TRAINING) == 0 and steps == [0, 1, 2, 3, 4]
+
+
+def test_a_worker_of_a_launcher_takes_sigterm_too(own_home, steps):
+    """`run_job` alone, without `run.py`'s own handler, as in a process of joblib's."""
+    steps.after, steps.then = 2, lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(signals.Terminated):
+        cli.run_job(config.jobs(TRAINING)[0])
+    assert entry.main(TRAINING) == 0 and steps == [0, 1, 2, 3, 4]
+
+
+def test_scales_that_could_not_be_stored_are_not_trained_again(own_home, steps, monkeypatch, capsys):
+    def full(file, tensors):
+        if file.parent.parent.name == "scales":
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        files.save_tensors(file, tensors)
+
+    sweep = ["-m", *TRAINING, "method=teq,rtn"]
+    with monkeypatch.context() as patch:
+        patch.setattr("teq.store.save_tensors", full)
+        assert entry.main(sweep) == 1
+    printed = capsys.readouterr()
+    (failed,) = re.findall(r"^failed: model.*", printed.out, re.M)
+    assert "method=teq" in failed and "No space left on device" in failed and "free space" in failed
+    assert "1 records in" in printed.out and "Traceback" not in printed.out + printed.err
+    assert entry.main(sweep) == 0
+    assert steps == [0, 1, 2, 3, 4]
+
+
+def test_a_disk_that_fills_up_ends_each_job_in_a_line(small_disk, steps, monkeypatch, capsys):
+    """A real disk: whatever Hydra, the log or the store write there fails for want of space."""
+    disk = small_disk(2000)
+    monkeypatch.setenv("TEQ_HOME", str(disk))
+
+    def fill():
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as stream:
+            while True:
+                stream.write(bytes(1000))
+
+    steps.after, steps.then = 1, fill
+    sweep = ["-m", *TRAINING, "method=teq,rtn"]
+    assert entry.main(sweep) == 1
+    printed = capsys.readouterr()
+    for method in ("teq", "rtn"):
+        (failed,) = re.findall(rf"^failed: model=tiny-llama method={method} .*", printed.out, re.M)
+        assert "No space left on device" in failed
+    assert "Traceback" not in printed.out + printed.err and "Logging error" not in printed.err
+    assert printed.err.count("run.log cannot be written") == 2  # once a job
+    assert "the state of the training cannot be saved" in printed.err and steps == [0, 1, 2, 3, 4]
+    assert "No space left on device" in refused(sweep, capsys)
+    (disk / "filler").unlink()
+    assert entry.main(sweep) == 0

@@ -251,6 +251,55 @@ def test_halves_the_batch_when_memory_runs_out(tokenizer, monkeypatch, caplog):
     assert "batch size halved to 8" in caplog.text
 
 
+def interrupt(lm, monkeypatch, after):
+    """Let `lm` be interrupted in the batch that follows `after` finished ones; gives the batches it read."""
+    original, read = lm._score, []
+
+    def score(rows):
+        read.append(
+            sorted(request for wants in rows for point in wants.points.values() for request, _ in point)
+        )
+        if len(read) == after + 1:
+            raise KeyboardInterrupt
+        return original(rows)
+
+    monkeypatch.setattr(lm, "_score", score)
+    return read
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
+def test_goes_on_from_the_last_finished_batch_with_the_same_batches(family, tokenizer, monkeypatch, tmp_path):
+    model, requests = build(family), instances(CASES["all together"])
+    whole = SharedContextLM(model, tokenizer, 2)
+    all_batches = interrupt(whole, monkeypatch, 1000)
+    expected = whole.loglikelihood(requests)
+    assert len(all_batches) > 6
+    first = SharedContextLM(model, tokenizer, 2, partial=tmp_path)
+    interrupt(first, monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        first.loglikelihood(requests)
+    second = SharedContextLM(model, tokenizer, 2, partial=tmp_path)
+    read = interrupt(second, monkeypatch, 1000)
+    assert second.loglikelihood(requests) == expected  # to the bit
+    assert read == all_batches[3:]
+    # a second call of the same process is other work
+    assert second.loglikelihood(requests) == expected and len(read) == 2 * len(all_batches) - 3
+
+
+def test_with_another_batch_size_what_was_answered_is_kept(tokenizer, monkeypatch, tmp_path):
+    model, requests = build("opt"), instances(CASES["all together"])
+    expected = ours(model, tokenizer).loglikelihood(requests)
+    first = SharedContextLM(model, tokenizer, 4, partial=tmp_path)
+    done = interrupt(first, monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        first.loglikelihood(requests)
+    second = SharedContextLM(model, tokenizer, 1, partial=tmp_path)
+    read = interrupt(second, monkeypatch, 1000)
+    assert_equal(second.loglikelihood(requests), expected)
+    answered = {request for batch in done[:3] for request in batch}
+    assert answered and not answered & {request for batch in read for request in batch}
+
+
 def test_says_what_did_not_fit_on_the_processor(tokenizer, monkeypatch):
     lm = ours(build("opt"), tokenizer)
 

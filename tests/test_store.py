@@ -314,3 +314,32 @@ def test_a_store_that_cannot_be_written_serves_what_it_holds(read_only, caplog):
         UserError, match=r"cannot be written \(Read-only file system\), stage .* set TEQ_HOME"
     ):
         get(Store(root / "store"), never, settings={"a": 2})
+
+
+def test_state_of_unfinished_work_is_gone_on_with_only_on_the_same_results(tmp_path):
+    def second(make, value):
+        first = stage(lambda _: ({"w": torch.full((2,), value)}, {}))
+        return Stage("second", {"b": 1}, make, {"read": first})
+
+    def interrupted(state, read):
+        state.mkdir(parents=True)
+        (state / "half").touch()
+        raise KeyboardInterrupt
+
+    seen = []
+
+    def resumed(state, read):
+        seen.append((state / "half").exists())
+        if len(seen) < 3:
+            raise KeyboardInterrupt
+        return {}, {}
+
+    for make, value in [(interrupted, 1.0), (resumed, 1.0), (resumed, 2.0)]:
+        with pytest.raises(KeyboardInterrupt):
+            Store(tmp_path / "store").get(second(make, value), "cpu")
+        if value == 1.0 and make is resumed:
+            shutil.rmtree(tmp_path / "store" / "stage")  # to be made again, with another result
+    shutil.rmtree(tmp_path / "store" / "stage")
+    made = Store(tmp_path / "store").get(second(resumed, 1.0), "cpu")
+    assert seen == [True, False, True] and made.cost["resumed"]
+    assert not list((tmp_path / "partial").iterdir())

@@ -1,5 +1,6 @@
 """TEQ against Intel's modules, against autograd, and against its own promises."""
 
+import errno
 import json
 import pathlib
 
@@ -10,12 +11,13 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from teq import arch, config
+from teq import arch, config, files, resume
 from teq.corpora import Calibration
 from teq.grid import Grid, fake_quant
 from teq.models import LM
 from teq.quantizers import restore
 from teq.quantizers.rtn import Rtn
+from teq.signals import Terminated
 from teq.spec import STRATEGIES, Runtime
 from teq.transforms import Diverged, NothingDone, fused, site_scales
 from teq.transforms.loss import causal_loss
@@ -236,33 +238,103 @@ def test_infinite_loss_stops_with_the_step_and_keeps_the_scales(tiny):
     assert all(torch.isfinite(s).all() for s in caught.value.tensors.values())
 
 
+def six_windows():
+    return torch.randint(258, (6, 48), generator=torch.Generator().manual_seed(1))
+
+
+def steps_of(settings, lm, partial):
+    """The steps that a training makes, its result, and its loss curve."""
+    steps = []
+    scales, info = train(
+        settings, lm.model, lm.arch, six_windows(), lambda k, _: steps.append(k), Runtime(partial=partial)
+    )
+    return steps, scales, info["loss"]
+
+
 @pytest.mark.parametrize("profile", ["paper", "inc"])
-def test_interrupted_training_goes_on_to_the_very_same_scales(tiny, monkeypatch, tmp_path, profile):
-    from teq.transforms import partial
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Terminated, ValueError, MemoryError])
+def test_a_training_that_any_exception_ends_goes_on_to_the_very_same_scales(tiny, tmp_path, profile, error):
+    lm, settings = tiny("opt"), teq(steps=6, profile=profile)
 
-    monkeypatch.setattr(partial, "SECONDS", 0)
-    lm, file = tiny("opt"), tmp_path / "partial.safetensors"
-    tokens = torch.randint(258, (6, 48), generator=torch.Generator().manual_seed(1))
-    settings, steps = teq(steps=6, profile=profile), []
-
-    def interrupt(step, _):
+    def fail(step, _):
         if step == 3:
+            raise error
+
+    _, expected, whole = steps_of(settings, lm, None)
+    with pytest.raises(error):
+        train(settings, lm.model, lm.arch, six_windows(), fail, Runtime(partial=tmp_path / "partial"))
+    steps, resumed, losses = steps_of(settings, lm, tmp_path / "partial")
+    assert steps == [4, 5] and losses == whole
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    # until it is stored the result is worth its state: whoever comes here again makes no step
+    steps, again, losses = steps_of(settings, lm, tmp_path / "partial")
+    assert steps == [] and losses == whole
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_an_interruption_inside_adams_update_leaves_the_step_before(tiny, tmp_path, monkeypatch):
+    """Some parameters have moved, others not: such a state must not be saved."""
+    lm, settings = tiny("llama"), teq(steps=6)
+    _, expected, whole = steps_of(settings, lm, None)
+    calls, original = [], torch.optim.Adam.step
+
+    def half(self):
+        calls.append(None)
+        if len(calls) == 4:
+            first = self.param_groups[0]["params"][0]
+            first.data += 1
+            self.state[first]["exp_avg"] += 1
+            raise KeyboardInterrupt
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", half)
+        with pytest.raises(KeyboardInterrupt):
+            steps_of(settings, lm, tmp_path)
+    steps, resumed, losses = steps_of(settings, lm, tmp_path)
+    assert steps == [3, 4, 5] and losses == whole
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_a_state_that_cannot_be_saved_is_a_warning_once_and_no_end(tiny, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(resume, "SECONDS", 0)
+    lm, settings, original = tiny("llama"), teq(steps=6), files.save_tensors
+
+    def full(file, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(files, "save_tensors", full)
+    steps, _, _ = steps_of(settings, lm, tmp_path)
+    assert steps == [0, 1, 2, 3, 4, 5] and list(tmp_path.iterdir()) == []
+    (warning,) = [line for line in caplog.messages if "cannot be saved" in line]
+    assert "the state of the training" in warning and "No space left" in warning
+    monkeypatch.setattr(files, "save_tensors", original)
+    steps_of(settings, lm, tmp_path)
+    assert steps_of(settings, lm, tmp_path)[0] == []
+
+
+def test_an_interruption_while_the_state_is_saved_leaves_the_last_one(tiny, tmp_path, monkeypatch):
+    lm, settings, original = tiny("llama"), teq(steps=6), files.save_tensors
+    monkeypatch.setattr(resume, "SECONDS", 0)
+    saves = []
+
+    def interrupted(file, *rest):
+        saves.append(file)
+        original(file, *rest)
+        if len(saves) >= 3:  # the third save, and the one that its own end asks for
+            file.write_bytes(file.read_bytes()[:100])
             raise KeyboardInterrupt
 
-    expected, whole = train(settings, lm.model, lm.arch, tokens, lambda *_: None)
-    with pytest.raises(KeyboardInterrupt):
-        train(settings, lm.model, lm.arch, tokens, interrupt, Runtime(partial=file))
-    resumed, info = train(
-        settings, lm.model, lm.arch, tokens, lambda k, _: steps.append(k), Runtime(partial=file)
-    )
-    assert steps == [4, 5] and info["loss"] == whole["loss"]
-    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
-    assert not file.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_tensors", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            steps_of(settings, lm, tmp_path)
+    assert len(saves) == 4 and [file.name for file in tmp_path.iterdir()] == ["training.safetensors"]
+    assert steps_of(settings, lm, tmp_path)[0] == [2, 3, 4, 5]
 
 
 def test_damaged_state_of_an_interrupted_training_is_left_aside(tiny, tmp_path, caplog):
-    lm, file = tiny("llama"), tmp_path / "partial.safetensors"
-    file.write_bytes(b"half a fi")
-    tokens = torch.randint(258, (2, 48), generator=torch.Generator().manual_seed(1))
-    _, info = train(teq(steps=2), lm.model, lm.arch, tokens, lambda *_: None, Runtime(partial=file))
-    assert len(info["loss"]) == 2 and "training starts anew" in caplog.text
+    lm = tiny("llama")
+    (tmp_path / "training.safetensors").write_bytes(b"half a fi")
+    steps, _, _ = steps_of(teq(steps=6), lm, tmp_path)
+    assert steps == [0, 1, 2, 3, 4, 5] and "training starts anew" in caplog.text

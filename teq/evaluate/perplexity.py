@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from teq import corpora, statistics
 from teq.evaluate import Metric
 from teq.progress import track
+from teq.resume import Journal
 from teq.spec import Runtime, Settings, UserError, option
 
 if TYPE_CHECKING:
@@ -43,11 +44,12 @@ class Perplexity(Settings):
         if positions is not None and self.context > positions:
             raise UserError(f"ppl.context={self.context} is not allowed: the model has {positions} positions")
         windows, available = self._windows(lm.tokenizer)
+        journal = Journal(runtime.partial and runtime.partial / "windows.jsonl", f"perplexity {self.corpus}")
+        losses = list(journal.entries)
         with torch.inference_mode():
-            losses = [
-                window_loss(lm.model, windows[i : i + 1].to(lm.device)).item()
-                for i in track(range(len(windows)), f"perplexity {self.corpus}")
-            ]
+            for i in track(range(len(losses), len(windows)), f"perplexity {self.corpus}"):
+                losses.append(window_loss(lm.model, windows[i : i + 1].to(lm.device)).item())
+                journal.append(losses[-1])
         if not np.isfinite(losses).all():
             raise UserError(
                 f"the loss on {self.corpus} is not finite in window {int(np.argmin(np.isfinite(losses)))}"

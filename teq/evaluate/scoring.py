@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from pathlib import Path
 
 import torch
 from lm_eval.api.instance import Instance
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from teq.arch import one_sequence_a_row
+from teq.resume import Journal
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,8 @@ class SharedContextLM(HFLM):
 
     `batch_size` counts sequences of the longest length in a call: shorter ones are packed to as many tokens,
     so the longest batch sets the memory needed. `truncated` counts the requests that lost tokens on the left
-    because context and continuation together exceed `max_length`.
+    because context and continuation together exceed `max_length`. Finished batches are noted in the folder
+    `partial`; those that are there are not computed again.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class SharedContextLM(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
         max_length: int | None = None,
+        partial: Path | None = None,
     ) -> None:
         super().__init__(
             pretrained=model,
@@ -93,6 +97,7 @@ class SharedContextLM(HFLM):
             max_length=max_length,
         )
         self.truncated = 0
+        self.partial, self.calls = partial, 0
         self._check_projection()
 
     @torch.no_grad()
@@ -124,6 +129,27 @@ class SharedContextLM(HFLM):
         batches = self._batches(sequences, longest)
         answers: list[Answer | None] = [None] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm or not sys.stderr.isatty(), desc="Scoring")
+
+        def take(answered: dict[int, Answer]) -> None:
+            for request, answer in answered.items():
+                answers[request] = answer
+                if (text := requests[request][0]) is not None:  # rolling windows are cached by their caller
+                    self.cache_hook.add_partial("loglikelihood", text, answer)
+            bar.update(len(answered))
+
+        def left() -> list[list[_Row]]:
+            unanswered = [sequence for sequence in sequences if answers[sequence.uses[0][0]] is None]
+            return self._batches(unanswered, longest)
+
+        journal = Journal(self.partial and self.partial / f"answers-{self.calls}.jsonl", "scoring")
+        self.calls += 1
+        alike = True  # the batches so far are those of the process before
+        for entry in journal.entries:
+            take({request: (total, hit) for request, total, hit in entry})
+            alike = alike and bool(batches) and _requests(batches[0]) == {request for request, *_ in entry}
+            del batches[:1]
+        if not alike:  # the batch size was another, or was halved
+            batches = left()
         while batches:
             try:
                 answered = self._score(batches[0])
@@ -132,8 +158,7 @@ class SharedContextLM(HFLM):
                     raise
                 self.batch_size_per_gpu = self.batch_size // 2
                 logger.warning("out of memory: batch size halved to %d", self.batch_size)
-                left = [sequence for sequence in sequences if answers[sequence.uses[0][0]] is None]
-                batches = self._batches(left, longest)
+                batches = left()
                 continue
             except RuntimeError as error:
                 if "can't allocate memory" not in str(error):
@@ -143,11 +168,8 @@ class SharedContextLM(HFLM):
                 raise MemoryError(
                     f"{size} for a batch of {self.batch_size} x {longest} tokens failed: lower batch_size"
                 ) from error
-            for request, answer in answered.items():
-                answers[request] = answer
-                if (text := requests[request][0]) is not None:  # rolling windows are cached by their caller
-                    self.cache_hook.add_partial("loglikelihood", text, answer)
-            bar.update(len(answered))
+            take(answered)
+            journal.append([[request, *answer] for request, answer in answered.items()])
             del batches[0]
         bar.close()
         return answers
@@ -238,6 +260,11 @@ def rehearse(model: PreTrainedModel, tokens: int, scored: int) -> None:
         model.get_output_embeddings()(hidden[0, at : min(at + HEAD_CHUNK, scored)]).float().log_softmax(
             dim=-1
         )
+
+
+def _requests(rows: list[_Row]) -> set[int]:
+    """The requests that a batch answers."""
+    return {request for row in rows for wants in row.points.values() for request, _ in wants}
 
 
 def _rows(sequences: list[_Sequence], width: int, most: int) -> list[_Row]:

@@ -97,7 +97,7 @@ def score(
 
     name, total = task.config.task, len(task.task_docs)
     documents = drawn(total, limit, seed)
-    scorer = SharedContextLM(lm.model, lm.tokenizer, runtime.batch_size)
+    scorer = SharedContextLM(lm.model, lm.tokenizer, runtime.batch_size, partial=runtime.partial)
     found = evaluate(
         lm=scorer,
         task_dict={"tasks": {name: task}},

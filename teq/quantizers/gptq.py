@@ -56,17 +56,17 @@ class Gptq(Settings):
         beside = self.expected(lm).bytes - sum(p.nbytes for p in lm.model.parameters())
         if memory.fits(beside, lm.model, runtime):
             try:
-                return quantize_blocks(self, lm, scales, windows)
+                return quantize_blocks(self, lm, scales, windows, partial=runtime.partial)
             except RuntimeError as error:
                 if runtime.device == "cpu" or not memory.exhausted(error):
                     raise
             # not inside the handler: the error's traceback holds the very tensors that filled the memory
-            log.warning("memory ran out in GPTQ, which begins again")
+            log.warning("memory ran out in GPTQ: its hidden states go to the host")
             del lm
             memory.release(runtime.device)
             lm = load()
         log.info("%.3g GB of hidden states wait in the host's memory", waiting_bytes(self, lm) / 1e9)
-        return quantize_blocks(self, lm, scales, windows, torch.device("cpu"))
+        return quantize_blocks(self, lm, scales, windows, torch.device("cpu"), runtime.partial)
 
     def check_text(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raises UserError where the calibration text gives too few windows."""

@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from teq.arch import Folding, blocks, first_inputs, linears, run_block, sites
 from teq.memory import LiveBytes, Need
 from teq.progress import track
-from teq.quantizers import Quantized, stored
+from teq.quantizers import Quantized, restore, stored
 from teq.quantizers.gptq_solver import Hessian, Solution, solve
 from teq.quantizers.rtn import round_to_nearest
+from teq.resume import BlockFiles
 from teq.transforms import NothingDone
 
 if TYPE_CHECKING:
@@ -32,10 +34,12 @@ def quantize_blocks(
     scales: Mapping[str, Tensor],
     windows: Tensor,
     waiting: torch.device | None = None,
+    partial: Path | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Quantize every linear of every block on calibration `windows [sample, token]`; `lm` is used up.
 
     Hidden states wait for the next block on the device `waiting`, the model's own where none is given.
+    Finished blocks are stored in the folder `partial`, and those that are there are not quantized again.
 
     Raises NothingDone when all codes equal plain rounding's.
     """
@@ -47,36 +51,17 @@ def quantize_blocks(
     hidden, kwargs = first_inputs(lm.model, lm.arch, windows, waiting)
     tensors: dict[str, Tensor] = {}
     report: dict[str, dict[str, float]] = {}
+    finished = BlockFiles(partial, "GPTQ")
     for index, (block_name, block) in enumerate(track(blocks(lm.model, lm.arch).items(), "GPTQ blocks")):
-        inside = linears(block_name, block)
-        exact = {name: folding.weight(name, linear).float() for name, linear in inside.items()}
-        changed: dict[str, Tensor] = {}
-        for name, source in by_block[index].items():
-            changed |= folding.divided(name, source)
-        _assign(lm.model, changed)
-        quantized: dict[str, Quantized] = {}
-        _assign(lm.model, {f"{name}.weight": weight for name, weight in exact.items()})
-        moved, errors = [], []
-        for names, solution in _solve_block(settings, block, inside, exact, hidden, kwargs):
-            start = 0
-            for name in names:
-                rows = slice(start, start + exact[name].shape[0])
-                start = rows.stop
-                q = solution.quantized
-                quantized[name] = Quantized(q.codes[rows], q.scale[rows], q.zero[rows], q.g_idx)
-                _assign(lm.model, {f"{name}.weight": quantized[name].dequantize(settings.grid)})
-                plain = round_to_nearest(exact[name], settings.grid)
-                moved.append((plain.codes != quantized[name].codes).double().mean())
-                report[name] = {"damping": solution.damping}
-            errors.append((names[0], solution.error))
-        # read back at once: every read waits for the device
-        numbers = torch.stack([*moved, *(error for _, error in errors)]).tolist()
-        for name, share in zip(quantized, numbers, strict=False):
-            report[name]["moved"] = share
-        for (name, _), error in zip(errors, numbers[len(moved) :], strict=True):
-            report[name]["error"] = error
-        # packed and off the device block by block: a model's codes at once would be a byte for every weight
-        tensors |= {name: t.cpu() for name, t in stored(quantized, changed, settings.grid).items()}
+        if (known := finished.read(index)) is not None:
+            part, entries = known
+            restore(lm.model, {name: t.to(lm.device) for name, t in part.items()}, settings.grid)
+        else:
+            inside, sources = linears(block_name, block), by_block.get(index, {})
+            part, entries = _quantize_block(settings, lm, folding, sources, block, inside, hidden, kwargs)
+            finished.write(index, part, entries)
+        tensors |= part
+        report |= entries
         for i in range(len(hidden)):
             hidden[i] = run_block(block, hidden[i].to(lm.device), kwargs).to(hidden[i].device)
     if not any(entry["moved"] for entry in report.values()):
@@ -87,6 +72,52 @@ def quantize_blocks(
     if raised:
         log.warning("the damping had to be raised for %d of %d linears", raised, len(report))
     return tensors, {"linears": len(report), "gptq": report}
+
+
+def _quantize_block(
+    settings: "Gptq",
+    lm: "LM",
+    folding: Folding,
+    sources: Mapping[str, nn.Module],
+    block: nn.Module,
+    inside: Mapping[str, nn.Linear],
+    hidden: list[Tensor],
+    kwargs: dict[str, Any],
+) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """Quantize a block's linears `inside` on what the blocks before it put out; the model has the result.
+
+    `sources` are the block's sites' by name. Returns the stored tensors in the host's memory, and a report by
+    linear.
+    """
+    exact = {name: folding.weight(name, linear).float() for name, linear in inside.items()}
+    changed: dict[str, Tensor] = {}
+    for name, source in sources.items():
+        changed |= folding.divided(name, source)
+    _assign(lm.model, changed)
+    quantized: dict[str, Quantized] = {}
+    report: dict[str, dict[str, float]] = {}
+    _assign(lm.model, {f"{name}.weight": weight for name, weight in exact.items()})
+    moved, errors = [], []
+    for names, solution in _solve_block(settings, block, inside, exact, hidden, kwargs):
+        start = 0
+        for name in names:
+            rows = slice(start, start + exact[name].shape[0])
+            start = rows.stop
+            q = solution.quantized
+            quantized[name] = Quantized(q.codes[rows], q.scale[rows], q.zero[rows], q.g_idx)
+            _assign(lm.model, {f"{name}.weight": quantized[name].dequantize(settings.grid)})
+            plain = round_to_nearest(exact[name], settings.grid)
+            moved.append((plain.codes != quantized[name].codes).double().mean())
+            report[name] = {"damping": solution.damping}
+        errors.append((names[0], solution.error))
+    # read back at once: every read waits for the device
+    numbers = torch.stack([*moved, *(error for _, error in errors)]).tolist()
+    for name, share in zip(quantized, numbers, strict=False):
+        report[name]["moved"] = share
+    for (name, _), error in zip(errors, numbers[len(moved) :], strict=True):
+        report[name]["error"] = error
+    # packed and off the device block by block: a model's codes at once would be a byte for every weight
+    return {name: t.cpu() for name, t in stored(quantized, changed, settings.grid).items()}, report
 
 
 def _solve_block(

@@ -12,16 +12,16 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from teq import arch as architecture
-from teq import memory, ranks
+from teq import ranks
 from teq.arch import Arch, Site
 from teq.grid import Grid
 from teq.progress import track
+from teq.resume import ResumeFile
 from teq.spec import Runtime
 from teq.transforms import Diverged, NothingDone, OnStep, on_host
 from teq.transforms.fused import FakeQuant, chosen
 from teq.transforms.loss import causal_loss, check_head
 from teq.transforms.offload import Stream, place_around_blocks
-from teq.transforms.partial import Partial
 
 if TYPE_CHECKING:
     from teq.transforms.teq import Teq
@@ -152,9 +152,9 @@ def train(
     """Train the scales of every site on `windows [steps * batch, token]`; the model is left as it was,
     but sharded for good under several ranks.
 
-    With `runtime.partial` the state is saved there about once a minute and when memory runs out, and training
-    goes on from what is there. `runtime.strategy` (see `through`) changes where memory goes, not the result;
-    under `offload` the model is given in the host's memory, and its blocks stay there.
+    With `runtime.partial` the state is saved there about once a minute and when the loop ends, whatever ends
+    it, and training goes on from what is there. `runtime.strategy` (see `through`) changes where memory goes,
+    not the result; under `offload` the model is given in the host's memory, and its blocks stay there.
 
     Returns the last scales by site, with `start/<site>` and `best/<site>` (the step of the lowest loss)
     beside them, and the loss curve. Raises Diverged on a loss that is not finite, NothingDone when a site
@@ -172,10 +172,9 @@ def train(
     start = best = trainer.snapshot()
     lowest = float("inf")
     torch.manual_seed(settings.calib.seed)  # dropout of profile inc
-    unfinished = Partial(
-        runtime.partial and runtime.partial / "training.safetensors", trainer.free, trainer.optimizer
-    )
-    if (found_state := unfinished.restore()) is not None:
+    file = runtime.partial and runtime.partial / "training.safetensors"
+    resume = ResumeFile(file, trainer.free, trainer.optimizer)
+    if (found_state := resume.restore()) is not None:
         losses, best = found_state
         lowest = min(losses)
     model.train(settings.profile == "inc")
@@ -193,13 +192,10 @@ def train(
                     best, lowest = trainer.snapshot(), value
                 trainer.move(loss, step)
                 losses.append(value)
-                unfinished.save(losses, best)
+                resume.keep(losses, best)
                 on_step(step, value)
-    except RuntimeError as error:
-        if losses and memory.exhausted(error):
-            unfinished.save(losses, best, now=True)
-        raise
     finally:
+        resume.write()
         model.eval()
     last = trainer.snapshot()
     kept = {f"start/{name}": s for name, s in start.items()} | {f"best/{name}": s for name, s in best.items()}

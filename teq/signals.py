@@ -1,0 +1,79 @@
+"""SIGTERM as an exception: schedulers send it before they kill, and what is under way saves its state.
+
+A launcher whose process is stopped kills its workers; so it is stopped only after they have saved theirs.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+AGAIN = 5.0  # seconds: a group's signal and a forwarded one reach a process twice, the second is ignored
+PATIENCE = 20.0  # seconds that workers are given; SLURM kills 30 s after SIGTERM
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. No Exception: nothing goes on to the next job after it."""
+
+
+@contextlib.contextmanager
+def terminable(working: Path | None = None) -> Iterator[None]:
+    """Context manager: SIGTERM raises Terminated, except where a launcher has a handler of its own.
+
+    SIGTERM and Ctrl-C first stop the child processes whose jobs are noted in the folder `working`, and wait
+    for them.
+    """
+    stopped = float("-inf")
+
+    def handle(number: int, _: Any) -> None:
+        nonlocal stopped
+        if time.monotonic() - stopped < AGAIN:
+            return
+        stopped = time.monotonic()
+        if working is not None:
+            _stop_workers(working)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    plain = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not plain[signal.SIGTERM]:
+        yield
+        return
+    mine = {each: default for each, default in plain.items() if signal.getsignal(each) is default}
+    for each in mine:
+        signal.signal(each, handle)
+    try:
+        yield
+    finally:
+        for each, default in mine.items():
+            signal.signal(each, default)
+
+
+@contextlib.contextmanager
+def noted(working: Path, job: str) -> Iterator[None]:
+    """Context manager: a file in the folder `working` says that this process has not ended a job."""
+    file = working / f"{os.getpid()}-{job}"
+    with contextlib.suppress(OSError):  # a full disk: then nobody waits for this process
+        working.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _stop_workers(working: Path) -> None:
+    """Stop the children of this process that are at a job, and wait until they have ended it."""
+    children = {str(child.pid) for child in multiprocessing.active_children()}
+    jobs = [file for file in working.glob("*-*") if file.name.partition("-")[0] in children]
+    for file in jobs:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(file.name.partition("-")[0]), signal.SIGTERM)
+    end = time.monotonic() + PATIENCE
+    while any(file.exists() for file in jobs) and time.monotonic() < end:
+        time.sleep(0.02)
