@@ -70,8 +70,8 @@ def assert_waits_are_few(cuda, ran):
     """A result is read back once for a step of training, for a window and for a block, by GPTQ twice for a
     block: whether a factor failed, and its report. Two numbers check the model's head before a training.
 
-    Copied to the host are every stored tensor of the weights, all scales at once, and the block on which the
-    sites are checked.
+    Copied to the host are every stored tensor of the weights, all scales at once, the block on which the
+    sites are checked, and the four tensors of a training's state when it ends.
     """
     transforms = {method.partition("+")[0] for method in ran.records} - {"fp", "rtn", "gptq"}
     gptq = sum(method.endswith("gptq") for method in ran.records)
@@ -87,6 +87,7 @@ def assert_waits_are_few(cuda, ran):
     }
     assert cuda.numbers() == {module: count for module, count in expected.items() if count}
     copies = cuda.copies()
+    assert copies.pop("files", 0) == 4 * ("teq" in transforms)
     assert copies.pop("transforms", 0) == len(transforms) and copies.pop("arch", 0) <= 20 * len(transforms)
     assert sum(copies.values()) <= sum(
         len(tensors) for stage, tensors in ran.tensors.items() if stage.startswith("store/weights")

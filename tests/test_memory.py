@@ -222,7 +222,7 @@ def test_gptq_begins_again_with_its_hidden_states_in_host_memory(monkeypatch, ca
         loaded.append(job.run.model.load("float32", "cpu"))
         return loaded[-1]
 
-    def quantize(settings, lm, scales, windows, waiting=None):
+    def quantize(settings, lm, scales, windows, waiting=None, partial=None):
         waited.append(waiting)
         if waiting is None:
             raise torch.OutOfMemoryError("2 GB")
@@ -279,7 +279,7 @@ def test_gptqs_first_model_is_gone_before_the_second_is_loaded(monkeypatch, only
         models.append(in_a_cycle(lm))
         return lm
 
-    def quantize(settings, lm, scales, windows, waiting=None):
+    def quantize(settings, lm, scales, windows, waiting=None, partial=None):
         if waiting is None:
             raise torch.OutOfMemoryError("2 GB")
         return {}, {}
