@@ -267,12 +267,15 @@ def kill(sweep: Sweep, kind: str, notes: int, delay: float) -> dict[str, Any]:
     if filler is not None:
         filler.unlink()
     allowed = {"none": [0], FULL_DISK: [0, 1]}.get(kind) or [SIGNALS[kind], 0]
+    last = said.strip().splitlines()[-1:]
+    if kind in SIGNALS and last and " records in " in last[0]:  # run.py was over, Python was not
+        allowed.append(-getattr(signal, kind))
     problems = [] if status in allowed else [f"exit status {status}"]
     if "Traceback" in said or "Logging error" in said:
         problems.append("a traceback")
     found = {"sweep": sweep.name, "round": sweep.round, "kind": kind}
     found |= {"notes": notes, "delay": round(delay, 3)}
-    found |= {"status": status, "problems": problems, "said": said.strip().splitlines()[-1:]}
+    found |= {"status": status, "problems": problems, "said": last}
     if problems:
         found["output"] = said[-3000:]
     return found

@@ -82,15 +82,18 @@ def checked_jobs(argv: list[str]) -> list[Job]:
 
 
 def make_output(jobs: int) -> None:
-    """Make the folders that Hydra writes to, so that no job of a sweep ends where it would make one on a disk
-    that has filled up. Raises UserError when the disk is full already.
+    """Make the folders that Hydra writes to: it would end a sweep where it cannot make one later.
+
+    Raises UserError when the disk is full already.
     """
     folder = config.output()
     try:
         for name in [".", *(str(job) for job in range(jobs) if jobs > 1)]:
             (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / "space").write_bytes(os.urandom(SPACE))
-        (folder / "space").unlink()
+        try:
+            (folder / "space").write_bytes(os.urandom(SPACE))
+        finally:
+            (folder / "space").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}): free space there or set TEQ_HOME"

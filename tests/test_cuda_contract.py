@@ -87,11 +87,9 @@ def assert_waits_are_few(cuda, ran):
     }
     assert cuda.numbers() == {module: count for module, count in expected.items() if count}
     copies = cuda.copies()
-    assert copies.pop("files", 0) == 4 * ("teq" in transforms)
     assert copies.pop("transforms", 0) == len(transforms) and copies.pop("arch", 0) <= 20 * len(transforms)
-    assert sum(copies.values()) <= sum(
-        len(tensors) for stage, tensors in ran.tensors.items() if stage.startswith("store/weights")
-    )
+    stored = sum(len(tensors) for stage, tensors in ran.tensors.items() if stage.startswith("store/weights"))
+    assert sum(copies.values()) <= stored + 4 * ("teq" in transforms)
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_the_ways_in_which_memory_is_said_to_have_run_out(error, known):
     assert memory.exhausted(error) is known
 
 
-def test_gptq_begins_again_with_its_hidden_states_in_host_memory(monkeypatch, caplog):
+def test_gptq_goes_on_with_its_hidden_states_in_host_memory(monkeypatch, caplog):
     (job,) = config.jobs(["model=tiny-llama", "method=gptq", "gptq.samples=2", "gptq.length=16"])
     loaded, waited = [], []
 
@@ -231,7 +231,7 @@ def test_gptq_begins_again_with_its_hidden_states_in_host_memory(monkeypatch, ca
     monkeypatch.setattr(gptq_blocks, "quantize_blocks", quantize)
     job.run.quantizer.quantize(load, {}, Runtime(device="cuda:0", memory="keep"))
     assert waited == [None, torch.device("cpu")] and len(loaded) == 2
-    assert "GPTQ, which begins again" in caplog.text
+    assert "GPTQ: its hidden states go to the host" in caplog.text
     with pytest.raises(torch.OutOfMemoryError):
         job.run.quantizer.quantize(load, {}, Runtime(device="cpu"))
 

@@ -475,5 +475,6 @@ def test_a_disk_that_fills_up_ends_each_job_in_a_line(small_disk, steps, monkeyp
     assert printed.err.count("run.log cannot be written") == 2  # once a job
     assert "the state of the training cannot be saved" in printed.err and steps == [0, 1, 2, 3, 4]
     assert "No space left on device" in refused(sweep, capsys)
+    assert not list(disk.rglob("space"))
     (disk / "filler").unlink()
     assert entry.main(sweep) == 0
