@@ -9,7 +9,7 @@ run: $(VENV)/run.stamp
 	$(BIN)/python run.py experiments=quickstart
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
