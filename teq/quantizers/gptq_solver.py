@@ -119,9 +119,8 @@ def _inverse_factor(hessian: Tensor, diagonal: Tensor, order: Tensor | None) -> 
     """Upper Cholesky factor of the inverse of the Hessian with another `diagonal [in]`, its rows and columns
     in `order`; and whether it has none (bool).
 
-    Cholesky, inverse, Cholesky in fp32, as in the official code, whose rounding error acts like more damping:
-    on SmolLM2-135M at 3 bits an exacter factor (fp64, one triangular inverse) gives the same codes on the
-    golden tensors, but perplexities that spread three times as far (benchmarks/results/gptq_draws.json).
+    Cholesky, inverse, Cholesky in fp32, as in the official code. A factor in fp64 gives the same codes on the
+    golden tensors and perplexities of the same mean and spread (benchmarks/results/gptq_draws.json).
     """
     kept = hessian.diagonal().clone()
     hessian.diagonal().copy_(diagonal)
