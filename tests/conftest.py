@@ -1,5 +1,6 @@
 """Shared fixtures: a cache of their own for every test, tiny models, and what a test may skip for."""
 
+import multiprocessing
 import os
 import pathlib
 import subprocess
@@ -107,3 +108,22 @@ def small_disk(tmp_path):
     yield mount
     for folder in mounted:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def beside():
+    """Start a process: `beside(work, home, *args)` returns it once `work(home, ready, *args)` set `ready`."""
+    fork, started = multiprocessing.get_context("fork"), []
+
+    def begin(work, home, *args):
+        ready = fork.Event()
+        process = fork.Process(target=work, args=(home, ready, *args))
+        process.start()
+        started.append(process)
+        assert ready.wait(60)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.join()

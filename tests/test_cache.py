@@ -159,25 +159,6 @@ def make(home, ready, name, setting):
     Store(home / "store").get(Stage(name, {"a": setting}, never_ends), "cpu")
 
 
-@pytest.fixture
-def beside():
-    """A process beside the test's: `beside(work, *args)` -> process, after it set the event it is given."""
-    fork, started = multiprocessing.get_context("fork"), []
-
-    def begin(work, home, *args):
-        ready = fork.Event()
-        process = fork.Process(target=work, args=(home, ready, *args))
-        process.start()
-        started.append(process)
-        assert ready.wait(60)
-        return process
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.join()
-
-
 def test_what_a_running_process_got_stays_until_it_ends(own_home, filled, beside, capsys):
     process = beside(hold, own_home, "old")
     assert run("prune", "--stage", "weights", "--yes") == 0

@@ -12,25 +12,12 @@ from teq import files, in_use
 
 
 @pytest.fixture
-def worker(tmp_path):
+def worker(tmp_path, beside):
     """A process that registers entries of the cache `tmp_path` and lives on: `worker(*entries)`."""
-    fork, started = multiprocessing.get_context("fork"), []
-
-    def begin(*entries):
-        ready = fork.Event()
-        process = fork.Process(target=_work, args=(tmp_path, entries, ready))
-        process.start()
-        started.append(process)
-        assert ready.wait(60)
-        return process
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.join()
+    return lambda *entries: beside(_work, tmp_path, entries)
 
 
-def _work(root, entries, ready):
+def _work(root, ready, entries):
     for entry in entries:
         in_use.register(root, entry)
     ready.set()
