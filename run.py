@@ -7,7 +7,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from teq import cli, config, ranks, signals, sweeper
+from teq import cli, config, signals, sweeper
 from teq.spec import UserError
 
 
@@ -36,24 +36,17 @@ def main(argv: list[str]) -> int:
 
 def _main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
-        if ranks.leads():
-            print(cli.help_text())
+        print(cli.help_text())
         return 0
-    if not ranks.leads():
-        return ranks.follow()
     config.prepare_environment()
     try:
         jobs = cli.checked_jobs(argv)
         cli.make_output(len(jobs))
         sys.argv[1:] = config.quoted(argv)
-        with ranks.leading({job.options.device for job in jobs}):
-            failed = sweeper.run(launch)
+        failed = sweeper.run(launch)
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
-    except ranks.Lost as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     return max(failed, cli.summary(jobs))
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import filelock
 
-from teq import ranks
 from teq.spec import UserError
 
 log = logging.getLogger(__name__)
@@ -34,13 +33,13 @@ class _Last:
 def taken(wanted: str) -> Iterator[str]:
     """Context manager: the name of the device for `device=<wanted>`, locked until the end.
 
-    `auto` and `cuda` take a free CUDA device, and wait for one where all are taken. `cuda:<n>`, and a process
-    of torchrun, which has its device already, use theirs at once, and lock it where it is free. Where there
-    is no CUDA device the name is handed on as it is, for `pipeline.resolve_device` to check.
+    `auto` and `cuda` take a free CUDA device, and wait for one where all are taken. `cuda:<n>` is used at
+    once, and locked where it is free. Where there is no CUDA device the name is handed on as it is, for
+    `pipeline.resolve_device` to check.
     """
     import torch
 
-    count, own = torch.cuda.device_count(), CUDA.fullmatch(ranks.own(wanted))
+    count, own = torch.cuda.device_count(), CUDA.fullmatch(wanted)
     if count == 0 or (wanted != "auto" and own is None) or (own and own[1] and int(own[1]) >= count):
         yield wanted
         return

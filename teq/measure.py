@@ -15,7 +15,6 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from teq import ranks
 from teq.files import sha256
 from teq.spec import digest
 
@@ -106,7 +105,7 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(),
         "flags": flags(device),
-    } | ({"ranks": ranks.count()} if ranks.count() > 1 else {})
+    }
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
-from teq import corpora, files, measure, memory, ranks, record
+from teq import corpora, files, measure, memory, record
 from teq.models import Checkpoint
 from teq.record import Record
 from teq.spec import Runtime, Settings, UserError, digest, option
@@ -71,10 +71,8 @@ def checks(spec: Run) -> list[dict[str, Callable[[], Any]]]:
     too. Equal names are equal checks, so that a sweep asks for each once.
     """
     texts = {f"text {r.corpus()}": functools.partial(_text, r) for r in (spec.transform, spec.quantizer)}
-    together = functools.partial(ranks.check, spec.transform, spec.model)
     return [
         {repr(spec.model.source): spec.model.source.identity},
-        {f"ranks {spec.model.key()} {spec.transform.key()}": together},
         texts | {evaluation.key(): evaluation.provenance for evaluation in spec.evals},
     ]
 
@@ -83,7 +81,6 @@ def resolve_device(wanted: str) -> str:
     """`auto` as the device there is; any other name checked. Raises UserError."""
     import torch
 
-    wanted = ranks.own(wanted)
     if wanted == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
@@ -117,7 +114,7 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
         def with_strategy(strategy: str) -> Made:
             load = functools.partial(bench.pristine, "cpu") if strategy == "offload" else bench.pristine
             how = dataclasses.replace(runtime, strategy=strategy, partial=partial)
-            return ranks.fit(spec.transform, bench, load, how, logger.step)
+            return spec.transform.fit(load, how, logger.step)
 
         try:
             with measure.uncounted():
@@ -125,7 +122,6 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger) -
                 chosen = memory.choose(
                     spec.transform, spec.model.config, spec.model.arch, spec.dtype, runtime
                 )
-                chosen = ranks.strategy(chosen, spec.transform)
             if isinstance(spec.transform, memory.Rehearsable):
                 tensors, info = memory.attempt(with_strategy, chosen, runtime.device)
             else:  # it works in one way only

@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
-from teq import ranks
-
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0
@@ -16,9 +14,6 @@ SECONDS_BETWEEN_LINES = 30.0
 
 def track(items: Iterable[T], what: str) -> Iterator[T]:
     """Yield `items` while showing how many are done, the rate and the time left."""
-    if not ranks.leads():
-        yield from items
-        return
     count = len(items) if isinstance(items, Sized) else None
     if sys.stderr.isatty():
         from tqdm import tqdm

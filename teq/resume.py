@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teq import files, ranks
+from teq import files
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ class ResumeFile:
         """
         import torch
 
-        state = ranks.from_first(self._read())
+        state = self._read()
         if state is None:
             return None
         losses = state["losses"].tolist()

@@ -81,7 +81,7 @@ def assert_waits_are_few(cuda, ran):
         "quantizers.gptq_solver": BLOCKS * gptq,
         "quantizers.gptq_blocks": BLOCKS * gptq,
         "quantizers.rtn": rtn,  # the first block was changed: the others need not be looked at
-        "ranks": STEPS * ("teq" in transforms),
+        "transforms.training": STEPS * ("teq" in transforms),
         "transforms.loss": 2 * ("teq" in transforms),
         "transforms.awq_search": BLOCKS * ("awq" in transforms),
     }
@@ -122,7 +122,7 @@ def test_every_strategy_gives_a_cpus_bits(ran):
         for name in ("strategy", "planned_strategy"):
             found.records["teq"]["training"][name] = "keep"
         assert_equal_to_the_bit(found, expected)
-        assert cuda.numbers()["ranks"] == STEPS and bool(cuda.waits) is (strategy == "offload")
+        assert cuda.numbers()["transforms.training"] == STEPS and bool(cuda.waits) is (strategy == "offload")
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])  # BLOOM's position biases are made from positions

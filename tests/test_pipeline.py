@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from teq import cli, config, pipeline, ranks, record
+from teq import cli, config, pipeline, record
 from teq.grid import Grid
 from teq.models import Checkpoint
 from teq.quantizers import restore
@@ -287,7 +287,7 @@ def test_a_record_never_mixes_results_of_other_scales_with_metrics(own_home, mon
     first = run(own_home, "method=teq")
     for stage in gone:
         shutil.rmtree(own_home / "store" / stage)
-    owner, name = (ranks, "fit") if "scales" in gone else (Rtn, "quantize")
+    owner, name = (Teq, "fit") if "scales" in gone else (Rtn, "quantize")
 
     def uneven(made):
         tensors = {
@@ -317,7 +317,7 @@ def test_nor_with_a_metric_that_was_made_before_the_scales_were_made_anew(own_ho
     def uneven(made):
         return {key: t * torch.linspace(1, 2, t.shape[-1]) for key, t in made[0].items()}, made[1]
 
-    changed_result(monkeypatch, ranks, "fit", uneven)
+    changed_result(monkeypatch, Teq, "fit", uneven)
     again = run(own_home, "method=teq", "evals=[python-docs,lastword-python-docs]", "tasks.limit=2")
     found = results(own_home, again)
     assert found["weights"][1] == {"scales": found["scales"][0]}

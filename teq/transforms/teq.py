@@ -3,7 +3,7 @@ section 3).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from teq.corpora import Calibration
 from teq.grid import Grid
@@ -27,7 +27,6 @@ class Teq(Settings):
 
     version = 1
     group = "train"
-    together: ClassVar[bool] = True  # under torchrun all ranks take part
     grid: Grid
     calib: Calibration
     init: str = option(among=("ones", "inv_sqrt"), key="init")

@@ -12,7 +12,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from teq import arch as architecture
-from teq import ranks
 from teq.arch import Arch, Site
 from teq.grid import Grid
 from teq.progress import track
@@ -133,7 +132,6 @@ class Trainer:
     def move(self, loss: Tensor, step: int) -> None:
         """Backward, and Adam's update at this step's learning rate."""
         loss.backward()
-        ranks.average(self.free.values())
         self.current.clear()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step)
@@ -149,8 +147,7 @@ def train(
     on_step: OnStep,
     runtime: Runtime = PLAINLY,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Train the scales of every site on `windows [steps * batch, token]`; the model is left as it was,
-    but sharded for good under several ranks.
+    """Train the scales of every site on `windows [steps * batch, token]`; the model is left as it was.
 
     With `runtime.partial` the state is saved there about once a minute and when the loop ends, whatever ends
     it, and training goes on from what is there. `runtime.strategy` (see `through`) changes where memory goes,
@@ -167,7 +164,6 @@ def train(
         place_around_blocks(model, arch, runtime.device)
     device = model.get_input_embeddings().weight.device
     trainer = Trainer(settings, found, device)
-    ranks.shard(model, arch)
     losses: list[float] = []
     start = best = trainer.snapshot()
     lowest = float("inf")
@@ -183,9 +179,8 @@ def train(
         with through(model, arch, found, settings.grid, scale, strategy) as quantize:
             for step in track(range(len(losses), settings.steps), "training scales"):
                 tokens = windows[step * settings.batch : (step + 1) * settings.batch]
-                # in training mode dropout draws for the whole batch, as one process would
-                loss = trainer.loss(model, ranks.share(tokens, whole=model.training).to(device))
-                value = ranks.mean(loss)
+                loss = trainer.loss(model, tokens.to(device))
+                value = loss.item()
                 if not math.isfinite(value):
                     raise _diverged(step, value, trainer.snapshot(), best)
                 if value < lowest:
