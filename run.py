@@ -7,8 +7,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from teq import cli, config, signals, sweeper
+from teq.config import command_line as config
+from teq.config import sweeper
 from teq.spec import UserError
+from teq.verbs import run as cli
+from teq.verbs import signals
 
 
 @hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")

@@ -32,10 +32,14 @@ from torch import Tensor
 from benchmarks import measuring
 from benchmarks.gptq_port import Clock, floor, port
 from benchmarks.measuring import ratio, shown
-from teq import arch, config, corpora, measure, pipeline
-from teq.models import LM
-from teq.quantizers import gptq_blocks
-from teq.quantizers.gptq import Gptq
+from teq import data as corpora
+from teq.config import command_line as config
+from teq.models import arch
+from teq.models.checkpoint import LM
+from teq.pipeline import cost as measure
+from teq.pipeline import run as pipeline
+from teq.quantizers.gptq import blocks as gptq_blocks
+from teq.quantizers.gptq.settings import Gptq
 from teq.spec import UserError
 
 PARTS = ("total", "measuring", "quantizing", "rest")

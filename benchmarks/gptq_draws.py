@@ -23,8 +23,9 @@ from scipy import stats
 from torch import Tensor
 
 from benchmarks import gptq, measuring
-from teq import config, measure
-from teq.quantizers import gptq_solver
+from teq.config import command_line as config
+from teq.pipeline import cost
+from teq.quantizers.gptq import solver
 
 REFERENCE = "port"
 CONTENDERS = ("ours", "port", "exact")
@@ -46,7 +47,7 @@ def contender(name: str) -> Iterator[str]:
     if name != "exact":
         yield name
         return
-    with mock.patch.object(gptq_solver, "_inverse_factor", exact_factor):
+    with mock.patch.object(solver, "_inverse_factor", exact_factor):
         yield "ours"
 
 
@@ -95,9 +96,9 @@ def main(argv: list[str]) -> int:
             with contender(name) as runnable:
                 turn, _ = gptq.turn(runnable, job, "cpu", number, None, arguments.windows)
             kept = ("perplexity", "first_block_error", "total")
-            draws[str(number)] = {key: turn[key] for key in kept} | {"code": measure.code()}
+            draws[str(number)] = {key: turn[key] for key in kept} | {"code": cost.code()}
             print(f"draw {number} of {name}: {turn['perplexity']:.3f}", file=sys.stderr, flush=True)
-            found |= {"machine": measure.machine("cpu"), "against_port": {}}
+            found |= {"machine": cost.machine("cpu"), "against_port": {}}
             values = {n: [d["perplexity"] for d in made.values()] for n, made in found["draws"].items()}
             for other, numbers in values.items():
                 if other != REFERENCE and min(len(numbers), len(values.get(REFERENCE, []))) > 1:

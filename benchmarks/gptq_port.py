@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import measuring
-from teq import arch
-from teq.models import LM
-from teq.quantizers.gptq import Gptq
+from teq.models import arch
+from teq.models.checkpoint import LM
+from teq.quantizers.gptq.settings import Gptq
 
 
 class Clock:

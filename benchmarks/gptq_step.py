@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from teq.models import LM
-from teq.quantizers.gptq import Gptq
-from teq.quantizers.gptq_blocks import quantize_blocks
+from teq.models.checkpoint import LM
+from teq.quantizers.gptq.blocks import quantize_blocks
+from teq.quantizers.gptq.settings import Gptq
 
 BLOCKS = 2  # the second reads what the first, quantized, puts out, as every later one does
 

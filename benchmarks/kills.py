@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measuring
-from teq import measure
-from teq.files import sha256
+from teq.files.disk import sha256
+from teq.pipeline import cost
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["train.length=64", "gptq.length=64", "ppl.context=64", "device=cpu"]
@@ -74,11 +74,11 @@ def child(file: Path, argv: list[str]) -> int:
     from torch._subclasses.fake_tensor import FakeTensor
 
     import run
-    from teq import resume
     from teq.evaluate import perplexity, scoring
-    from teq.quantizers import gptq_blocks
-    from teq.store import Store
-    from teq.transforms import training
+    from teq.files import resume
+    from teq.pipeline.store import Store
+    from teq.quantizers.gptq import blocks
+    from teq.transforms.teq import train
 
     notes = Notes(file)
 
@@ -119,10 +119,10 @@ def child(file: Path, argv: list[str]) -> int:
 
     around = [
         (Store, "_make", stage),
-        (gptq_blocks, "_quantize_block", block),
+        (blocks, "_quantize_block", block),
         (scoring.SharedContextLM, "_score", batch),
         (perplexity, "window_loss", window),
-        (training.Trainer, "move", step),
+        (train.Trainer, "move", step),
         (resume.BlockFiles, "write", kept),
         (resume.Journal, "append", kept),
         (resume.ResumeFile, "write", state),
@@ -308,7 +308,7 @@ def campaign(sweeps: dict[str, list[str]], kills: int, seed: int, folder: Path, 
     mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
     kinds = [*SIGNALS, *([FULL_DISK] if mounted else [])]
     report: dict[str, Any] = {"seed": seed, "kinds": kinds, "sweeps": sweeps, "kills": [], "rounds": []}
-    report |= {"code": measure.code(), "machine": measure.machine("cpu")}
+    report |= {"code": cost.code(), "machine": cost.machine("cpu")}
     draw = random.Random(seed)
     begun = time.monotonic()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from teq import measure
+from teq.pipeline import cost as measure
 from teq.spec import UserError
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ import torch
 from neural_compressor.torch.algorithms.weight_only.modules import TEQLinearFakeQuant
 from torch import Tensor, nn
 
-from teq import arch
-from teq.models import LM
-from teq.transforms.teq import Teq
+from teq.models import arch
+from teq.models.checkpoint import LM
+from teq.transforms.teq.settings import Teq
 
 BETAS = (0.9, 0.9)  # as ours: the paper's section 3.2
 

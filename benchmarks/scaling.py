@@ -22,7 +22,8 @@ import numpy as np
 from benchmarks import measuring
 from benchmarks.measuring import ratio, shown
 from benchmarks.worker import Spec, Worker, training
-from teq import config, pipeline
+from teq.config import command_line as config
+from teq.pipeline import run as pipeline
 from teq.spec import UserError
 
 MODELS = ("tiny-llama", "smollm2-135m", "bloom-560m", "opt-1.3b")

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teq import arch
+from teq.device.offload import place_around_blocks
 from teq.grid import Grid, fake_quant
-from teq.models import LM
-from teq.transforms.offload import place_around_blocks
-from teq.transforms.teq import Teq
-from teq.transforms.training import Trainer, through
+from teq.models import arch
+from teq.models.checkpoint import LM
+from teq.transforms.teq.settings import Teq
+from teq.transforms.teq.train import Trainer, through
 
 STRATEGIES = {"ours": "keep", "checkpoint": "checkpoint", "offload": "offload"}
 

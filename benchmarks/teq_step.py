@@ -34,8 +34,10 @@ from benchmarks import measuring
 from benchmarks.measuring import ratio, shown
 from benchmarks.steps import Contender
 from benchmarks.worker import Spec, Worker, memory_of, training
-from teq import config, measure, pipeline
-from teq.memory import exhausted
+from teq.config import command_line as config
+from teq.device.memory import exhausted
+from teq.pipeline import cost
+from teq.pipeline import run as pipeline
 from teq.spec import UserError
 
 SHARING = ("ours", "checkpoint", "autograd", "floor")
@@ -202,7 +204,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"the first loss of {', '.join(wrong)} is not ours: the comparison means nothing")
     if arguments.json:
         found = {"tokens": arguments.tokens, "overrides": arguments.overrides, "repeats": arguments.repeats}
-        found |= {"dtype": dtype, "machine": measure.machine(device), "machines": machines}
+        found |= {"dtype": dtype, "machine": cost.machine(device), "machines": machines}
         found |= {"settings": settings.plain(), "contenders": rows, "first_loss_difference": apart}
         measuring.write(arguments.json, found | {"left_out": left_out, "failed": failed})
     return measuring.INCOMPLETE if failed else 0

@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks import measuring
-from teq import arch, measure, memory
-from teq.models import LM, Checkpoint, Folder
+from teq.device import memory
+from teq.models import arch
+from teq.models.checkpoint import LM, Checkpoint, Folder
+from teq.pipeline import cost
 from teq.spec import Settings, UserError
-from teq.transforms.teq import Teq
+from teq.transforms.teq.settings import Teq
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from teq.pipeline import Run
+    from teq.pipeline.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 # glibc otherwise raises, as it goes along, the size from which freed memory goes back to the system, and
@@ -156,7 +158,7 @@ def _answers(spec: Spec) -> Iterator[dict[str, Any]]:
     lm = spec.checkpoint.load(spec.dtype, "cpu" if spec.name == "offload" else spec.device, spec.device)
     name, block = next(iter(arch.blocks(lm.model, lm.arch).items()))
     found = {
-        "machine": measure.machine(spec.device),
+        "machine": cost.machine(spec.device),
         "parameters": sum(p.numel() for p in lm.model.parameters()),
         "block_weights": sum(linear.weight.numel() for linear in arch.linears(name, block).values()),
     }

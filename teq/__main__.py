@@ -25,19 +25,19 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         if verb in ("report", "publish"):
-            from teq import report
+            from teq.report import read as report
 
             return report.report(rest) if verb == "report" else report.publish(rest)
         if verb == "plan":
-            from teq import plan
+            from teq.verbs import plan
 
             return plan.main(rest)
         if verb == "prefetch":
-            from teq import prefetch
+            from teq.verbs import prefetch
 
             return prefetch.main(rest)
         if verb == "cache":
-            from teq import cache
+            from teq.verbs import cache
 
             return cache.main(rest)
     except UserError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from teq import files
+from teq.files import disk
 from teq.spec import UserError, digest
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def write(data: dict[str, Any], folder: Path) -> Record:
         log.warning("%s: computed again, with other results than in %s", data["id"], earlier.file.name)
     text = json.dumps({"schema": SCHEMA, **data}, allow_nan=False, separators=(",", ":"))
     try:
-        files.write_text(file, text)
+        disk.write_text(file, text)
     except OSError as error:
         raise UserError(
             f"the record {file} cannot be written ({error.strerror}): free space there, or set TEQ_HOME to a "

@@ -86,7 +86,7 @@ class Runtime(Settings):
     """How the work is done where results do not depend on it: in no key. `device` is already resolved."""
 
     device: str = "cpu"
-    memory: str = "auto"  # what `teq.memory.choose` chooses the strategy by
+    memory: str = "auto"  # what `teq.device.memory.choose` chooses the strategy by
     strategy: str = option("keep", among=STRATEGIES)
     batch_size: int = option(8, at_least=1)
     partial: Path | None = None  # folder for the state of a stage that can be interrupted and resumed

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose more to thread
 def own_home(tmp_path, monkeypatch):
     """No test sees another's records or artefacts, or the user's."""
     monkeypatch.setenv("TEQ_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("teq.hub._commits", {})
+    monkeypatch.setattr("teq.models.hub._commits", {})
     for module in ("hub", "digests"):
         monkeypatch.setattr(f"teq.{module}.user_cache", lambda: tmp_path / "user")
     return tmp_path / "home"
@@ -33,7 +33,7 @@ def family(request):
 @pytest.fixture
 def tiny():
     """Make a tiny model: `tiny("opt", dtype="float64")` -> LM."""
-    from teq import config
+    from teq.config import command_line as config
 
     def make(family: str, dtype: str = "float32"):
         (job,) = config.jobs([f"model=tiny-{family}"])
@@ -63,7 +63,7 @@ def write(tmp_path, monkeypatch):
 @pytest.fixture
 def read_only(tmp_path):
     """A folder and what makes it read-only, for root too; skips where nothing can be mounted."""
-    from teq import in_use
+    from teq.files import in_use
 
     def closed():
         for stream, _ in in_use._notes.values():

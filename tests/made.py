@@ -71,7 +71,8 @@ def made(folder: Path, job, *, evals=None, change=None, seconds=10.0, scales=Non
 
 def add_experiment(monkeypatch, root: Path, name: str, text: str) -> None:
     """Let the project's experiments be `root`/experiments, with experiments/<name>.yaml among them."""
-    from teq import config, report
+    from teq.config import command_line as config
+    from teq.report import read as report
 
     file = root / "experiments" / f"{name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)

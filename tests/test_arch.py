@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from teq import arch
+from teq.models import arch
 from teq.spec import UserError
 
 

@@ -12,8 +12,10 @@ import torch
 from made import made
 
 from teq import __main__ as verbs
-from teq import cache, config, inventory
-from teq.store import DATA, INFO, MANIFEST, Stage, Store
+from teq.config import command_line as config
+from teq.pipeline import inventory
+from teq.pipeline.store import DATA, INFO, MANIFEST, Stage, Store
+from teq.verbs import cache
 
 DAY = 24 * 3600
 

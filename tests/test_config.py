@@ -9,9 +9,11 @@ from hydra.core.config_store import ConfigStore
 from made import add_experiment
 
 import run as entry
-from teq import cli, config, wheel
 from teq.__main__ import main
+from teq.config import command_line as config
+from teq.models import wheel
 from teq.spec import UserError
+from teq.verbs import run as cli
 
 TINY = ["model=tiny-llama", "method=rtn", "evals=[python-docs]"]
 

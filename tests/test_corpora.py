@@ -14,12 +14,13 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from teq import corpora, prefetch
-from teq.corpora import hub, mirror
-from teq.corpora.sources import SOURCES
-from teq.digests import file_digest
-from teq.random_model import byte_tokenizer
+from teq import data as corpora
+from teq.data import hub, mirror
+from teq.data.sources import SOURCES
+from teq.files.digests import file_digest
+from teq.models.synthetic import byte_tokenizer
 from teq.spec import UserError
+from teq.verbs import prefetch
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ def run_python(code, endpoint, home, **environment):
 
 READ = """
 import json, socket, sys
-from teq import corpora
+from teq import data as corpora
 from huggingface_hub import constants
 if constants.HF_HUB_OFFLINE:
     def attempted(*args, **kwargs):

@@ -19,10 +19,12 @@ from cuda_double import Cuda, OnCuda, Race
 from safetensors.torch import load_file
 
 import run as entry
-from teq import cli, measure, record
+from teq import record
 from teq.evaluate import lastword, scoring
-from teq.quantizers import gptq_solver
-from teq.transforms import fused
+from teq.pipeline import cost
+from teq.quantizers.gptq import solver
+from teq.transforms.teq import fake_quant
+from teq.verbs import run as cli
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_gpu.py runs on it")
 STEPS, SAMPLES, WINDOWS, BLOCKS = 3, 4, 2, 2
@@ -34,7 +36,7 @@ QUICK += ["awq.samples=2", "awq.length=32", "awq.ratios=3", "smoothquant.samples
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
     """Run a command line in a cache of its own, on a CPU or on the stand-in `cuda`: what it left behind."""
-    fused.compiled.cache_clear()
+    fake_quant.compiled.cache_clear()
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))  # where locks of devices are
 
     def run(*argv, cuda=None, device="cuda", evals="python-docs"):
@@ -52,7 +54,7 @@ def ran(tmp_path, monkeypatch):
         return SimpleNamespace(records=records, tensors=tensors)
 
     yield run
-    fused.compiled.cache_clear()
+    fake_quant.compiled.cache_clear()
 
 
 def assert_equal_to_the_bit(ran, other):
@@ -229,13 +231,13 @@ def test_a_stream_is_not_read_from_before_it_is_waited_for():
 
 def test_a_read_in_the_loop_over_columns_is_found(ran, monkeypatch):
     """What the bounds are there for: a number that is read back whenever a group of columns begins."""
-    original, cuda = gptq_solver.qparams, Cuda()
+    original, cuda = solver.qparams, Cuda()
 
     def reading(block, grid):
         block.sum().item()
         return original(block, grid)
 
-    monkeypatch.setattr(gptq_solver, "qparams", reading)
+    monkeypatch.setattr(solver, "qparams", reading)
     found = ran("model=tiny-llama", "method=gptq", cuda=cuda)
     with pytest.raises(AssertionError):
         assert_waits_are_few(cuda, found)
@@ -252,4 +254,4 @@ def test_a_read_in_the_loop_over_columns_is_found(ran, monkeypatch):
 def test_the_drivers_version_is_read_where_linux_says_it(monkeypatch, line, version):
     said = f"{line}\nGCC version:  gcc version 11.4.0 (Ubuntu)"
     monkeypatch.setattr(pathlib.Path, "read_text", lambda file: said if "nvidia" in str(file) else "")
-    assert measure.flags("cuda:0")["driver"] == version
+    assert cost.flags("cuda:0")["driver"] == version

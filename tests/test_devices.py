@@ -11,8 +11,10 @@ import filelock
 import pytest
 import torch
 
-from teq import cli, config, devices
+from teq.config import command_line as config
+from teq.device import locks
 from teq.spec import UserError
+from teq.verbs import run as cli
 
 COUNT = 3
 
@@ -25,8 +27,8 @@ def three_devices(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: COUNT)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(devices, "POLL", 0.01)
-    monkeypatch.setattr(devices._Last, "index", 0)
+    monkeypatch.setattr(locks, "POLL", 0.01)
+    monkeypatch.setattr(locks._Last, "index", 0)
 
 
 def locked(tmp_path):
@@ -46,7 +48,7 @@ def test_no_device_is_held_twice_and_all_are_free_in_the_end(wanted, tmp_path):
     full = threading.Barrier(COUNT)
 
     def job(first):
-        with devices.taken(wanted) as name:
+        with locks.taken(wanted) as name:
             with lock:
                 problems.extend({name} & set(using))
                 using.append(name)
@@ -73,7 +75,7 @@ def test_no_device_is_held_twice_and_all_are_free_in_the_end(wanted, tmp_path):
 
 def test_a_job_waits_for_a_device_and_says_so(caplog):
     caplog.set_level("INFO")
-    held = [devices.taken("auto") for _ in range(COUNT)]
+    held = [locks.taken("auto") for _ in range(COUNT)]
     names = [one.__enter__() for one in held]
     assert names == ["cuda:0", "cuda:1", "cuda:2"]
     found = []
@@ -90,7 +92,7 @@ def test_a_job_waits_for_a_device_and_says_so(caplog):
 
 
 def _name(wanted):
-    with devices.taken(wanted) as name:
+    with locks.taken(wanted) as name:
         return name
 
 
@@ -99,7 +101,7 @@ def test_a_killed_process_frees_its_device(tmp_path):
     begun = fork.Event()
 
     def hold():
-        with devices.taken("auto"):
+        with locks.taken("auto"):
             begun.set()
             signal.pause()
 
@@ -113,26 +115,26 @@ def test_a_killed_process_frees_its_device(tmp_path):
 
 
 def test_an_explicit_device_is_used_at_once_and_others_keep_off_it(tmp_path):
-    with devices.taken("cuda:0") as first:
+    with locks.taken("cuda:0") as first:
         assert (first, _name("auto"), locked(tmp_path)) == ("cuda:0", "cuda:1", ["uuid-0"])
-        with devices.taken("cuda:0") as second:  # the user's word
+        with locks.taken("cuda:0") as second:  # the user's word
             assert second == "cuda:0"
         assert locked(tmp_path) == ["uuid-0"]
     assert locked(tmp_path) == []
 
 
 def test_a_process_keeps_to_the_device_it_had():
-    with devices.taken("auto") as other:
+    with locks.taken("auto") as other:
         first = _name("auto")
     assert (other, first, _name("auto")) == ("cuda:0", "cuda:1", "cuda:1")
 
 
 def test_devices_are_told_apart_by_uuid(monkeypatch, tmp_path):
-    with devices.taken("auto"):  # uuid-0
+    with locks.taken("auto"):  # uuid-0
         other = [SimpleNamespace(uuid=f"uuid-{index}") for index in (0, 2)]  # CUDA_VISIBLE_DEVICES=0,2
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "get_device_properties", other.__getitem__)
-        with devices.taken("auto") as name:
+        with locks.taken("auto") as name:
             assert name == "cuda:1" and locked(tmp_path) == ["uuid-0", "uuid-2"]
 
 
@@ -151,7 +153,7 @@ def test_a_job_runs_on_the_device_it_took(own_home, monkeypatch, tmp_path):
     (job,) = config.jobs(["model=tiny-llama", "method=rtn", "evals=[python-docs]"])
     seen = []
     monkeypatch.setattr(cli.pipeline, "run", lambda *given: seen.append((given[3].device, locked(tmp_path))))
-    with devices.taken("auto"):
+    with locks.taken("auto"):
         cli.run_job(job)
     assert seen == [("cuda:1", ["uuid-0", "uuid-1"])] and locked(tmp_path) == []
 

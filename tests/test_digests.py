@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from teq import digests, files
-from teq.digests import file_digest
+from teq.files import digests, disk
+from teq.files.digests import file_digest
 
 SIZE = digests.KEPT
 
@@ -38,7 +38,7 @@ def forget():
 def reads(monkeypatch):
     """The files that were read for a digest, one after another."""
     found = []
-    original = files.sha256
+    original = disk.sha256
     monkeypatch.setattr(digests.files, "sha256", lambda file: (found.append(file.name), original(file))[1])
     return found
 
@@ -122,7 +122,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, clock,
     file = tmp_path / "weights"
     file.write_bytes(bytes(SIZE))
     clock[0] = 60
-    original = files.sha256
+    original = disk.sha256
 
     def changing(path):
         found = original(path)
@@ -172,7 +172,7 @@ def test_processes_at_once_agree_and_leave_whole_entries(tmp_path, clock, cache)
 
 def test_what_takes_a_while_is_said_in_one_line_and_once(tmp_path, clock, monkeypatch, caplog):
     monkeypatch.setattr(digests, "LARGE", SIZE)
-    caplog.set_level("INFO", "teq.digests")
+    caplog.set_level("INFO", "teq.files.digests")
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(bytes(SIZE))
     clock[0] = 60

@@ -11,17 +11,19 @@ from made import add_experiment
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from teq import config, filled, pipeline
+from teq.config import command_line as config
 from teq.evaluate.counts import Counts
 from teq.evaluate.overhead import Overhead
-from teq.filled import Table
 from teq.grid import Grid
-from teq.layout import ANY, CELL, FULL, parse
-from teq.lookup import Library
-from teq.models import Checkpoint
-from teq.report import experiments, read
+from teq.models.checkpoint import Checkpoint
+from teq.pipeline import run as pipeline
+from teq.pipeline.store import Store
+from teq.report import cells
+from teq.report.cells import Table
+from teq.report.layout import ANY, CELL, FULL, parse
+from teq.report.match import Library
+from teq.report.read import experiments, read
 from teq.spec import Runtime, UserError
-from teq.store import Store
 
 NOTHING = Library(config.ROOT / "no-such-folder")
 METHODS = set(config.options(config.CONF / "method"))
@@ -153,8 +155,8 @@ def test_run_py_writes_count_records_that_the_report_shows(own_home):
     assert done.returncode == 0, done.stderr
     body = read("table9", ["model=opt-6.7b,llama-7b"], Library(own_home / "records")).body
     verdicts = {place: value.verdict for place, value in body.values.items()}
-    assert verdicts.pop((("opt-6.7b",), ("groups",))) == filled.DIFFERS
-    assert set(verdicts.values()) == {filled.MATCH}
+    assert verdicts.pop((("opt-6.7b",), ("groups",))) == cells.DIFFERS
+    assert set(verdicts.values()) == {cells.MATCH}
     assert len(verdicts) == 13
 
 
@@ -182,7 +184,7 @@ def test_an_experiment_with_an_unknown_key(monkeypatch, tmp_path):
 
 def test_table_8_is_what_the_recipe_resolves_to():
     body = read("table8", (), NOTHING).body
-    assert {value.verdict for value in body.values.values()} == {filled.MATCH}
+    assert {value.verdict for value in body.values.values()} == {cells.MATCH}
     special = {
         (row[0], column[0]): value.ours
         for (row, column), value in body.values.items()

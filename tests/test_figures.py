@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 from made import made
 
-from teq import config, figures
-from teq.layout import parse
-from teq.lookup import Library
-from teq.report import figure_text, read
+from teq.config import command_line as config
+from teq.report import figure
+from teq.report.layout import parse
+from teq.report.match import Library
+from teq.report.read import read
+from teq.report.render import figure_text
 
 
 def histogram(values):
-    """As `teq.transforms.histogram` keeps it."""
+    """As `teq.transforms.summary` keeps it."""
     counts, edges = np.histogram(values, 64)
     return {"lowest": float(edges[0]), "highest": float(edges[-1]), "counts": counts.tolist()}
 
@@ -37,7 +39,7 @@ def drawn(tmp_path):
         if (job.run.model.name, grid.bits, grid.group_size) in (("bloom-3b", 3, 128), ("tiny-opt", 4, -1)):
             made(tmp_path, job, evals={"wikitext2": [2.0, 2.1]}, scales=scales([0.5, 0.2, 0.1, 0.3]))
     layout = parse("figure2", config._experiment("figure2")["layout"])
-    return figures.fill("figure2", layout, jobs, Library(tmp_path))
+    return figure.fill("figure2", layout, jobs, Library(tmp_path))
 
 
 def test_a_panel_of_the_paper_has_its_grid_and_other_models_have_all(drawn):
@@ -52,7 +54,7 @@ def test_a_panel_of_the_paper_has_its_grid_and_other_models_have_all(drawn):
 
 
 def test_the_numbers_behind_a_panel(drawn):
-    header, first, second = figures.numbers(drawn)[:3]
+    header, first, second = figure.numbers(drawn)[:3]
     panel = drawn.panels[0]
     # of scales spread evenly over [0.5, 1.5] half lie in [0.75, 1.25]; over [0.7, 1.3] five sixths
     assert [layer.near for layer in panel.layers] == pytest.approx([0.5, 1, 1, 5 / 6], abs=0.01)
@@ -69,21 +71,21 @@ def test_the_numbers_behind_a_panel(drawn):
 def test_a_start_is_never_taken_for_another(drawn, tmp_path):
     jobs = config.jobs(["experiments=figure3", "model=bloom-3b"])
     layout = parse("figure3", config._experiment("figure3")["layout"])
-    (panel,) = figures.fill("figure3", layout, jobs, Library(tmp_path)).panels
+    (panel,) = figure.fill("figure3", layout, jobs, Library(tmp_path)).panels
     assert panel.found is None
 
 
 def test_counts_in_other_bins():
     own = {"lowest": 0.0, "highest": 4.0, "counts": [4, 0, 2, 2]}
-    assert figures.rebinned(own, np.array([0, 0.5, 1, 3, 4.0])).tolist() == [2, 2, 2, 2]
-    assert figures.rebinned(own, np.linspace(-10, 10, 7)).sum() == 8
-    assert figures.rebinned(own, np.array([3.0, 4.0])).tolist() == [2]
+    assert figure.rebinned(own, np.array([0, 0.5, 1, 3, 4.0])).tolist() == [2, 2, 2, 2]
+    assert figure.rebinned(own, np.linspace(-10, 10, 7)).sum() == 8
+    assert figure.rebinned(own, np.array([3.0, 4.0])).tolist() == [2]
     one = {"lowest": 1.0, "highest": 1.0, "counts": [7, 0]}
-    assert figures.rebinned(one, np.array([0, 0.9, 1.1])).tolist() == [0, 7]
+    assert figure.rebinned(one, np.array([0, 0.9, 1.1])).tolist() == [0, 7]
 
 
 def test_the_same_records_draw_the_same_bytes(drawn):
-    first, second = figures.draw(drawn), figures.draw(drawn)
+    first, second = figure.draw(drawn), figure.draw(drawn)
     assert first == second
     assert set(first) == {"svg", "png"}
     assert b"bloom-3b w3_g128" in first["svg"]

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from teq import config
+from teq.config import command_line as config
 from teq.grid import Grid, fake_quant
-from teq.transforms import fused, training
+from teq.transforms.teq import fake_quant as fused
+from teq.transforms.teq import train
 
 CPU = torch.device("cpu")
 
@@ -58,13 +59,13 @@ def trained(tiny, bits):
     lm = tiny("llama")
     tokens = torch.randint(200, (2, 16), generator=torch.Generator().manual_seed(0))
     settings = dataclasses.replace(job.run.transform, steps=2)
-    return training.train(settings, lm.model, lm.arch, tokens, lambda *_: None)[1]["fake_quant"]
+    return train.train(settings, lm.model, lm.arch, tokens, lambda *_: None)[1]["fake_quant"]
 
 
 def test_a_second_training_compiles_nothing_and_one_past_the_compilers_limit_is_not_called_compiled(
     tiny, monkeypatch, without_code
 ):
-    monkeypatch.setattr(training, "chosen", fused.compiled)
+    monkeypatch.setattr(train, "chosen", fused.compiled)
     first, name = graphs(lambda: trained(tiny, bits=3))
     assert first > 4 and name == "compiled"
     assert graphs(lambda: trained(tiny, bits=3)) == (0, "compiled")

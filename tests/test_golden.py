@@ -13,10 +13,11 @@ import zlib
 import numpy as np
 import torch
 
-from teq import config, measure
-from teq.quantizers import restore
+from teq.config import command_line as config
+from teq.pipeline import cost
+from teq.quantizers.quantized import restore
 from teq.spec import Runtime
-from teq.transforms import folded, site_scales
+from teq.stage import folded, site_scales
 
 GOLDEN = pathlib.Path(__file__).parent / "oracles" / "golden.json"
 SHORT = [
@@ -53,7 +54,7 @@ def results(method: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
 def platform() -> dict[str, str]:
     """What decides how sums are rounded: here, equal code gives equal bits."""
     cpu = torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "cpu": cpu, "name": measure.machine("cpu")["name"]}
+    return {"torch": torch.__version__, "cpu": cpu, "name": cost.machine("cpu")["name"]}
 
 
 def computed() -> dict[str, dict]:
@@ -110,10 +111,10 @@ def test_results_change_only_with_a_version():
 
 def test_a_single_changed_sum_is_noticed(monkeypatch):
     """The golden results of GPTQ notice a damping that is one per mille higher."""
-    from teq.quantizers import gptq_solver
+    from teq.quantizers.gptq import solver
 
-    original = gptq_solver._inverse_factor
-    monkeypatch.setattr(gptq_solver, "_inverse_factor", lambda h, d, o: original(h, d * 1.001, o))
+    original = solver._inverse_factor
+    monkeypatch.setattr(solver, "_inverse_factor", lambda h, d, o: original(h, d * 1.001, o))
     _, found = results("gptq")
     golden = json.loads(GOLDEN.read_text())["methods"]["gptq"]["results"]
     codes = np.frombuffer(zlib.decompress(base64.b64decode(golden["codes"])), dtype=np.uint8)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from teq.arch import sites
-from teq.corpora import Calibration
+from teq.data.texts import Calibration
 from teq.grid import Grid, group_params, spread
-from teq.quantizers import gptq_blocks
-from teq.quantizers.gptq import Gptq
-from teq.quantizers.gptq_solver import Hessian, solve
+from teq.models.arch import sites
+from teq.quantizers.gptq import blocks
+from teq.quantizers.gptq.settings import Gptq
+from teq.quantizers.gptq.solver import Hessian, solve
 from teq.quantizers.rtn import round_to_nearest
 from teq.spec import Runtime, UserError
 
@@ -136,7 +136,7 @@ def test_gptq_goes_on_from_its_last_finished_block(tiny, tmp_path, monkeypatch, 
     generator = torch.Generator().manual_seed(0)
     scales = {s.name: torch.rand(s.width, generator=generator) + 0.5 for s in sites(lm.model, lm.arch)}
     windows = torch.randint(250, (4, 48), generator=generator)
-    original = gptq_blocks._quantize_block
+    original = blocks._quantize_block
 
     def counted(*args):
         result = original(*args)
@@ -145,9 +145,9 @@ def test_gptq_goes_on_from_its_last_finished_block(tiny, tmp_path, monkeypatch, 
 
     def quantized(partial):
         solved.clear()
-        return gptq_blocks.quantize_blocks(chosen, tiny(family), scales, windows, partial=partial)
+        return blocks.quantize_blocks(chosen, tiny(family), scales, windows, partial=partial)
 
-    monkeypatch.setattr(gptq_blocks, "_quantize_block", counted)
+    monkeypatch.setattr(blocks, "_quantize_block", counted)
     expected, report = quantized(None)
     assert len(solved) == 2 and any(name.startswith("param/") for name in expected)
 
@@ -156,9 +156,9 @@ def test_gptq_goes_on_from_its_last_finished_block(tiny, tmp_path, monkeypatch, 
             raise KeyboardInterrupt
         return run_block(block, *rest)
 
-    run_block = gptq_blocks.run_block
+    run_block = blocks.run_block
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(gptq_blocks, "run_block", interrupted)
+        patch.setattr(blocks, "run_block", interrupted)
         quantized(tmp_path)
     resumed, again = quantized(tmp_path)
     assert len(solved) == 2 - after and again == report and list(again["gptq"]) == list(report["gptq"])
@@ -167,7 +167,7 @@ def test_gptq_goes_on_from_its_last_finished_block(tiny, tmp_path, monkeypatch, 
 
 
 def test_gptq_whose_memory_ran_out_goes_on_from_its_last_finished_block(tiny, tmp_path, monkeypatch, caplog):
-    original, solved = gptq_blocks._quantize_block, []
+    original, solved = blocks._quantize_block, []
     windows = torch.randint(250, (4, 48), generator=torch.Generator().manual_seed(0))
 
     def fails_once(*args):
@@ -177,8 +177,8 @@ def test_gptq_whose_memory_ran_out_goes_on_from_its_last_finished_block(tiny, tm
         return original(*args)
 
     monkeypatch.setattr(Gptq, "_windows", lambda *_: windows)
-    monkeypatch.setattr("teq.memory.fits", lambda *_: True)
-    monkeypatch.setattr(gptq_blocks, "_quantize_block", fails_once)
+    monkeypatch.setattr("teq.device.memory.fits", lambda *_: True)
+    monkeypatch.setattr(blocks, "_quantize_block", fails_once)
     chosen = settings(group_size=16)
     chosen.quantize(lambda: tiny("llama"), {}, Runtime(device="cuda:0", partial=tmp_path))
     assert len(solved) == 3 and "memory ran out in GPTQ" in caplog.text

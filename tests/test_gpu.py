@@ -12,12 +12,16 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 import run as entry
-from teq import config, memory, record
-from teq.arch import blocks
+from teq import record
+from teq.config import command_line as config
+from teq.device import memory
 from teq.grid import Grid, fake_quant, unpack
-from teq.quantizers.gptq_blocks import quantize_blocks
+from teq.models.arch import blocks
+from teq.quantizers.gptq.blocks import quantize_blocks
 from teq.spec import STRATEGIES, Runtime, UserError
-from teq.transforms import fused, site_scales, training
+from teq.stage import site_scales
+from teq.transforms.teq import fake_quant as fused
+from teq.transforms.teq import train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,7 +56,7 @@ def test_all_strategies_train_the_same_scales(family):
         settings = dataclasses.replace(run.transform, steps=5)
         tokens = torch.randint(200, (5, 48), generator=torch.Generator().manual_seed(0))
         runtime = Runtime(device=str(GPU), strategy=strategy)
-        trained[strategy], _ = training.train(settings, lm.model, lm.arch, tokens, lambda *_: None, runtime)
+        trained[strategy], _ = train.train(settings, lm.model, lm.arch, tokens, lambda *_: None, runtime)
     for strategy in ("checkpoint", "offload"):
         for name, s in trained["keep"].items():
             torch.testing.assert_close(trained[strategy][name].cpu(), s.cpu(), rtol=1e-5, atol=1e-6)
@@ -81,7 +85,7 @@ def test_offload_never_holds_more_than_a_few_blocks_however_far_the_host_runs_ah
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_reserved()
     runtime = Runtime(device=str(GPU), strategy="offload")
-    training.train(settings, model, job.run.model.arch, tokens, lambda *_: None, runtime)
+    train.train(settings, model, job.run.model.arch, tokens, lambda *_: None, runtime)
     assert torch.cuda.max_memory_reserved() - before < 8 * block
 
 
@@ -100,7 +104,7 @@ def test_predicted_memory_is_what_is_allocated(strategy):
     others = torch.cuda.memory_allocated() - there
     torch.cuda.reset_peak_memory_stats()
     runtime = Runtime(device=str(GPU), strategy=strategy)
-    training.train(settings, model, run.model.arch, tokens, lambda *_: None, runtime)
+    train.train(settings, model, run.model.arch, tokens, lambda *_: None, runtime)
     assert torch.cuda.max_memory_allocated() - others == pytest.approx(predicted, rel=0.15)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from teq import host_memory, memory
+from teq.device import host_memory, memory
 
 GB = 10**9
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from teq import files, in_use
+from teq.files import disk, in_use
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_another_machines_note_counts_for_a_week(tmp_path):
     note = tmp_path / in_use.FOLDER / "other-host-12-abcd"
     note.write_text("weights/a\n")
     assert held(tmp_path) == {"weights/mine", "weights/a"}
-    os.utime(note, (0, time.time() - files.ABANDONED - 60))
+    os.utime(note, (0, time.time() - disk.ABANDONED - 60))
     assert held(tmp_path) == {"weights/mine"} and not note.exists()
 
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from teq import config, pipeline
-from teq.models import Checkpoint, Folder
+from teq.config import command_line as config
+from teq.models.checkpoint import Checkpoint, Folder
+from teq.pipeline import run as pipeline
 from teq.spec import Settings, option
 
 TINY = ["model=tiny-llama", "evals=[python-docs,lastword-python-docs]"]

@@ -7,8 +7,10 @@ import pytest
 from made import add_experiment
 
 import run as entry
-from teq import cli, config, record
-from teq.loggers import Silent, Wandb
+from teq import record
+from teq.config import command_line as config
+from teq.pipeline.loggers import Silent, Wandb
+from teq.verbs import run as cli
 
 TINY = ["model=tiny-llama", "train.steps=3", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
 

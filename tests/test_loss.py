@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from teq import config
+from teq.config import command_line as config
 from teq.spec import UserError
-from teq.transforms import loss
+from teq.transforms.teq import loss
 
 
 class Largest(TorchDispatchMode):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from teq import config
+from teq.config import command_line as config
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ EDIT = "file = measure.PACKAGE / {!r}\nfile.write_text(file.read_text() + '# edi
 
 def test_what_is_imported_changes_no_digest_of_equal_sources(project):
     (few,) = said(project, "show()")
-    more = said(project, "show()\nimport teq.marks, teq.uncertainty, teq.report.text\nshow()")
+    more = said(project, "show()\nimport teq.report.compare, teq.report.uncertainty, teq.report.text\nshow()")
     assert [few, few] == more and few["dirty"] is False and len(few["commit"]) == 40
 
 

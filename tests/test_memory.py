@@ -8,13 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from teq import config, memory, pipeline, store
-from teq.arch import blocks
-from teq.models import LM, Checkpoint
-from teq.quantizers import gptq_blocks
+from teq.config import command_line as config
+from teq.device import memory, offload
+from teq.models.arch import blocks
+from teq.models.checkpoint import LM, Checkpoint
+from teq.pipeline import run as pipeline
+from teq.pipeline import store
+from teq.quantizers.gptq import blocks as gptq_blocks
 from teq.spec import Runtime, UserError
-from teq.transforms import offload, training
-from teq.transforms.teq import Teq
+from teq.transforms.teq import train
+from teq.transforms.teq.settings import Teq
 
 STEP = [
     "method=teq",
@@ -57,7 +60,7 @@ def test_training_needs_no_more_than_its_steps_are_predicted_to(family):
     model = AutoModelForCausalLM.from_config(config_of_four).eval().requires_grad_(False)
     tokens = torch.randint(200, (3, 96), generator=torch.Generator().manual_seed(0))
     with memory.LiveBytes() as live:
-        training.train(run.transform, model, run.model.arch, tokens, lambda *_: None, Runtime())
+        train.train(run.transform, model, run.model.arch, tokens, lambda *_: None, Runtime())
     weights = sum(p.nbytes for p in model.parameters())
     assert weights + live.peak <= 1.15 * predicted
 
@@ -129,7 +132,7 @@ def test_a_small_budget_changes_the_strategy_and_no_result(own_home):
 
 def test_memory_that_runs_out_is_met_once_and_nothing_trained_is_lost(own_home, monkeypatch, caplog):
     job, seen = job_of("llama", "memory=keep"), []
-    plain = training.Trainer.loss
+    plain = train.Trainer.loss
 
     def loss(self, model, tokens):
         seen.append(len(seen))
@@ -142,7 +145,7 @@ def test_memory_that_runs_out_is_met_once_and_nothing_trained_is_lost(own_home, 
         return pipeline.run(job.run, store.Store(home / "store"), home, Runtime(memory="keep"), logger)
 
     undisturbed = result(own_home / "a").data["training"]
-    monkeypatch.setattr(training.Trainer, "loss", loss)
+    monkeypatch.setattr(train.Trainer, "loss", loss)
     disturbed = result(own_home / "b").data["training"]
     for key in ("loss", "scales"):
         assert disturbed[key] == undisturbed[key]
@@ -152,7 +155,7 @@ def test_memory_that_runs_out_is_met_once_and_nothing_trained_is_lost(own_home, 
     assert "going on with checkpoint" in caplog.text
 
     monkeypatch.setattr(
-        training.Trainer, "loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("still"))
+        train.Trainer, "loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("still"))
     )
     with pytest.raises(UserError, match="memory ran out with strategy checkpoint"):
         result(own_home / "c")
@@ -176,7 +179,7 @@ def test_offload_holds_three_blocks_at_most_and_copies_each_twice_a_step(monkeyp
     monkeypatch.setattr(offload.Stream, "_copied", copied)
     settings = dataclasses.replace(run.transform, steps=4)
     tokens = torch.randint(200, (4, 32))
-    training.train(settings, model, run.model.arch, tokens, lambda *_: None, Runtime(strategy="offload"))
+    train.train(settings, model, run.model.arch, tokens, lambda *_: None, Runtime(strategy="offload"))
     assert isinstance(settings, Teq)
     assert max(most) <= 3
     # forward 0 .. n-1, backward n-2 .. 0: the two turning points serve both ways

@@ -11,9 +11,11 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from teq import config, hub, models, wheel
-from teq.models import Folder, Hub, Random, Synthetic, Wheel
-from teq.random_model import build, byte_tokenizer, fill
+from teq import models
+from teq.config import command_line as config
+from teq.models import hub, wheel
+from teq.models.checkpoint import Folder, Hub, Random, Synthetic, Wheel
+from teq.models.synthetic import build, byte_tokenizer, fill
 from teq.spec import UserError
 
 
@@ -124,9 +126,10 @@ def test_synthetic_weights_of_another_device_have_another_identity_and_a_cpus_th
 
 def test_the_keys_of_synthetic_weights_drawn_on_a_gpu_are_not_those_of_a_cpu(own_home, monkeypatch):
     """`device` goes to pipeline.run as a GPU's; the weights are drawn here, for there is none."""
-    from teq import measure, pipeline
+    from teq.pipeline import cost
+    from teq.pipeline import run as pipeline
+    from teq.pipeline.store import Store
     from teq.spec import Runtime
-    from teq.store import Store
 
     (job,) = config.jobs(
         ["model=tiny-llama", "model.weights=synthetic", "method=rtn", "evals=[python-docs]", "ppl.limit=1"]
@@ -141,7 +144,7 @@ def test_the_keys_of_synthetic_weights_drawn_on_a_gpu_are_not_those_of_a_cpu(own
         raise Stopped
 
     monkeypatch.setattr(Store, "get", get)
-    monkeypatch.setattr(measure, "machine", lambda _: {})
+    monkeypatch.setattr(cost, "machine", lambda _: {})
     for device in ("cpu", "cuda:0"):
         with pytest.raises(Stopped):
             pipeline.run(job.run, Store(own_home), own_home, Runtime(device=device), None)
@@ -313,7 +316,7 @@ def test_what_was_downloaded_by_commit_is_found_again_offline(hub_cache, monkeyp
         Hub(repo="facebook/opt-6.7b").identity()
     hosted(monkeypatch, commit, "model.safetensors")
     online = Hub(repo="facebook/opt-6.7b").identity()
-    monkeypatch.setattr("teq.hub._commits", {})  # another process,
+    monkeypatch.setattr("teq.models.hub._commits", {})  # another process,
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # offline
     assert Hub(repo="facebook/opt-6.7b").identity() == online == f"facebook/opt-6.7b@{commit}"
 
@@ -534,10 +537,10 @@ def test_shards_without_their_index_are_downloaded_again(hub_cache, monkeypatch)
     folder = source.folder()
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(UserError, match="is not in the local hub cache"):
-        monkeypatch.setattr("teq.hub._commits", {})
+        monkeypatch.setattr("teq.models.hub._commits", {})
         source.identity()
     asked = []
-    monkeypatch.setattr("teq.hub._commits", {(source.repo, source.revision): commit})
+    monkeypatch.setattr("teq.models.hub._commits", {(source.repo, source.revision): commit})
     original = huggingface_hub.snapshot_download
 
     def download(*args, local_files_only=False, **options):
@@ -557,10 +560,10 @@ def test_the_note_of_a_commit_is_whole_or_not_there(hub_cache, monkeypatch, tmp_
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("teq.files.os.fsync", full)
+        patch.setattr("teq.files.disk.os.fsync", full)
         assert source.identity().endswith(commit)
     assert not list((tmp_path / "user").rglob("*opt-6.7b*"))
-    monkeypatch.setattr("teq.hub._commits", {})
+    monkeypatch.setattr("teq.models.hub._commits", {})
     source.identity()
     assert source._note().read_text() == commit
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from test_corpora import documents
 
-from teq import corpora
-from teq.corpora.sources import SOURCES
+from teq import data as corpora
+from teq.data.sources import SOURCES
 from teq.evaluate import perplexity
 from teq.evaluate.perplexity import Perplexity, window_loss
-from teq.random_model import byte_tokenizer
+from teq.models.synthetic import byte_tokenizer
 from teq.spec import Runtime, UserError
 
 

@@ -11,15 +11,18 @@ import sys
 import pytest
 import torch
 
-from teq import cli, config, pipeline, record
+from teq import record
+from teq.config import command_line as config
 from teq.grid import Grid
-from teq.models import Checkpoint
-from teq.quantizers import restore
+from teq.models.checkpoint import Checkpoint
+from teq.pipeline import run as pipeline
+from teq.pipeline.store import Store
+from teq.quantizers.quantized import restore
 from teq.quantizers.rtn import Rtn
 from teq.spec import Runtime, UserError
-from teq.store import Store
-from teq.transforms import Diverged, NothingDone
-from teq.transforms.teq import Teq
+from teq.stage import Diverged, NothingDone
+from teq.transforms.teq.settings import Teq
+from teq.verbs import run as cli
 
 QUICK = ["model=tiny-llama", "train.steps=2", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
 GPTQ = ["gptq.samples=4", "gptq.length=64"]
@@ -144,11 +147,11 @@ def test_rounding_that_changes_nothing_is_an_error(own_home, tiny):
 
 
 def test_gptq_that_equals_rounding_is_an_error(own_home, tiny, monkeypatch):
-    from teq.quantizers import gptq_solver
+    from teq.quantizers.gptq import solver
 
     lm = tiny("llama")
     (job,) = config.jobs([*QUICK, *GPTQ, "method=gptq"])
-    monkeypatch.setattr(gptq_solver.Hessian, "mean", lambda self: torch.eye(self.total.shape[0]))
+    monkeypatch.setattr(solver.Hessian, "mean", lambda self: torch.eye(self.total.shape[0]))
     with pytest.raises(NothingDone, match="GPTQ's codes equal plain rounding's"):
         job.run.quantizer.quantize(lambda: lm, {}, Runtime())
 
@@ -162,10 +165,10 @@ def test_gptq_blocks_equal_a_plain_walk(tiny, family, options):
     """Shared Hessians and block inputs, against a Hessian per linear from whole-model forward passes; what is
     compared is what was stored.
     """
-    from teq import corpora
-    from teq.arch import blocks, linears
-    from teq.quantizers import linear_from
-    from teq.quantizers.gptq_solver import Hessian, solve
+    from teq import data as corpora
+    from teq.models.arch import blocks, linears
+    from teq.quantizers.gptq.solver import Hessian, solve
+    from teq.quantizers.quantized import linear_from
 
     chosen = [f"gptq.{option}=true" for option in options]
     (job,) = config.jobs([f"model=tiny-{family}", *GPTQ, "method=gptq", "group_size=16", *chosen])
@@ -344,7 +347,7 @@ def test_what_was_pruned_is_not_made_again_for_what_is_there(own_home, monkeypat
 @pytest.fixture
 def checkpoint(tmp_path):
     """A tiny LLaMA in a folder, and what overwrites it with the weights of a seed."""
-    from teq.random_model import build, byte_tokenizer
+    from teq.models.synthetic import build, byte_tokenizer
 
     (job,) = config.jobs(["model=tiny-llama"])
     source, folder = job.run.model.source, tmp_path / "checkpoint"
@@ -399,7 +402,7 @@ from teq.store import Store
 solver = config.ROOT / "teq" / "quantizers" / "gptq_solver.py"
 
 def edit(self, step, loss):
-    assert "teq.quantizers.gptq_solver" not in sys.modules
+    assert "teq.quantizers.gptq.solver" not in sys.modules
     solver.write_text(solver.read_text() + "# edited\\n")
 
 loggers.Silent.step = edit
@@ -435,8 +438,8 @@ print(pipeline.run(job.run, Store(home / "store"), home, Runtime(), job.logger.s
 def test_a_corpus_of_another_text_is_other_work(own_home, monkeypatch):
     """python-docs differs between Python versions: the text's digest is in the keys of what read it."""
     first = run(own_home, "method=teq")
-    from teq import corpora
-    from teq.corpora import embedded
+    from teq import data as corpora
+    from teq.data import embedded
 
     original = embedded.python_docs()
     for module in (embedded, corpora):

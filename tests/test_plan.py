@@ -7,13 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from teq import config, host_memory, memory, plan
 from teq.__main__ import main
+from teq.config import command_line as config
+from teq.device import host_memory, memory
 from teq.evaluate import lastword, scoring
 from teq.evaluate.workload import WORKLOADS, Scoring, Workload
-from teq.models import LM, Checkpoint
-from teq.quantizers.gptq_blocks import expected, quantize_blocks
+from teq.models.checkpoint import LM, Checkpoint
+from teq.quantizers.gptq.blocks import expected, quantize_blocks
 from teq.spec import Runtime
+from teq.verbs import plan
 
 TINY = ["model=tiny-llama", "method=teq+gptq", "train.length=64", "train.steps=10", "gptq.samples=4"]
 TINY += ["gptq.length=64", "evals=[python-docs,lastword-python-docs]", "ppl.context=64", "ppl.limit=5"]

@@ -9,9 +9,11 @@ from importlib import metadata
 import pytest
 import torch
 
-from teq import config, corpora, record
+from teq import data as corpora
+from teq import record
+from teq.config import command_line as config
 from teq.evaluate import perplexity
-from teq.quantizers import restore
+from teq.quantizers.quantized import restore
 from teq.spec import Runtime, UserError
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from teq import config
+from teq.config import command_line as config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from made import made
 
-from teq import config, record
+from teq import record
+from teq.config import command_line as config
 from teq.spec import UserError
 
 

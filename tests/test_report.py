@@ -11,8 +11,10 @@ import pytest
 from made import add_experiment, made
 
 from teq import __main__ as verbs
-from teq import config, record, report
-from teq.lookup import Library
+from teq import record
+from teq.config import command_line as config
+from teq.report import read as report
+from teq.report.match import Library
 
 TABLE = """\
 hydra:
@@ -328,7 +330,7 @@ def test_what_older_records_lack_is_shown_as_not_recorded(added, own_home):
 
 def test_a_report_after_an_edit_of_the_checkpoint_says_so(added, own_home, tmp_path, capsys):
     """A record of the weights that were there before is not the run's."""
-    from teq.models import Folder
+    from teq.models.checkpoint import Folder
 
     folder = tmp_path / "checkpoint"
     folder.mkdir()

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from teq import files
-from teq.resume import BlockFiles, Journal
+from teq.files import disk
+from teq.files.resume import BlockFiles, Journal
 
 ENTRIES = [0.1, [1, 2.5e-300, True], 3.3333333333333335, "a text"]
 
@@ -15,17 +15,17 @@ ENTRIES = [0.1, [1, 2.5e-300, True], 3.3333333333333335, "a text"]
 @pytest.fixture
 def full_disk(monkeypatch):
     """Files cannot be written until `full_disk()` is called."""
-    original = os.fdopen, files.save_tensors
+    original = os.fdopen, disk.save_tensors
 
     def no_space(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fdopen", no_space)
-    monkeypatch.setattr(files, "save_tensors", no_space)
+    monkeypatch.setattr(disk, "save_tensors", no_space)
 
     def freed():
         monkeypatch.setattr(os, "fdopen", original[0])
-        monkeypatch.setattr(files, "save_tensors", original[1])
+        monkeypatch.setattr(disk, "save_tensors", original[1])
 
     return freed
 

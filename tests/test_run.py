@@ -14,9 +14,14 @@ import sys
 import pytest
 
 import run as entry
-from teq import cli, config, files, models, pipeline, record, signals
-from teq.loggers import Silent
+from teq import models, record
+from teq.config import command_line as config
+from teq.files import disk as files
+from teq.pipeline import run as pipeline
+from teq.pipeline.loggers import Silent
 from teq.spec import UserError
+from teq.verbs import run as cli
+from teq.verbs import signals
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = [
@@ -106,7 +111,7 @@ def test_the_papers_sweep_runs_as_four_jobs_from_a_hub_cache(tmp_path, own_home)
     """The literal command of the README, tiny weights standing in for the hub's."""
     import hashlib
 
-    from teq.random_model import build, byte_tokenizer
+    from teq.models.synthetic import build, byte_tokenizer
 
     for repo, tiny in (("facebook/opt-6.7b", "tiny-opt"), ("bigscience/bloom-3b", "tiny-bloom")):
         (job,) = config.jobs([f"model={tiny}"])
@@ -444,7 +449,7 @@ def test_scales_that_could_not_be_stored_are_not_trained_again(own_home, steps, 
 
     sweep = ["-m", *TRAINING, "method=teq,rtn"]
     with monkeypatch.context() as patch:
-        patch.setattr("teq.store.save_tensors", full)
+        patch.setattr("teq.pipeline.store.save_tensors", full)
         assert entry.main(sweep) == 1
     printed = capsys.readouterr()
     (failed,) = re.findall(r"^failed: model.*", printed.out, re.M)

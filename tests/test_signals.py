@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from teq import signals
+from teq.verbs import signals
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from teq.corpora import Calibration
+from teq.data.texts import Calibration
 from teq.grid import Grid
-from teq.quantizers.gptq import Gptq
+from teq.quantizers.gptq.settings import Gptq
 from teq.spec import Settings, UserError, option
-from teq.transforms.teq import Teq
+from teq.transforms.teq.settings import Teq
 
 TEQ = {
     "init": "ones",

@@ -16,9 +16,10 @@ import time
 import pytest
 import torch
 
-from teq import files, store
+from teq.files import disk
+from teq.pipeline import store
+from teq.pipeline.store import DATA, INFO, MANIFEST, Stage, Store
 from teq.spec import UserError
-from teq.store import DATA, INFO, MANIFEST, Stage, Store
 
 TENSORS = {"w": torch.arange(6.0).view(2, 3)}
 
@@ -184,7 +185,7 @@ def slow_work(root, log, lock=None):
         return TENSORS, {"pid": os.getpid()}
 
     if lock is not None:
-        files.filelock.FileLock = lock
+        disk.filelock.FileLock = lock
     get(Store(root), make)
 
 
@@ -203,7 +204,7 @@ def test_two_processes_whose_locks_hold_nothing_both_end_well_with_one_result(tm
 
 def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(NoLock, "error", errno.ENOLCK)
-    monkeypatch.setattr(files.filelock, "FileLock", NoLock)
+    monkeypatch.setattr(disk.filelock, "FileLock", NoLock)
     assert not get(Store(tmp_path)).cached and get(Store(tmp_path), never).cached
     assert f"{tmp_path / 'stage'} has no file locks: two processes may do the same work" in caplog.text
 

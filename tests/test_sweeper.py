@@ -10,7 +10,8 @@ import pytest
 from hydra.core.plugins import Plugins
 
 import run as entry
-from teq import record, sweeper
+from teq import record
+from teq.config import sweeper
 from teq.spec import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from made import add_experiment, made
 
-from teq import claims, config, lookup, record, tables
-from teq.filled import BETTER, DIFFERS, MATCH, NOT_RUN, OURS, PARTIAL, WORSE
-from teq.layout import parse
-from teq.lookup import Library
-from teq.report import text
+from teq import record
+from teq.config import command_line as config
+from teq.report import claims, match
+from teq.report import table as tables
+from teq.report.cells import BETTER, DIFFERS, MATCH, NOT_RUN, OURS, PARTIAL, WORSE
+from teq.report.layout import parse
+from teq.report.match import Library
+from teq.report.render import text
 from teq.spec import UserError
 
 GOLDEN = """\
@@ -547,5 +550,5 @@ def test_plain_shows_standard_errors_beside_accuracies_alone(golden, tmp_path):
 
 def test_what_varies_within_a_place_belongs_to_the_cell():
     jobs = config.jobs(["-m", "model=tiny-opt", "method=rtn,teq", "train.steps=1,2", "init=ones,inv_sqrt"])
-    found = lookup.varying(job.run for job in jobs)
+    found = match.varying(job.run for job in jobs)
     assert sorted(map(sorted, found.values())) == [[], ["transform.init", "transform.steps"]]

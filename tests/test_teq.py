@@ -11,18 +11,21 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from teq import arch, config, files, resume
-from teq.corpora import Calibration
+from teq.config import command_line as config
+from teq.data.texts import Calibration
+from teq.files import disk, resume
 from teq.grid import Grid, fake_quant
-from teq.models import LM
-from teq.quantizers import restore
+from teq.models import arch
+from teq.models.checkpoint import LM
+from teq.quantizers.quantized import restore
 from teq.quantizers.rtn import Rtn
-from teq.signals import Terminated
 from teq.spec import STRATEGIES, Runtime
-from teq.transforms import Diverged, NothingDone, fused, site_scales
-from teq.transforms.loss import causal_loss
-from teq.transforms.teq import Teq
-from teq.transforms.training import ScaledFakeQuantLinears, initial, learning_rate, train
+from teq.stage import Diverged, NothingDone, site_scales
+from teq.transforms.teq import fake_quant as fused
+from teq.transforms.teq.loss import causal_loss
+from teq.transforms.teq.settings import Teq
+from teq.transforms.teq.train import ScaledFakeQuantLinears, initial, learning_rate, train
+from teq.verbs.signals import Terminated
 
 FOLDER = pathlib.Path(__file__).parent / "oracles"
 
@@ -298,23 +301,23 @@ def test_an_interruption_inside_adams_update_leaves_the_step_before(tiny, tmp_pa
 
 def test_a_state_that_cannot_be_saved_is_a_warning_once_and_no_end(tiny, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(resume, "SECONDS", 0)
-    lm, settings, original = tiny("llama"), teq(steps=6), files.save_tensors
+    lm, settings, original = tiny("llama"), teq(steps=6), disk.save_tensors
 
     def full(file, *_):
         raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
-    monkeypatch.setattr(files, "save_tensors", full)
+    monkeypatch.setattr(disk, "save_tensors", full)
     steps, _, _ = steps_of(settings, lm, tmp_path)
     assert steps == [0, 1, 2, 3, 4, 5] and list(tmp_path.iterdir()) == []
     (warning,) = [line for line in caplog.messages if "cannot be saved" in line]
     assert "the state of the training" in warning and "No space left" in warning
-    monkeypatch.setattr(files, "save_tensors", original)
+    monkeypatch.setattr(disk, "save_tensors", original)
     steps_of(settings, lm, tmp_path)
     assert steps_of(settings, lm, tmp_path)[0] == []
 
 
 def test_an_interruption_while_the_state_is_saved_leaves_the_last_one(tiny, tmp_path, monkeypatch):
-    lm, settings, original = tiny("llama"), teq(steps=6), files.save_tensors
+    lm, settings, original = tiny("llama"), teq(steps=6), disk.save_tensors
     monkeypatch.setattr(resume, "SECONDS", 0)
     saves = []
 
@@ -326,7 +329,7 @@ def test_an_interruption_while_the_state_is_saved_leaves_the_last_one(tiny, tmp_
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_tensors", interrupted)
+        patch.setattr(disk, "save_tensors", interrupted)
         with pytest.raises(KeyboardInterrupt):
             steps_of(settings, lm, tmp_path)
     assert len(saves) == 4 and [file.name for file in tmp_path.iterdir()] == ["training.safetensors"]

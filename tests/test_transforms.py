@@ -8,14 +8,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from teq import arch, config
-from teq.corpora import Calibration, calibration
+from teq.config import command_line as config
+from teq.data.texts import Calibration, calibration
 from teq.grid import Grid, fake_quant
-from teq.quantizers import restore
+from teq.models import arch
+from teq.quantizers.quantized import restore
 from teq.quantizers.rtn import Rtn
 from teq.spec import Runtime, UserError
-from teq.transforms import NothingDone, folded, site_scales
-from teq.transforms.awq import Awq
+from teq.stage import NothingDone, folded, site_scales
+from teq.transforms.awq.settings import Awq
 from teq.transforms.smoothquant import SmoothQuant
 
 GRID = Grid(bits=3, group_size=16)
@@ -257,9 +258,9 @@ QUICK += [f"{group}.{key}" for group in ("awq", "smoothquant", "gptq") for key i
 
 
 def test_methods_run_end_to_end_and_are_not_their_quantizer_alone(family, own_home):
-    from teq.loggers import Silent
-    from teq.pipeline import run
-    from teq.store import Store
+    from teq.pipeline.loggers import Silent
+    from teq.pipeline.run import run
+    from teq.pipeline.store import Store
 
     weights, cached = {}, {}
     for method in ("rtn", "gptq", *METHODS, "awq unclipped"):

@@ -7,12 +7,12 @@ through the one command, leaves a record, and the table that shows it is a layou
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from teq import arch
-from teq.evaluate import Metric
+from teq.evaluate.metric import Metric
+from teq.models import arch
 from teq.spec import Runtime, Settings
 
 if TYPE_CHECKING:
-    from teq.models import LM
+    from teq.models.checkpoint import LM
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from teq import corpora
-from teq.corpora.embedded import python_docs
-from teq.evaluate import Metric
+from teq import data as corpora
+from teq.data.embedded import python_docs
+from teq.evaluate.metric import Metric
 from teq.evaluate.tasks import dataset, harness, score
 from teq.spec import Runtime, Settings
 
 if TYPE_CHECKING:
-    from teq.models import LM
+    from teq.models.checkpoint import LM
 
 NAME = "lastword-python-docs"
 ITEMS = 320

@@ -9,14 +9,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from teq.evaluate import Metric
+from teq.evaluate.metric import Metric
 from teq.spec import Runtime, Settings, UserError, option
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from teq.models import LM
+    from teq.models.checkpoint import LM
 
 
 @dataclass(frozen=True, kw_only=True)

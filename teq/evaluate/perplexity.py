@@ -4,17 +4,18 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from teq import corpora, statistics
-from teq.evaluate import Metric
-from teq.progress import track
-from teq.resume import Journal
+from teq import data as corpora
+from teq import statistics
+from teq.console import track
+from teq.evaluate.metric import Metric
+from teq.files.resume import Journal
 from teq.spec import Runtime, Settings, UserError, option
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
-    from teq.models import LM
+    from teq.models.checkpoint import LM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ def window_loss(model: "nn.Module", window: "Tensor") -> "Tensor":
     """The mean next-token cross-entropy of `window [1, token]`, in fp32 whatever the model's dtype."""
     from torch.nn import functional
 
-    from teq.arch import one_sequence_a_row
+    from teq.models.arch import one_sequence_a_row
 
     with one_sequence_a_row():
         logits = model(window, use_cache=False).logits  # [1, token, vocab]

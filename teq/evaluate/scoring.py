@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from teq.arch import one_sequence_a_row
-from teq.resume import Journal
+from teq.files.resume import Journal
+from teq.models.arch import one_sequence_a_row
 
 logger = logging.getLogger(__name__)
 

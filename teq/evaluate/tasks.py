@@ -1,4 +1,4 @@
-"""Zero-shot tasks of lm-evaluation-harness, with documents from where `teq.corpora` finds them."""
+"""Zero-shot tasks of lm-evaluation-harness, with documents from where `teq.data` finds them."""
 
 import functools
 import hashlib
@@ -10,8 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teq import corpora, statistics
-from teq.evaluate import Metric
+from teq import data as corpora
+from teq import statistics
+from teq.evaluate.metric import Metric
 from teq.spec import Runtime, Settings, UserError, option
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.task import Task as HarnessTask
 
-    from teq.models import LM
+    from teq.models.checkpoint import LM
 
 FOLDERS = {  # where lm-eval keeps a task: indexing one folder takes milliseconds, indexing all many seconds
     "hellaswag": "hellaswag",

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from teq.memory import Need
-    from teq.models import LM
+    from teq.device.memory import Need
+    from teq.models.checkpoint import LM
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from teq.arch import Folding, blocks, linears, sites
+from teq.models.arch import Folding, blocks, linears, sites
 from teq.spec import Runtime, Settings
-from teq.transforms import Load
+from teq.stage import Load
 
 if TYPE_CHECKING:
     from torch import Tensor

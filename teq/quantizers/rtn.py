@@ -4,17 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from teq.arch import Folding, blocks, linears, sites
+from teq.console import track
 from teq.grid import Grid, encode, group_params, spread
-from teq.progress import track
-from teq.quantizers import Quantized, stored
+from teq.models.arch import Folding, blocks, linears, sites
+from teq.quantizers.quantized import Quantized, stored
 from teq.spec import Runtime, Settings
-from teq.transforms import Load, NothingDone
+from teq.stage import Load, NothingDone
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from teq.models import LM
+    from teq.models.checkpoint import LM
 
 
 @dataclass(frozen=True, kw_only=True)

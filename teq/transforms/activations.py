@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from teq.arch import Site, blocks, check_equivalence, first_inputs, linears, run_block, sites
-from teq.progress import track
+from teq.console import track
+from teq.models.arch import Site, blocks, check_equivalence, first_inputs, linears, run_block, sites
 
 if TYPE_CHECKING:
-    from teq.models import LM
+    from teq.models.checkpoint import LM
 
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]  # module, args, keywords, output
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from teq.spec import Runtime, Settings
-from teq.transforms import Load, OnStep
+from teq.stage import Load, OnStep
 
 if TYPE_CHECKING:
     from torch import Tensor

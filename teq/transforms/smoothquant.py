@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from teq.arch import Site
-from teq.corpora import Calibration
+from teq.data.texts import Calibration
+from teq.models.arch import Site
 from teq.spec import Runtime, Settings, option
-from teq.transforms import Load, OnStep, on_host
+from teq.stage import Load, OnStep, on_host
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,7 +32,7 @@ class SmoothQuant(Settings):
         self, load: Load, runtime: Runtime, on_step: OnStep
     ) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
         """The closed form, from the largest magnitude of each channel on the calibration windows."""
-        from teq import corpora
+        from teq import data as corpora
         from teq.transforms.activations import from_ones, reader, watched_blocks
 
         lm, largest, scales = load(), {}, {}

@@ -1,0 +1,115 @@
+"""Models made in memory: architectures, seeded random weights, and a byte-level tokenizer."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from teq.models.checkpoint import Random, Synthetic
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def build(settings: Random) -> "PreTrainedModel":
+    """A causal LM of `settings.config` in fp32 with random norms and non-zero biases, the same for the
+    same seed.
+    """
+    import torch
+
+    model = architecture(settings.config)
+    generator = torch.Generator().manual_seed(settings.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+            elif name.endswith("bias"):
+                parameter.copy_(0.1 * noise)
+            else:
+                parameter.copy_(torch.exp(0.3 * noise))
+    return model
+
+
+SPREAD = 0.3  # standard deviation of the logarithm of a row's and of a channel's size
+OUTLIERS = 128  # one channel in so many is an outlier
+OUTLIER = 4.0  # how many times larger it is
+
+
+def filled(settings: Synthetic, dtype: "torch.dtype", device: str, drawn_on: str) -> "PreTrainedModel":
+    """A causal LM of `settings.config` whose parameters are allocated on `device` in `dtype` and filled one
+    after another, so that nothing else of their size is held, with numbers from the device `drawn_on`.
+    """
+    import torch
+    from transformers.initialization import no_init_weights
+
+    with torch.device(device), no_init_weights():
+        model = architecture(settings.config, dtype)
+    model.tie_weights()
+    generator = torch.Generator(drawn_on).manual_seed(settings.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.empty_like(parameter, device=drawn_on) if drawn_on != device else parameter
+            fill(drawn, name.endswith("bias"), generator)
+            parameter.copy_(drawn)
+    return model
+
+
+def fill(parameter: "Tensor", bias: bool, generator: "torch.Generator") -> None:
+    """Random values in place, on the parameter's device and in its dtype.
+
+    A matrix `[out, in]` is `in ** -0.5 * a * b * n`: n standard normal for every weight, a for every row and
+    b for every input channel log-normal with `SPREAD`, b of one channel in `OUTLIERS` (at least one)
+    `OUTLIER` times larger. So weights are heavy-tailed (a normal's kurtosis of 3 times exp(8 SPREAD^2), about
+    6, and about 15 with the outliers) and some channels stand out, as in real models. A norm's weight is
+    drawn like b, which gives the activations outlier channels; a bias is 0.1 n.
+    """
+    import torch
+
+    def sizes(count: int) -> "Tensor":
+        noise = torch.empty(count, device=parameter.device).normal_(std=SPREAD, generator=generator)
+        return noise.exp_()
+
+    channels = parameter.shape[-1]
+    if bias:
+        parameter.normal_(std=0.1, generator=generator)
+        return
+    b = sizes(channels)
+    outliers = torch.randperm(channels, device=parameter.device, generator=generator)
+    b[outliers[: math.ceil(channels / OUTLIERS)]] *= OUTLIER
+    if parameter.ndim == 1:
+        parameter.copy_(b)
+    else:
+        parameter.normal_(std=channels**-0.5, generator=generator)
+        parameter.mul_(b.to(parameter.dtype)).mul_(sizes(len(parameter))[:, None].to(parameter.dtype))
+
+
+def architecture(config: Mapping[str, Any], dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
+    """The causal LM of `model_type` and its dimensions as transformers makes it, on the default device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(config)
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(values.pop("model_type"), **values), dtype=dtype
+    )
+
+
+def byte_tokenizer(bos: bool) -> "PreTrainedTokenizerFast":
+    """One token per byte (ids 2 to 257), `<s>` 0 in front of every text where `bos`, `</s>` 1."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {
+        token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )

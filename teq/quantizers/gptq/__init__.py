@@ -1,0 +1,3 @@
+from teq.quantizers.gptq.settings import Gptq
+
+__all__ = ["Gptq"]

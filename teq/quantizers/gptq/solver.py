@@ -1,0 +1,183 @@
+"""The GPTQ algorithm for linears that read the same input: one Hessian, one Cholesky, one pass over the
+columns.
+
+Numerically the official code (IST-DASLab/gptq, gptq.py and quant.py): codes are equal on the golden tensors
+in the tests. Rows do not interact, so linears with the same input are solved together as one tall matrix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from teq.grid import group_params, qparams
+from teq.quantizers.quantized import Quantized
+from teq.spec import UserError
+
+if TYPE_CHECKING:
+    from teq.quantizers.gptq.settings import Gptq
+
+LADDER = 3  # times the damping is raised tenfold when the Hessian is not positive definite
+STRIP = 16  # columns inside a block that correct each other one by one
+BAND = 256  # rows of the Hessian that are made in one product, at least: fewer make it thin
+
+
+class Hessian:
+    """The running mean over sequences of `2 x^T x` `[in, in]`, fp32.
+
+    It is symmetric, so only bands of rows from the diagonal on are summed up: little more than half the work.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total = torch.zeros(width, width, device=device)
+        self.sequences = 0
+        band = max(BAND, -(-width // 8))
+        self.bands = [(start, min(start + band, width)) for start in range(0, width, band)]
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in one batch of inputs `[sequence, token, in]`."""
+        flat = inputs.flatten(0, -2).float()
+        for start, stop in self.bands:
+            self.total[start:stop, start:].addmm_(flat[:, start:stop].T, flat[:, start:])
+        self.sequences += inputs.shape[0]
+
+    def mean(self) -> Tensor:
+        """The Hessian `[in, in]`; the accumulator is used up."""
+        for start, stop in self.bands:
+            self.total[stop:, start:stop] = self.total[start:stop, stop:].T
+        return self.total.mul_(2 / self.sequences)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The quantized rows and how they came about; tensors stay on the device."""
+
+    quantized: Quantized
+    damping: float
+    failed: Tensor  # bool: the damped Hessian was not positive definite, nothing else here means anything
+    error: Tensor  # tr(E H E^T), E the weight error; fp64
+
+
+def solve(problems: Sequence[tuple[Tensor, Tensor]], settings: "Gptq") -> list[Solution]:
+    """Quantize each `weight [out, in]` (fp32) under its `hessian [in, in]` (fp32), both left as they are.
+
+    `settings.damping` times the mean of the Hessian's diagonal is added to it, ten times as much where that
+    does not make it positive definite. One result is read back for all problems. Raises UserError when a
+    Hessian stays indefinite after the damping was raised tenfold three times.
+    """
+    solutions = [_solve(*problem, settings, settings.damping) for problem in problems]
+    for step in range(1, LADDER + 1):
+        failed = torch.stack([solution.failed for solution in solutions]).tolist()
+        if not any(failed):
+            return solutions
+        damping = settings.damping * 10**step
+        solutions = [
+            _solve(*problem, settings, damping) if again else solution
+            for problem, solution, again in zip(problems, solutions, failed, strict=True)
+        ]
+    if torch.stack([solution.failed for solution in solutions]).any():
+        raise UserError(
+            f"the Hessian is not positive definite even with gptq.damping={settings.damping * 10**LADDER:g}: "
+            "raise gptq.damping or gptq.samples"
+        )
+    return solutions
+
+
+def _solve(weight: Tensor, hessian: Tensor, settings: "Gptq", damping: float) -> Solution:
+    """Quantize under the Hessian with `damping`; nothing is read back, so that the host runs ahead."""
+    grid, columns = settings.grid, weight.shape[1]
+    original, size = weight, columns if grid.group_size == -1 else grid.group_size
+    diagonal = hessian.diagonal().clone()
+    dead = diagonal == 0
+    weight = weight.masked_fill(dead, 0)
+    fixed = None  # the grid of each group where it is known before the first column
+    if grid.group_size == -1 or settings.static_groups:
+        fixed = group_params(original if grid.group_size == -1 else weight, grid)
+    order = group_of = torch.arange(columns, device=weight.device)
+    alive = diagonal.masked_fill(dead, 1)
+    if settings.act_order:
+        order = torch.argsort(alive, descending=True, stable=True)
+        weight = weight[:, order]
+    group_of = (order if fixed is not None else group_of) // size
+    added = damping * alive.mean()
+    inverse, failed = _inverse_factor(hessian, alive + added, order if settings.act_order else None)
+    codes, scale, zero, errors = _columns(weight, inverse, fixed, group_of, settings)
+    g_idx = None
+    if settings.act_order:
+        back = torch.argsort(order)
+        codes = codes[:, back]
+        g_idx = group_of[back] if grid.group_size != -1 else None
+    quantized = Quantized(codes.to(torch.uint8), scale, zero, g_idx)
+    lost = quantized.dequantize(grid).sub_(original).masked_fill_(dead, 0)
+    # E = errors @ inverse and inverse^T inverse = (H + added)^-1, so tr(E (H + added) E^T) = |errors|^2
+    return Solution(quantized, damping, failed, errors - added * lost.square_().sum(dtype=torch.float64))
+
+
+def _inverse_factor(hessian: Tensor, diagonal: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Upper Cholesky factor of the inverse of the Hessian with another `diagonal [in]`, its rows and columns
+    in `order`; and whether it has none (bool).
+
+    Cholesky, inverse, Cholesky in fp32, as in the official code. A factor in fp64 gives the same codes on the
+    golden tensors and perplexities of the same mean and spread (benchmarks/results/gptq_draws.json).
+    """
+    kept = hessian.diagonal().clone()
+    hessian.diagonal().copy_(diagonal)
+    damped = hessian if order is None else hessian[order][:, order]
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    hessian.diagonal().copy_(kept)
+    inverse, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    return inverse, (failed != 0) | (failed_too != 0)
+
+
+def _columns(
+    weight: Tensor, inverse: Tensor, fixed: tuple[Tensor, Tensor] | None, group_of: Tensor, settings: "Gptq"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes `[out, in]`, scale and zero `[out, groups]`, and the sum of the squared errors that were passed
+    on; columns are in processing order.
+
+    A group's grid is taken from `weight` when its first column is reached, as updated so far by whole blocks
+    only: the present block's own corrections live in `block` until it ends. That is what the official code
+    does. Inside a block, corrections reach the next few columns one by one and the others a strip at a time.
+    Until a block ends its codes count from the zero of their group, which saves two operations a column.
+    """
+    grid, columns = settings.grid, weight.shape[1]
+    size = columns if grid.group_size == -1 else grid.group_size
+    rows = weight.T.contiguous()  # [in, out]: a column of the weight is contiguous here
+    codes = torch.empty_like(rows)
+    if fixed is None:
+        scale, zero = rows.new_empty(2, grid.group_count(columns), rows.shape[1])  # [groups, out]
+    else:
+        scale, zero = (params.T.contiguous() for params in fixed)
+    passed_on = torch.zeros((), dtype=torch.float64, device=weight.device)
+    rounded, lowest, highest = torch.empty_like(rows[0]), zero.neg(), grid.levels - zero
+    for start in range(0, columns, settings.block_size):
+        stop = min(start + settings.block_size, columns)
+        block, errors = rows[start:stop].clone(), torch.empty_like(rows[start:stop])
+        factor = inverse[start:stop, start:stop]
+        steps = factor.diagonal().reciprocal().neg_()[:, None]
+        ahead = factor * steps  # what an error costs the columns that follow, before its own division
+        now, code_of, error_of = block.unbind(), codes[start:stop].unbind(), errors.unbind()
+        params = scale, lowest, highest  # [groups, out]
+        if fixed is not None:  # [column, out]: under act-order the host does not know a column's group
+            params = tuple(each[group_of[start:stop]] for each in params)
+        for first in range(0, stop - start, STRIP):
+            last = min(first + STRIP, stop - start)
+            for i in range(first, last):
+                at = i if fixed is not None else (start + i) // size
+                if fixed is None and (start + i) % size == 0:
+                    scale[at], zero[at] = qparams(rows[start + i : start + i + size].T, grid)
+                    torch.sub(grid.levels, zero[at], out=highest[at])
+                    torch.neg(zero[at], out=lowest[at])
+                code = torch.div(now[i], params[0][at], out=code_of[i]).round_()
+                torch.clamp(code, params[1][at], params[2][at], out=code)
+                torch.mul(code, params[0][at], out=rounded)
+                torch.sub(now[i], rounded, out=error_of[i])
+                block[i + 1 : last].addr_(ahead[i, i + 1 : last], error_of[i])
+            errors[first:last].mul_(steps[first:last])
+            block[last:].addmm_(factor[first:last, last:].T, errors[first:last])
+        rows[stop:].addmm_(inverse[start:stop, stop:].T, errors)
+        passed_on += errors.square_().sum(dtype=torch.float64)
+        codes[start:stop].add_(zero[group_of[start:stop]])
+    return codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), passed_on

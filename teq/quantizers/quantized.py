@@ -1,0 +1,93 @@
+"""Quantizers: from a model and scales to integer codes, and back from what was stored to a model.
+
+A quantizer is frozen settings with `quantize(load, scales, runtime) -> (tensors, info)`; the model that
+`load()` gives may be used up. The stored form is complete: `<linear>/codes` (bit-packed), `/scale` and
+`/zero` `[out, groups]`, `/g_idx [in]` under act-order, and `param/<name>` for every other parameter that
+folding changed. What is evaluated is what `restore` makes of it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from teq.grid import Grid, decode, pack, spread, unpack
+from teq.spec import Runtime
+from teq.stage import Load
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One linear on the grid: codes `[out, in]` uint8, scale and zero `[out, groups]` fp32, g_idx `[in]`
+    or None.
+    """
+
+    codes: "Tensor"
+    scale: "Tensor"
+    zero: "Tensor"
+    g_idx: "Tensor | None" = None
+
+    def dequantize(self, grid: Grid) -> "Tensor":
+        """The weight `[out, in]` in fp32 that these codes stand for."""
+        codes, columns, groups = self.codes.float(), self.codes.shape[1], self.scale.shape[1]
+        if self.g_idx is None and columns == groups * (columns if groups == 1 else grid.group_size):
+            return decode(
+                codes.unflatten(1, (groups, -1)), self.scale[..., None], self.zero[..., None]
+            ).flatten(1)
+        scale = spread(self.scale, grid, columns, self.g_idx)
+        return decode(codes, scale, spread(self.zero, grid, columns, self.g_idx))
+
+
+class Quantizer(Protocol):
+    """What the pipeline asks of a quantizer."""
+
+    def plain(self) -> dict[str, Any]: ...
+
+    def corpus(self) -> str | None:
+        """The name of the calibration text it reads, or None."""
+
+    def quantize(
+        self, load: Load, scales: Mapping[str, "Tensor"], runtime: Runtime
+    ) -> tuple[dict[str, "Tensor"], dict[str, Any]]: ...
+
+
+def stored(
+    quantized: Mapping[str, Quantized], changed: Mapping[str, "Tensor"], grid: Grid
+) -> dict[str, "Tensor"]:
+    """The tensors of an artefact: quantized linears by name, and the parameters that folding changed."""
+    import torch
+
+    tensors = {f"param/{name}": value for name, value in changed.items()}
+    for name, q in quantized.items():
+        tensors[f"{name}/codes"] = pack(q.codes, grid.bits)
+        tensors[f"{name}/scale"] = q.scale.float()
+        tensors[f"{name}/zero"] = q.zero.to(torch.uint8)
+        if q.g_idx is not None:
+            tensors[f"{name}/g_idx"] = q.g_idx.to(torch.int32)
+    return tensors
+
+
+def linear_from(tensors: Mapping[str, "Tensor"], name: str, grid: Grid, shape: tuple[int, ...]) -> Quantized:
+    """The linear `name` of `shape` [out, in] out of an artefact's tensors."""
+    return Quantized(
+        codes=unpack(tensors[f"{name}/codes"], grid.bits, shape),
+        scale=tensors[f"{name}/scale"],
+        zero=tensors[f"{name}/zero"].float(),
+        g_idx=tensors.get(f"{name}/g_idx"),
+    )
+
+
+def restore(model: "nn.Module", tensors: Mapping[str, "Tensor"], grid: Grid | None) -> None:
+    """Put an artefact into a freshly loaded model, in place: dequantized weights and changed parameters."""
+    import torch
+
+    with torch.no_grad():
+        for key, value in tensors.items():
+            name, _, part = key.rpartition("/")
+            if name == "param":
+                model.get_parameter(part).copy_(value)
+            elif part == "codes":
+                weight = model.get_parameter(f"{name}.weight")
+                weight.copy_(linear_from(tensors, name, grid, tuple(weight.shape)).dequantize(grid))

@@ -1,0 +1,156 @@
+"""Which record answers for a run: the one with exactly its settings, else the nearest, with what differs."""
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teq import record
+from teq.data.sources import SOURCES
+from teq.models.checkpoint import Folder
+from teq.record import Record
+from teq.spec import UserError
+
+if TYPE_CHECKING:
+    from teq.pipeline.run import Run
+
+MISSING = "nothing"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A record that answers for a run. `differences` maps a setting to (wanted, the record's); empty when
+    exact.
+    """
+
+    record: Record
+    own: bool
+    differences: Mapping[str, tuple[Any, Any]]
+
+
+class Library:
+    """The records there are: the user's own and the published ones.
+
+    A record that lies in both places, byte for byte the same, is a published one.
+    """
+
+    def __init__(self, published: Path, own: Path | None = None) -> None:
+        shared = {r.file.name: r for r in record.load(published)}
+        mine = record.load(own) if own is not None and own.resolve() != published.resolve() else []
+        self._own = [r for r in mine if r.file.name not in shared or r.data != shared[r.file.name].data]
+        kept = {r.file.name for r in self._own}
+        self._published = [r for name, r in shared.items() if name not in kept]
+        self._folders: dict[str, str] = {}  # identities of local checkpoints, by path
+
+    @cached_property
+    def _all(self) -> list[tuple[Record, bool]]:
+        """The user's own first, the latest first in each."""
+        mine = sorted(self._own, key=lambda r: (r.data["created"], r.file.name), reverse=True)
+        shared = sorted(self._published, key=lambda r: (r.data["created"], r.file.name), reverse=True)
+        return [(r, True) for r in mine] + [(r, False) for r in shared]
+
+    @cached_property
+    def _by_cell(self) -> dict[tuple[Any, ...], list[tuple[Record, bool]]]:
+        found: dict[tuple[Any, ...], list[tuple[Record, bool]]] = {}
+        for entry in self._all:
+            found.setdefault(place(entry[0].data["run"]), []).append(entry)
+        return found
+
+    def find(
+        self, run: "Run", evaluations: set[str], synthetic: bool = False, fixed: Collection[str] = ()
+    ) -> Found | None:
+        """The record for `run`'s part that `evaluations` (by name) measure, exact before nearest, or None.
+
+        Settings of evaluations that are not asked for do not count. A local folder's weights are compared as
+        they are there now. A record of synthetic weights is only considered where `synthetic` allows it, one
+        that differs in a setting of `fixed` never.
+        """
+        plain, weights = run.plain(), self._weights(run.model.source)
+        best: Found | None = None
+        wanted = {name: e for e, name in zip(plain["evals"], (e.name for e in run.evals), strict=True)}
+        for candidate, own in self._by_cell.get(place(plain), []):
+            if (candidate.synthetic and not synthetic) or not evaluations <= set(candidate.metrics):
+                continue
+            had = dict(zip(candidate.metrics, candidate.data["run"]["evals"], strict=True))
+            differences = dict(
+                _differences(
+                    _relevant(plain, wanted, evaluations), _relevant(candidate.data["run"], had, evaluations)
+                )
+            )
+            if not differences.keys().isdisjoint(fixed):
+                continue
+            if candidate.synthetic:  # said by a mark of its own; which checkpoint was meant says nothing more
+                differences = {k: v for k, v in differences.items() if not k.startswith("model.source")}
+            elif weights is not None and candidate.data["run"]["model"]["source"]["kind"] == "Folder":
+                differences |= dict(_differences(weights, candidate.data["identity"], "model.weights"))
+            differences |= _parts(candidate, evaluations)
+            # a real model's record comes before a made-up one's, however near that is
+            rank = (candidate.synthetic, len(differences))
+            if best is None or rank < (best.record.synthetic, len(best.differences)):
+                best = Found(candidate, own, differences)
+        return best
+
+    def _weights(self, source: Any) -> str | None:
+        """Return the identity of a local folder's present weights; None for other sources or no folder."""
+        if isinstance(source, Folder) and source.path not in self._folders:
+            with contextlib.suppress(UserError, OSError):
+                self._folders[source.path] = source.identity()
+        return self._folders.get(source.path) if isinstance(source, Folder) else None
+
+
+def varying(runs: Iterable["Run"]) -> dict[tuple[Any, ...], set[str]]:
+    """By model, method and grid: the settings in which the runs of one such place differ from each other.
+
+    These tell the cells of a table apart, so that a record which differs in one belongs to another cell.
+    """
+    first: dict[tuple[Any, ...], dict[str, Any]] = {}
+    found: dict[tuple[Any, ...], set[str]] = {}
+    for run in runs:
+        plain = {key: value for key, value in run.plain().items() if key != "evals"}
+        one = first.setdefault(place(plain), plain)
+        found.setdefault(place(plain), set()).update(dict(_differences(one, plain)))
+    return found
+
+
+def _relevant(run: Mapping[str, Any], evals: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    parts = {key: run[key] for key in ("model", "dtype", "transform", "quantizer")}
+    return parts | {name: evals.get(name, MISSING) for name in sorted(names)}
+
+
+def _parts(candidate: Record, evaluations: set[str]) -> dict[str, tuple[Any, Any]]:
+    """The texts of which a mirror held only a part, as settings: rows of the whole, rows that were read; and
+    the file, where it is another one that stands in.
+    """
+    read = {name: candidate.metrics[name]["info"] for name in sorted(evaluations)}
+    read |= {f"{stage}.calib": text or {} for stage, text in candidate.data["text"].items()}
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, info in read.items():
+        if info.get("partial"):
+            found[f"{name}.rows"] = info["expected_rows"], info["rows"]
+            wanted = SOURCES.get(info.get("name", ""))
+            if wanted is not None and info.get("file") == f"{wanted.sample}.parquet":
+                found[f"{name}.file"] = wanted.file, wanted.sample
+    return found
+
+
+def place(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a record must share with a run to stand in for it: model, transform, quantizer and grid.
+
+    A method is told by its settings, whatever it is called: the kinds of its two stages and the switches that
+    are on in them (act-order, clipping).
+    """
+    grid = run["quantizer"].get("grid") or {}
+    stages = [run["transform"], run["quantizer"]]
+    switches = [(s["kind"], *sorted(key for key, value in s.items() if value is True)) for s in stages]
+    return run["model"]["name"], *switches, *(grid.get(k) for k in ("bits", "group_size", "symmetric"))
+
+
+def _differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in dict.fromkeys([*one, *other]):
+            inner = f"{path}.{key}" if path else str(key)
+            yield from _differences(one.get(key, MISSING), other.get(key, MISSING), inner)
+    elif one != other:
+        yield path, (one, other)

@@ -1,0 +1,3 @@
+from teq.transforms.awq.settings import Awq
+
+__all__ = ["Awq"]

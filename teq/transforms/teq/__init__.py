@@ -1,0 +1,3 @@
+from teq.transforms.teq.settings import Teq
+
+__all__ = ["Teq"]

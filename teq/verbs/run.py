@@ -1,0 +1,203 @@
+"""What run.py says and does around a job: checking, running, summing up."""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from teq import record
+from teq.config import command_line as config
+from teq.config.command_line import Job
+from teq.device import locks, memory
+from teq.files import disk
+from teq.models.checkpoint import Hub, Wheel
+from teq.pipeline import run as pipeline
+from teq.pipeline.loggers import Silent
+from teq.pipeline.store import Store
+from teq.report import table
+from teq.report.match import Library
+from teq.spec import Runtime, UserError
+from teq.verbs import plan, signals
+
+log = logging.getLogger(__name__)
+LOST = "it left no record: its process ended without a word, as one that was killed does"
+KEPT = "what was finished is kept, the same command goes on from there"
+INTERRUPTED, TERMINATED = f"interrupted: {KEPT}", f"terminated by SIGTERM: {KEPT}"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+WORKING = "working"  # the folder, beside a start's logs, of notes on the jobs that are under way
+SPACE = 2**16  # bytes that a start of run.py writes at least: Hydra's copy of the configuration, logs
+EXAMPLES = """\
+  python run.py                                         the defaults: TEQ at 3 bits on SmolLM2-135M, minutes
+  python run.py method=gptq bits=4 group_size=-1        another method and grid
+  python run.py -m model=opt-6.7b,bloom-3b method=teq,teq+gptq   a sweep, one record per run
+  python run.py experiments=quickstart                  an experiment file
+  python run.py model=opt-6.7b model.path=/models/opt   weights from a local folder
+  python run.py -m method=rtn,teq hydra/launcher=joblib any Hydra launcher"""
+
+
+def help_text() -> str:
+    """Groups, options, experiments and examples."""
+    found = config.groups()
+    found["group_size"].append("any other number above 0")
+    groups = "\n".join(f"  {name:<12} {', '.join(names)}" for name, names in found.items())
+    values = (
+        (config.CONF / "config.yaml")
+        .read_text()
+        .partition("\nrecipe: auto")[2]
+        .partition("\n# what the groups")[0]
+    )
+    indented = "\n".join(f"  {line}" for line in f"recipe: auto{values}".strip().splitlines())
+    return (
+        "Train equivalent transformations, quantize, evaluate; one record per run.\n\n"
+        f"usage: python run.py [-m] [group=option ...] [key=value ...]\n\ngroups\n{groups}\n\n"
+        f"values (null: the recipe decides)\n{indented}\n\nexamples\n{EXAMPLES}\n\n"
+        f"Records and cache lie in {config.home()} (TEQ_HOME). Tables: python -m teq report <experiment>."
+    )
+
+
+def checked_jobs(argv: list[str]) -> list[Job]:
+    """The jobs of a command line after every check that needs no heavy work. Raises UserError, a line for
+    each problem.
+    """
+    found = config.jobs(argv)
+    Store(config.home() / "store").check()
+    for options, launcher in dict.fromkeys((job.options, job.launcher) for job in found):
+        # a CUDA device that a launcher finds elsewhere is checked where the job runs
+        if launcher == "basic" or not locks.CUDA.fullmatch(options.device):
+            pipeline.resolve_device(options.device)
+        memory.check(options.memory)
+    for stage in zip(*(pipeline.checks(job.run) for job in found), strict=True):
+        problems, passed = [], set()
+        for job, checks in zip(found, stage, strict=True):
+            for name, check in checks.items():
+                if name not in passed:
+                    passed.add(name)
+                    try:
+                        check()
+                    except UserError as error:
+                        problems.append(f"model={job.run.model.name}: {error}")
+        if problems:
+            raise UserError("\n".join(problems))
+    if too_long := [problem for job in found for problem in _too_long(job)]:
+        raise UserError("\n".join(dict.fromkeys(too_long)))
+    return found
+
+
+def make_output(jobs: int) -> None:
+    """Make the folders that Hydra writes to: it would end a sweep where it cannot make one later.
+
+    Raises UserError when the disk is full already.
+    """
+    folder = config.output()
+    try:
+        for name in [".", *(str(job) for job in range(jobs) if jobs > 1)]:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / "space").write_bytes(os.urandom(SPACE))
+        finally:
+            (folder / "space").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): free space there or set TEQ_HOME"
+        ) from error
+
+
+def _too_long(job: Job) -> Iterator[str]:
+    """A line for each window of the run that is longer than its model's positions reach."""
+    if job.dimensions is None and isinstance(job.run.model.source, Hub | Wheel):
+        return  # its configuration would have to be fetched
+    positions = getattr(plan.dimensions(job), "max_position_embeddings", None)
+    for stage in (job.run.transform, job.run.quantizer, *job.run.evals):
+        for name in ("length", "context"):
+            length = getattr(stage, name, 0)
+            if positions is not None and length > positions:
+                model = job.run.model.name
+                yield f"{stage.group}.{name}={length} is not allowed: model={model} has {positions} positions"
+
+
+def run_job(job: Job) -> None:
+    """Run one job; a failure is one line here, the traceback in the job's log. Notes either for `summary`."""
+    home = config.home()
+    log.info("— %s (%s)", job.run.title(), job.run.key())
+    log.debug("settings: %s", json.dumps(job.run.plain()))
+    try:
+        settings = job.run.plain() | {"method": job.run.method}
+        with (
+            signals.terminable(),
+            signals.noted(config.output() / WORKING, job.run.key()),
+            locks.taken(job.options.device) as device,
+            job.logger.start(job.run.title(), settings, str(home), job.experiment) as logger,
+        ):
+            runtime = Runtime(
+                device=pipeline.resolve_device(device),
+                memory=job.options.memory,
+                batch_size=job.options.batch_size,
+            )
+            finished = pipeline.run(job.run, Store(home / "store"), home, runtime, logger)
+        _note(job, {"record": str(finished.file)})
+    except Exception as error:  # the other jobs of a sweep go on; this one is reported at the end
+        line = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.errno in FULL:
+            line = f"{error.strerror} ({error.filename}): free space there; {KEPT}"
+        elif not isinstance(error, UserError):
+            line = f"{type(error).__name__}: {line}"
+        log.error("failed: %s", line)
+        logging.getLogger("teq.traceback").debug("%s", traceback.format_exc())
+        _note(job, {"failed": line})
+
+
+def summary(jobs: list[Job]) -> int:
+    """Print the results of `jobs` as a table, where their records lie, and what failed. Returns the exit
+    status.
+    """
+    outcomes = {job.run.key(): _outcome(job) for job in jobs}
+    written = [Path(outcome["record"]) for outcome in outcomes.values() if "record" in outcome]
+    found = [one for one in map(record.read, written) if one is not None]
+    if found:
+        print(table.plain(found, {job.run.key(): job.run.method for job in jobs}))
+        print(f"{len(found)} records in {config.home() / 'records'}")
+    _log_table(jobs)
+    failed = {job.run.key(): job for job in jobs if job.run.key() not in {one.id for one in found}}
+    for key, job in failed.items():
+        print(f"failed: {job.run.title()}: {outcomes[key].get('failed', LOST)}")
+    return 1 if failed else 0
+
+
+def _log_table(jobs: list[Job]) -> None:
+    """Give the logger the table of the experiment that just ran; what is wrong with it stops nothing."""
+    name, logger, home = jobs[0].experiment, jobs[0].logger, config.home()
+    if name is None or isinstance(logger, Silent):
+        return
+    from teq.report import read as report
+
+    try:
+        shown = report.of(name, jobs, Library(report.RESULTS / "records", home / "records"))
+    except UserError as error:
+        log.warning("%s: its table is not logged: %s", name, error)
+        return
+    with logger.start(f"{name}: table", {"experiment": name}, str(home), name) as started:
+        started.table(shown.rows(), shown.drawings.get("png"))
+
+
+def _note(job: Job, outcome: dict[str, str]) -> None:
+    """Leave what came of a job to `summary`, which may be another process's."""
+    key = config.start_of_run(), job.run.key()
+    _outcomes[key] = outcome
+    with contextlib.suppress(OSError):  # a full disk: in this process it is known all the same
+        disk.write_text(config.output() / "outcomes" / f"{job.run.key()}.json", json.dumps(outcome))
+
+
+def _outcome(job: Job) -> dict[str, str]:
+    """What came of a job in this run; empty where nobody said."""
+    key = config.start_of_run(), job.run.key()
+    try:
+        return json.loads((config.output() / "outcomes" / f"{job.run.key()}.json").read_text())
+    except (OSError, ValueError):
+        return _outcomes.get(key, {})
+
+
+_outcomes: dict[tuple[str, str], dict[str, str]] = {}  # by start of run.py and job
