@@ -19,7 +19,7 @@ def own_home(tmp_path, monkeypatch):
     """No test sees another's records or artefacts, or the user's."""
     monkeypatch.setenv("TEQ_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("teq.models.hub._commits", {})
-    for module in ("hub", "digests"):
+    for module in ("models.hub", "files.digests"):
         monkeypatch.setattr(f"teq.{module}.user_cache", lambda: tmp_path / "user")
     return tmp_path / "home"
 

@@ -214,7 +214,7 @@ def test_what_the_hub_gave_once_is_read_again_offline(tmp_path):
 
 FETCH = """
 import sys
-from teq import prefetch
+from teq.verbs import prefetch
 for names in sys.argv[1:] or ["wikitext2 c4 c4-new"]:
     print(prefetch.main(names.split()))
 """

@@ -80,16 +80,16 @@ def assert_waits_are_few(cuda, ran):
     rtn = sum(method in ("rtn", "teq", "awq") for method in ran.records)
     expected = {
         "evaluate.perplexity": WINDOWS * len(ran.records),
-        "quantizers.gptq_solver": BLOCKS * gptq,
-        "quantizers.gptq_blocks": BLOCKS * gptq,
+        "quantizers.gptq.solver": BLOCKS * gptq,
+        "quantizers.gptq.blocks": BLOCKS * gptq,
         "quantizers.rtn": rtn,  # the first block was changed: the others need not be looked at
-        "transforms.training": STEPS * ("teq" in transforms),
-        "transforms.loss": 2 * ("teq" in transforms),
-        "transforms.awq_search": BLOCKS * ("awq" in transforms),
+        "transforms.teq.train": STEPS * ("teq" in transforms),
+        "transforms.teq.loss": 2 * ("teq" in transforms),
+        "transforms.awq.search": BLOCKS * ("awq" in transforms),
     }
     assert cuda.numbers() == {module: count for module, count in expected.items() if count}
     copies = cuda.copies()
-    assert copies.pop("transforms", 0) == len(transforms) and copies.pop("arch", 0) <= 20 * len(transforms)
+    assert copies.pop("stage", 0) == len(transforms) and copies.pop("models.arch", 0) <= 20 * len(transforms)
     stored = sum(len(tensors) for stage, tensors in ran.tensors.items() if stage.startswith("store/weights"))
     assert sum(copies.values()) <= stored + 4 * ("teq" in transforms)
 
@@ -124,7 +124,7 @@ def test_every_strategy_gives_a_cpus_bits(ran):
         for name in ("strategy", "planned_strategy"):
             found.records["teq"]["training"][name] = "keep"
         assert_equal_to_the_bit(found, expected)
-        assert cuda.numbers()["transforms.training"] == STEPS and bool(cuda.waits) is (strategy == "offload")
+        assert cuda.numbers()["transforms.teq.train"] == STEPS and bool(cuda.waits) is (strategy == "offload")
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])  # BLOOM's position biases are made from positions

@@ -32,7 +32,7 @@ def said(root, code):
     """What a process prints as JSON lines that imports the package of `root`."""
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     prelude = (
-        "import json, pathlib\nfrom teq import measure\nshow = lambda: print(json.dumps(measure.code()))\n"
+        "import json, pathlib\nfrom teq.pipeline import cost\nshow = lambda: print(json.dumps(cost.code()))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", prelude + code],
@@ -45,18 +45,18 @@ def said(root, code):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-EDIT = "file = measure.PACKAGE / {!r}\nfile.write_text(file.read_text() + '# edited')\n"
+EDIT = "file = cost.PACKAGE / {!r}\nfile.write_text(file.read_text() + '# edited')\n"
 
 
 def test_what_is_imported_changes_no_digest_of_equal_sources(project):
     (few,) = said(project, "show()")
-    more = said(project, "show()\nimport teq.report.compare, teq.report.uncertainty, teq.report.text\nshow()")
+    more = said(project, "show()\nimport teq.report.compare, teq.report.render.text\nshow()")
     assert [few, few] == more and few["dirty"] is False and len(few["commit"]) == 40
 
 
 def test_a_module_edited_before_its_import_is_other_code(project):
-    lazy = EDIT.format("marks.py")
-    before, edited, ran = said(project, f"show()\n{lazy}show()\nimport teq.marks\nshow()")
+    lazy = EDIT.format("report/compare.py")
+    before, edited, ran = said(project, f"show()\n{lazy}show()\nimport teq.report.compare\nshow()")
     assert edited["sources"] != before["sources"] and edited == ran
     assert (before["dirty"], edited["dirty"]) == (False, True) and edited["commit"] == before["commit"]
 
@@ -69,10 +69,12 @@ def test_a_module_edited_after_its_import_is_not_what_runs(project):
 def test_a_commit_after_an_edit_does_not_make_the_code_that_runs_clean(project):
     commit = (
         "import subprocess\n"
-        "git = ['git', '-C', str(measure.PACKAGE), '-c', 'user.name=n', '-c', 'user.email=e']\n"
+        "git = ['git', '-C', str(cost.PACKAGE), '-c', 'user.name=n', '-c', 'user.email=e']\n"
         "subprocess.run([*git, 'commit', '-qam', 'later'], check=True)\n"
     )
-    before, after = said(project, f"show()\n{EDIT.format('marks.py')}{commit}import teq.marks\nshow()")
+    before, after = said(
+        project, f"show()\n{EDIT.format('report/compare.py')}{commit}import teq.report.compare\nshow()"
+    )
     assert after["commit"] == before["commit"] and after["dirty"] and after["sources"] != before["sources"]
 
 

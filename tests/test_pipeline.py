@@ -396,10 +396,11 @@ def test_code_edited_under_a_run_is_not_what_its_record_names(own_home, tmp_path
     commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
     code = """
 import sys
-from teq import config, loggers, pipeline
+from teq.config import command_line as config
+from teq.pipeline import loggers, run as pipeline
+from teq.pipeline.store import Store
 from teq.spec import Runtime
-from teq.store import Store
-solver = config.ROOT / "teq" / "quantizers" / "gptq_solver.py"
+solver = config.ROOT / "teq" / "quantizers" / "gptq" / "solver.py"
 
 def edit(self, step, loss):
     assert "teq.quantizers.gptq.solver" not in sys.modules
@@ -427,7 +428,7 @@ print(pipeline.run(job.run, Store(home / "store"), home, Runtime(), job.logger.s
     assert data["code"]["dirty"] and stages["weights"]["dirty"]
     assert stages["weights"]["sources"] == data["code"]["sources"]
     clean = subprocess.check_output(
-        [sys.executable, "-c", "from teq import measure; print(measure.code()['sources'])"],
+        [sys.executable, "-c", "from teq.pipeline import cost; print(cost.code()['sources'])"],
         env=os.environ | {"PYTHONPATH": str(root)},
         cwd=tmp_path,
         text=True,

@@ -47,7 +47,7 @@ def test_the_committed_tables_are_what_the_committed_records_give_without_torch(
     code = """
 import sys
 sys.modules["torch"] = None
-from teq import report
+from teq.report import read as report
 shown, problems = report.read_all(report.experiments(), (), report.Library(report.RESULTS / "records"))
 assert not problems, problems
 for name, one in shown.items():
@@ -72,7 +72,7 @@ def test_the_committed_page_and_figures_are_what_the_committed_records_give_with
     code = """
 import sys
 sys.modules["torch"] = None
-from teq import report
+from teq.report import read as report
 shown, problems = report.read_all(report.experiments(), (), report.Library(report.RESULTS / "records"))
 files = {}
 for name, one in shown.items():
@@ -91,7 +91,7 @@ print(*files)
 def test_figures_are_the_same_bytes_from_process_to_process():
     code = """
 import hashlib
-from teq import report
+from teq.report import read as report
 shown, _ = report.read_all(["figure2"], (), report.Library(report.RESULTS / "records"))
 for kind, content in shown["figure2"].drawings.items():
     print(kind, hashlib.sha256(content).hexdigest())

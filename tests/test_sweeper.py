@@ -19,7 +19,7 @@ SHORT = ["evals=[python-docs]", "ppl.limit=2", "ppl.context=64"]
 KILLER = """
 import os, signal
 from dataclasses import dataclass
-from teq.loggers import Silent
+from teq.pipeline.loggers import Silent
 
 @dataclass(frozen=True, kw_only=True)
 class Killer(Silent):
