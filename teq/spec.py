@@ -7,7 +7,6 @@ import math
 import types
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 
@@ -76,20 +75,6 @@ class Settings:
     def key(self) -> str:
         """The content hash: 16 hex digits of the SHA-256 of `plain()`."""
         return digest(self.plain())
-
-
-STRATEGIES = ("keep", "checkpoint", "offload")  # of a training step: each takes more time and less memory
-
-
-@dataclass(frozen=True, kw_only=True)
-class Runtime(Settings):
-    """How the work is done where results do not depend on it: in no key. `device` is already resolved."""
-
-    device: str = "cpu"
-    memory: str = "auto"  # what `teq.device.memory.choose` chooses the strategy by
-    strategy: str = option("keep", among=STRATEGIES)
-    batch_size: int = option(8, at_least=1)
-    partial: Path | None = None  # folder for the state of a stage that can be interrupted and resumed
 
 
 def digest(plain: Any) -> str:

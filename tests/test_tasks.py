@@ -10,14 +10,15 @@ import re
 import numpy as np
 import pytest
 
-from teq import data as corpora
 from teq.config import command_line as config
+from teq.data import texts as corpora
+from teq.device.runtime import Runtime
 from teq.evaluate import lastword, tasks
 from teq.evaluate.lastword import LastWord
 from teq.evaluate.tasks import Task
 from teq.pipeline import run as pipeline
 from teq.pipeline.store import Store
-from teq.spec import Runtime, UserError
+from teq.spec import UserError
 
 NOUNS = ["cat", "dog", "river", "stone", "window", "garden"]
 

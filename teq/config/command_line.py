@@ -33,7 +33,7 @@ from teq.config.composition import Composer, flat, is_hydras, key_of, resolved, 
 from teq.evaluate.counts import Counts
 from teq.files import disk
 from teq.models.checkpoint import Checkpoint, Outline
-from teq.pipeline.run import Run
+from teq.pipeline.settings import Run
 from teq.quantizers.keep import Keep
 from teq.spec import Settings, UserError, option
 from teq.transforms.identity import Identity

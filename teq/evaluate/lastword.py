@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from teq import data as corpora
 from teq.data.embedded import python_docs
-from teq.evaluate.metric import Metric
+from teq.device.runtime import Runtime
 from teq.evaluate.tasks import dataset, harness, score
-from teq.spec import Runtime, Settings
+from teq.stage import Evaluation, Metric
 
 if TYPE_CHECKING:
     from teq.models.checkpoint import LM
@@ -35,7 +35,7 @@ NOT_PROSE = re.compile(r">>>|\||\+-|::=")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LastWord(Settings):
+class LastWord(Evaluation):
     """The whole task: it is small, so it takes no limit."""
 
     version = 1

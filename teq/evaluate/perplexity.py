@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from teq import data as corpora
 from teq import statistics
 from teq.console import track
-from teq.evaluate.metric import Metric
+from teq.device.runtime import Runtime
 from teq.files.resume import Journal
-from teq.spec import Runtime, Settings, UserError, option
+from teq.spec import UserError, option
+from teq.stage import Evaluation, Metric
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perplexity(Settings):
+class Perplexity(Evaluation):
     """The first `limit` (all when null) windows of `context` tokens that the protocol `corpus` cuts."""
 
     group = "ppl"
@@ -70,8 +71,8 @@ class Perplexity(Settings):
     def _windows(self, tokenizer: "PreTrainedTokenizerBase") -> tuple["Tensor", int]:
         return corpora.windows(self.corpus, tokenizer, self.context, self.limit)
 
-    def rehearse(self, lm: "LM", strategy: str) -> None:
-        """One window on an outline of the model."""
+    def dry_run(self, lm: "LM", strategy: str) -> None:
+        """Run one window."""
         import torch
 
         with torch.no_grad():  # in inference mode a linear is one operator, whose operations nobody counts
@@ -82,7 +83,7 @@ def window_loss(model: "nn.Module", window: "Tensor") -> "Tensor":
     """The mean next-token cross-entropy of `window [1, token]`, in fp32 whatever the model's dtype."""
     from torch.nn import functional
 
-    from teq.models.arch import one_sequence_a_row
+    from teq.models.blocks import one_sequence_a_row
 
     with one_sequence_a_row():
         logits = model(window, use_cache=False).logits  # [1, token, vocab]

@@ -9,7 +9,6 @@ all its endings, in one pass, and only positions that are scored reach the outpu
 
 import contextlib
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from teq.device.memory import exhausted
 from teq.files.resume import Journal
-from teq.models.arch import one_sequence_a_row
+from teq.models.blocks import check_head, one_sequence_a_row
 
 logger = logging.getLogger(__name__)
 
@@ -98,20 +98,7 @@ class SharedContextLM(HFLM):
         )
         self.truncated = 0
         self.partial, self.calls = partial, 0
-        self._check_projection()
-
-    @torch.no_grad()
-    def _check_projection(self) -> None:
-        """Refuse models that change the logits after the output projection: scoring would miss that."""
-        ids = torch.tensor([[self.prefix_token_id] * 2], device=self.device)
-        with one_sequence_a_row():
-            ours = self.model.get_output_embeddings()(
-                self.model.base_model(input_ids=ids, use_cache=False)[0]
-            )
-            stock = self.model(input_ids=ids, use_cache=False).logits
-        if not torch.allclose(ours.float(), stock.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
-            name = type(self.model).__name__
-            raise ValueError(f"{name}: its logits are not the output projection of its last hidden state")
+        check_head(model)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """Score `requests` in order; progress bars appear only where standard error is a terminal."""
@@ -153,21 +140,13 @@ class SharedContextLM(HFLM):
         while batches:
             try:
                 answered = self._score(batches[0])
-            except torch.OutOfMemoryError:
-                if self.batch_size == 1:
+            except RuntimeError as error:
+                if not exhausted(error) or self.batch_size == 1:
                     raise
                 self.batch_size_per_gpu = self.batch_size // 2
                 logger.warning("out of memory: batch size halved to %d", self.batch_size)
                 batches = left()
                 continue
-            except RuntimeError as error:
-                if "can't allocate memory" not in str(error):
-                    raise
-                needed = re.search(r"allocate (\d+) bytes", str(error))
-                size = f"{int(needed[1]) / 2**30:.2f} GiB" if needed else "an allocation"
-                raise MemoryError(
-                    f"{size} for a batch of {self.batch_size} x {longest} tokens failed: lower batch_size"
-                ) from error
             take(answered)
             journal.append([[request, *answer] for request, answer in answered.items()])
             del batches[0]
@@ -248,7 +227,7 @@ class SharedContextLM(HFLM):
 
 
 @torch.no_grad()
-def rehearse(model: PreTrainedModel, tokens: int, scored: int) -> None:
+def dry_run(model: PreTrainedModel, tokens: int, scored: int) -> None:
     """Do the work of a batch of one row of `tokens` tokens, of which `scored` are projected, on a model whose
     tensors need no contents.
     """

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from teq import data as corpora
 from teq import statistics
-from teq.evaluate.metric import Metric
-from teq.spec import Runtime, Settings, UserError, option
+from teq.device.runtime import Runtime
+from teq.spec import UserError, option
+from teq.stage import Evaluation, Metric
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +33,7 @@ FOLDERS = {  # where lm-eval keeps a task: indexing one folder takes millisecond
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(Settings):
+class Task(Evaluation):
     """A task that lm-eval knows, on `limit` documents drawn with `seed` (all when null).
 
     The draw does not follow the run's seed, so that all methods and seeds are compared on the same documents,

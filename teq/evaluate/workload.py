@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from teq.device.memory import Need
+    from teq.device.memory import Estimate
     from teq.models.checkpoint import LM
 
 
@@ -45,12 +45,12 @@ class Scoring:
 
         return self.batch_size * max(self.work.longest, MIN_LENGTH)
 
-    def rehearse(self, lm: "LM", strategy: str) -> None:
-        """The largest batch on an outline of the model."""
-        from teq.evaluate.scoring import rehearse
+    def dry_run(self, lm: "LM", strategy: str) -> None:
+        """Run the largest batch."""
+        from teq.evaluate.scoring import dry_run
 
-        rehearse(lm.model, self.batch, round(self.batch * self.work.scored / self.work.tokens))
+        dry_run(lm.model, self.batch, round(self.batch * self.work.scored / self.work.tokens))
 
-    def flops(self, batch: "Need") -> int:
+    def flops(self, batch: "Estimate") -> int:
         """Operations of all documents, from those of the largest batch."""
         return int(batch.flops * self.documents * self.work.tokens / self.batch)

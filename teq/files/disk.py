@@ -31,6 +31,11 @@ def user_cache() -> Path:
     return Path(platformdirs.user_cache_dir("teq"))
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message in one line, shortened."""
+    return " ".join((str(error) or type(error).__name__).split())[:200]
+
+
 def sha256(file: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     with file.open("rb") as stream:

@@ -8,29 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teq.files import disk
-from teq.files.disk import user_cache
-from teq.spec import Settings, UserError
+from teq.files.disk import one_line, user_cache
+from teq.models.folder import WEIGHTS, Saved
+from teq.spec import UserError
 
 log = logging.getLogger(__name__)
 ELSEWHERE = (
     "give a local folder with model.path=<folder>, or a mirror in the environment variable HF_ENDPOINT"
 )
-WEIGHTS = "*.safetensors"
 SHARD = r"-\d+-of-\d+\.safetensors$"
 BOT, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hub(Settings):
+class Hub(Saved):
     """A checkpoint of the Hugging Face hub, or of its local cache when offline."""
 
     repo: str
     revision: str = "main"
 
-    def identity(self) -> str:
-        """`repo@commit`: the revision resolved by the hub, or by the local cache where the hub is out of
-        reach.
-        """
+    def fingerprint(self, device: str = "cpu") -> str:
+        """Return `repo@commit`: the hub, or without a network its local cache, resolves the revision."""
         return f"{self.repo}@{self._commit()}"
 
     def folder(self) -> Path:
@@ -52,7 +50,7 @@ class Hub(Settings):
             raise self._gated() from None
         except Exception as error:  # the client raises many kinds; each means the same to the user
             raise UserError(
-                f"{self.repo}@{commit} could not be downloaded ({brief(error)}): {ELSEWHERE}"
+                f"{self.repo}@{commit} could not be downloaded ({one_line(error)}): {ELSEWHERE}"
             ) from error
 
     def _commit(self) -> str:
@@ -98,7 +96,7 @@ class Hub(Settings):
         except Exception as error:  # no route, no name, a proxy's refusal: the cache is what remains
             if cached is None:
                 raise UserError(
-                    f"{self.repo}@{self.revision}: the hub is out of reach ({brief(error)}) and the local "
+                    f"{self.repo}@{self.revision}: the hub is out of reach ({one_line(error)}) and the local "
                     f"cache {constants.HF_HUB_CACHE} does not hold it: {ELSEWHERE}"
                 ) from None
             log.warning("hub out of reach, using the cached %s@%s", self.repo, cached)
@@ -141,7 +139,7 @@ class Hub(Settings):
         except Exception as error:  # a mirror need not have the interface to pull requests
             raise UserError(
                 f"{self.repo}@{self.revision} has no safetensors, and whether the hub has converted it could "
-                f"not be found out ({brief(error)}): convert it once with save_pretrained and pass "
+                f"not be found out ({one_line(error)}): convert it once with save_pretrained and pass "
                 "model.path=<folder>"
             ) from error
         return None
@@ -158,9 +156,3 @@ def _complete(folder: Path) -> bool:
         return all((folder / shard).is_file() for shard in shards)
     found = [file.name for file in folder.glob(WEIGHTS) if file.is_file()]
     return any(re.search(SHARD, name) is None for name in found)  # of how many shards only the index tells
-
-
-def brief(error: BaseException) -> str:
-    """An error in one line."""
-    lines = (str(error) or type(error).__name__).splitlines()
-    return " ".join(line.strip() for line in lines if line.strip())[:200]

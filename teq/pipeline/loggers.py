@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from teq.models.hub import brief
+from teq.files.disk import one_line
 from teq.spec import Settings, option
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Wandb(Settings):
                 settings=settings,
             )
         except Exception as error:  # whatever goes wrong in there, the experiment matters more
-            log.warning("wandb could not start (%s): this run is not logged there", brief(error))
+            log.warning("wandb could not start (%s): this run is not logged there", one_line(error))
             return Silent()
         return WandbRun(opened)
 
@@ -104,7 +104,7 @@ class WandbRun:
 
                 self.run.log({"figure": wandb.Image(Image.open(io.BytesIO(picture)))})
         except Exception as error:
-            log.warning("wandb could not take the table (%s)", brief(error))
+            log.warning("wandb could not take the table (%s)", one_line(error))
 
     def finish(self, finished: "Record") -> None:
         """What came of the loss curve from the cache, the metrics, and the scales' histogram."""
@@ -124,4 +124,4 @@ class WandbRun:
                 self.run.log({f"scales/{site}": histogram})
             self.run.summary["record"] = finished.file.name
         except Exception as error:
-            log.warning("wandb could not take the results (%s): the record has them", brief(error))
+            log.warning("wandb could not take the results (%s): the record has them", one_line(error))

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from teq.files import disk, in_use
 from teq.files.disk import save_tensors, sha256
-from teq.pipeline import cost as measure
+from teq.pipeline.cost import cost
 from teq.spec import UserError, digest
+from teq.stage import Made
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-Made = tuple[Mapping[str, "Tensor"], dict[str, Any]]
 INFO, DATA, MANIFEST = "info.json", "data.safetensors", "manifest.json"
 DAMAGED = "damaged-"
 UNSTORABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -148,7 +148,7 @@ class Store:
             results = {name: artefact.digest for name, artefact in read.items()}
             state = partial / digest(results)  # work on other results is not gone on with
             resumed = state.is_dir()
-            with measure.cost(device) as spent:
+            with cost(device) as spent:
                 tensors, info = stage.make(state, **read)
             if resumed:  # the seconds are those of the last process alone
                 spent["resumed"] = True

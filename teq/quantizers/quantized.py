@@ -1,18 +1,15 @@
-"""Quantizers: from a model and scales to integer codes, and back from what was stored to a model.
+"""Quantized linears, their stored form, and the model restored from it.
 
-A quantizer is frozen settings with `quantize(load, scales, runtime) -> (tensors, info)`; the model that
-`load()` gives may be used up. The stored form is complete: `<linear>/codes` (bit-packed), `/scale` and
-`/zero` `[out, groups]`, `/g_idx [in]` under act-order, and `param/<name>` for every other parameter that
-folding changed. What is evaluated is what `restore` makes of it.
+The stored form is complete: `<linear>/codes` (bit-packed), `/scale` and `/zero` `[out, groups]`, `/g_idx
+[in]` under act-order, and `param/<name>` for every other parameter that folding changed. What is evaluated is
+what `restore` makes of it.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from teq.grid import Grid, decode, pack, spread, unpack
-from teq.spec import Runtime
-from teq.stage import Load
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,9 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quantized:
-    """One linear on the grid: codes `[out, in]` uint8, scale and zero `[out, groups]` fp32, g_idx `[in]`
-    or None.
-    """
+    """A linear on the grid: codes `[out, in]` uint8, scale and zero `[out, groups]` fp32, g_idx `[in]`."""
 
     codes: "Tensor"
     scale: "Tensor"
@@ -38,19 +33,6 @@ class Quantized:
             ).flatten(1)
         scale = spread(self.scale, grid, columns, self.g_idx)
         return decode(codes, scale, spread(self.zero, grid, columns, self.g_idx))
-
-
-class Quantizer(Protocol):
-    """What the pipeline asks of a quantizer."""
-
-    def plain(self) -> dict[str, Any]: ...
-
-    def corpus(self) -> str | None:
-        """The name of the calibration text it reads, or None."""
-
-    def quantize(
-        self, load: Load, scales: Mapping[str, "Tensor"], runtime: Runtime
-    ) -> tuple[dict[str, "Tensor"], dict[str, Any]]: ...
 
 
 def stored(

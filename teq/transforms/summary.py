@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from teq.stage import site_scales
+from teq.models.fold import site_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ def summaries(tensors: Mapping[str, "Tensor"]) -> dict[str, Any]:
     """
     found = {}
     for name, s in site_scales(tensors).items():
-        moved = s / tensors[f"start/{name}"]
+        moved = s / tensors.get(f"start/{name}", 1.0)
         near = ((moved >= NEAR[0]) & (moved <= NEAR[1])).float().mean()
         found[name] = {
             "s": _histogram(s),

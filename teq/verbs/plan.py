@@ -6,25 +6,24 @@ products over the rate at which `--calibrate` did those of a small model's train
 moment; the rate is kept beside the records, one for each device and dtype.
 """
 
-import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from teq.config import command_line as config
 from teq.config.command_line import Job, Options
 from teq.device import memory
 from teq.device.locks import CUDA
+from teq.device.runtime import STRATEGIES, resolve
 from teq.evaluate.workload import WORKLOADS, Scoring
 from teq.files import disk
 from teq.models.arch import Arch
-from teq.models.checkpoint import LM, Checkpoint, Folder, Outline, Synthetic
-from teq.pipeline import cost
-from teq.pipeline import run as pipeline
+from teq.models.checkpoint import LM, Checkpoint, Outline, Synthetic
+from teq.pipeline import cost, estimate
 from teq.report import table
-from teq.spec import STRATEGIES, UserError
+from teq.spec import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,13 +40,6 @@ CALIBRATION = {  # a model whose matrix products dominate its step, as they do i
 }
 # a GPU is through with that before the next operation has been asked for
 WIDER = {"hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32}
-
-
-@runtime_checkable
-class Foreseen(Protocol):
-    """A stage that tells what it needs from the model's shapes: its work cannot be done on fake tensors."""
-
-    def expected(self, lm: LM) -> memory.Need: ...
 
 
 @dataclass(frozen=True)
@@ -80,12 +72,12 @@ def target(options: Options) -> Target:
     """
     memory.check(options.memory)
     if options.memory in STRATEGIES or options.memory == "auto" or options.device == "cpu":
-        here = pipeline.resolve_device(options.device)
+        here = resolve(options.device)
         allowed = memory.budget("auto" if options.memory in STRATEGIES else options.memory, here)
         return Target(here.partition(":")[0], here, allowed, here)
     if options.device != "auto" and not CUDA.fullmatch(options.device):
-        pipeline.resolve_device(options.device)  # says what is wrong with it
-    here = pipeline.resolve_device("auto")
+        resolve(options.device)  # says what is wrong with it
+    here = resolve("auto")
     allowed = memory.budget(options.memory, "cuda")
     return Target("cuda", f"a GPU of {options.memory}", allowed, here if here.startswith("cuda") else None)
 
@@ -107,10 +99,10 @@ def shown(job: Job, target: Target) -> str:
         if size is not None:
             least[stage] = min(size, least.get(stage, size))
 
-    def needed(stage: Any, strategy: str = "keep", device: str = "cpu") -> memory.Need:
-        return memory.need(stage, sizes, run.model.arch, run.dtype, strategy, device)
+    def needed(stage: Any, strategy: str = "keep", device: str = "cpu") -> memory.Estimate:
+        return estimate.estimate(stage, sizes, run.model.arch, run.dtype, strategy, device)
 
-    if isinstance(run.transform, memory.Rehearsable):
+    if run.transform.dry_run is not None:
         given = job.options.memory
         tried = dict.fromkeys([*memory.possible(target.kind), *([given] if given in STRATEGIES else [])])
         found = {strategy: needed(run.transform, strategy) for strategy in tried}
@@ -119,17 +111,17 @@ def shown(job: Job, target: Target) -> str:
         for strategy, one in found.items():
             mark = f"{strategy} (picked)" if strategy == picked else strategy
             row("scales", one.bytes, mark, one.flops // 2 * run.transform.steps)  # a rehearsal is two steps
-    if isinstance(run.quantizer, memory.Rehearsable):
+    if run.quantizer.dry_run is not None:
         on = "meta" if target.kind == "cuda" else "cpu"  # from a GPU the packed codes go to the host's memory
         row("weights", needed(run.quantizer, device=on).bytes)  # its time is not that of matrix products
-    elif isinstance(run.quantizer, Foreseen):
-        one = run.quantizer.expected(outline)
+    elif run.quantizer.estimate is not None:
+        one = run.quantizer.estimate(outline)
         moved = one.movable if target.kind == "cuda" and one.bytes > target.budget else 0
         row("weights", one.bytes - moved, "hidden states on the host" if moved else "", one.flops)
     else:
         row("weights", None)
     for evaluation in run.evals:
-        if isinstance(evaluation, memory.Rehearsable):
+        if evaluation.dry_run is not None:
             one = needed(evaluation)
             row(evaluation.name, one.bytes, "", one.flops * evaluation.limit if evaluation.limit else None)
         elif (work := WORKLOADS.get(evaluation.name)) is not None:
@@ -168,12 +160,12 @@ def calibrate(device: str, dtype: str) -> None:
     source = Synthetic(config=CALIBRATION | (WIDER if device.startswith("cuda") else {}))
     checkpoint = Checkpoint(name="calibration", source=source, arch=family)
     # counted on fake tensors: a compiler declines for good what it first sees under a counter
-    operations = memory.need(transform, checkpoint.config(), family, dtype, "keep").flops
+    operations = estimate.estimate(transform, checkpoint.source.dimensions(), family, dtype, "keep").flops
     lm = checkpoint.load(dtype, device)
     spent = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
-        transform.rehearse(lm, "keep")
+        transform.dry_run(lm, "keep")
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
         spent.append(time.perf_counter() - start)
@@ -200,8 +192,8 @@ def _rate_name(device: str, dtype: str) -> str:
 def dimensions(job: Job) -> "PretrainedConfig":
     """The architecture's dimensions: of the folder that was named, else those that conf/model carries."""
     source = Outline(config=dict(job.dimensions)) if job.dimensions else job.run.model.source
-    given = job.run.model.source if isinstance(job.run.model.source, Folder) else source
-    return dataclasses.replace(job.run.model, source=given).config()
+    given = job.run.model.source if job.run.model.source.at_hand else source
+    return given.dimensions()
 
 
 def _outline(dimensions: "PretrainedConfig", dtype: str, arch: Arch) -> LM:

@@ -13,14 +13,15 @@ from teq import record
 from teq.config import command_line as config
 from teq.config.command_line import Job
 from teq.device import locks, memory
+from teq.device.runtime import Runtime, resolve
 from teq.files import disk
-from teq.models.checkpoint import Hub, Wheel
 from teq.pipeline import run as pipeline
+from teq.pipeline import settings
 from teq.pipeline.loggers import Silent
 from teq.pipeline.store import Store
 from teq.report import table
 from teq.report.match import Library
-from teq.spec import Runtime, UserError
+from teq.spec import UserError
 from teq.verbs import plan, signals
 
 log = logging.getLogger(__name__)
@@ -68,9 +69,9 @@ def checked_jobs(argv: list[str]) -> list[Job]:
     for options, launcher in dict.fromkeys((job.options, job.launcher) for job in found):
         # a CUDA device that a launcher finds elsewhere is checked where the job runs
         if launcher == "basic" or not locks.CUDA.fullmatch(options.device):
-            pipeline.resolve_device(options.device)
+            resolve(options.device)
         memory.check(options.memory)
-    for stage in zip(*(pipeline.checks(job.run) for job in found), strict=True):
+    for stage in zip(*(settings.checks(job.run) for job in found), strict=True):
         problems, passed = [], set()
         for job, checks in zip(found, stage, strict=True):
             for name, check in checks.items():
@@ -108,7 +109,7 @@ def make_output(jobs: int) -> None:
 
 def _too_long(job: Job) -> Iterator[str]:
     """A line for each window of the run that is longer than its model's positions reach."""
-    if job.dimensions is None and isinstance(job.run.model.source, Hub | Wheel):
+    if job.dimensions is None and not job.run.model.source.at_hand:
         return  # its configuration would have to be fetched
     positions = getattr(plan.dimensions(job), "max_position_embeddings", None)
     for stage in (job.run.transform, job.run.quantizer, *job.run.evals):
@@ -133,7 +134,7 @@ def run_job(job: Job) -> None:
             job.logger.start(job.run.title(), settings, str(home), job.experiment) as logger,
         ):
             runtime = Runtime(
-                device=pipeline.resolve_device(device),
+                device=resolve(device),
                 memory=job.options.memory,
                 batch_size=job.options.batch_size,
             )

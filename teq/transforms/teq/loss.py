@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teq.models.arch import one_sequence_a_row
-from teq.spec import UserError
+from teq.models.blocks import one_sequence_a_row
 
 CHUNK = 128  # tokens whose logits exist at once; fewer make the matrix products thin
 
@@ -49,18 +48,3 @@ def causal_loss(model: nn.Module, tokens: Tensor) -> Tensor:
         hidden = model.base_model(tokens, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     head = model.get_output_embeddings()
     return ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, tokens[:, 1:].flatten())
-
-
-@torch.no_grad()
-def check_head(model: nn.Module) -> None:
-    """Refuse a model whose logits are more than its head applied to its last hidden states."""
-    device = model.get_input_embeddings().weight.device
-    tokens = torch.arange(8, device=device)[None]
-    with one_sequence_a_row():
-        expected = model(tokens, use_cache=False).logits
-        made = model.get_output_embeddings()(model.base_model(tokens, use_cache=False).last_hidden_state)
-    if not torch.allclose(made, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
-        raise UserError(
-            f"{type(model).__name__} does more to its logits than its output embeddings do: the training "
-            "loss cannot be made from its hidden states; it needs a loss of its own in teq/transforms/loss.py"
-        )
