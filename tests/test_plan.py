@@ -96,7 +96,7 @@ def counted():
 
 @pytest.fixture
 def llama(counted, no_weights, monkeypatch):
-    """The README's command for LLaMA-13B."""
+    """The command of docs/memory.md for LLaMA-13B."""
     plain = estimate.estimate
 
     def need(stage, sizes, arch, dtype, strategy, device):
