@@ -37,11 +37,11 @@ class Hosted:
         return {"name": self.name, **where, "rows": rows, "expected_rows": rows, "partial": False}
 
     def table(self) -> "pyarrow.Table":
-        """The rows that are read."""
+        """Return the rows that are read."""
         return self.all_rows().slice(0, self.source.first)
 
     def all_rows(self) -> "pyarrow.Table":
-        """The whole split, downloaded where the cache lacks it. Raises UserError."""
+        """Return the whole split, downloaded where the cache lacks it. Raises UserError."""
         quiet()
         where, source = f"{self.source.repo}@{self.commit}", self.source
         try:
@@ -74,7 +74,7 @@ class Hosted:
 
 
 def find(name: str, source: Source) -> Hosted:
-    """The set at the commit that its revision means now, or in the local cache. Raises UserError."""
+    """Find the set at the commit of its revision, or in the local cache. Raises UserError."""
     return Hosted(name, source, _commit(name))
 
 
@@ -91,7 +91,7 @@ def quiet() -> None:
 
 @functools.cache
 def _commit(name: str) -> str:
-    """The commit, asked for once in a process: it enters the key of everything that reads the set."""
+    """Return the commit, asked for once per process: it is in the key of everything that reads the set."""
     from huggingface_hub import HfApi, constants
 
     wanted = sources.source(name)
@@ -115,7 +115,7 @@ def _commit(name: str) -> str:
 
 
 def _cached_commit(source: Source) -> str | None:
-    """The commit that was downloaded last, or None.
+    """Return the commit that was downloaded last, or None.
 
     The hub's cache keeps a file in datasets--<owner>--<name>/snapshots/<commit>/<file>, and `datasets`
     what it has prepared in <owner>___<name>/<config>/<version>/<commit>.

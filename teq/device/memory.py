@@ -25,10 +25,10 @@ RESERVE = 0.9  # of the free memory may be planned with: allocators round up and
 
 
 def budget(memory: str, device: str) -> int:
-    """Return the bytes that may be used: `auto` is nine tenths of what is free on the device (on a CPU of
-    what the host has free and its cgroups leave).
+    """Return the bytes that may be used; `auto` is nine tenths of what is free on the device.
 
-    Raises UserError when `memory` is no amount.
+    On a CPU that is what the host has free and its cgroups leave. Raises UserError when `memory` is no
+    amount.
     """
     import torch
 
@@ -52,13 +52,13 @@ def _bytes(memory: str) -> int:
 
 
 def check(memory: str) -> None:
-    """Raises UserError where `memory` is neither a strategy, nor auto, nor an amount."""
+    """Raise UserError if `memory` is neither a strategy, nor auto, nor an amount."""
     if memory not in STRATEGIES and memory != "auto":
         _bytes(memory)
 
 
 def fits(bytes_more: int, model: "nn.Module", runtime: Runtime) -> bool:
-    """Whether so many bytes may be made on the device beside a model that is there already.
+    """Return whether so many bytes may be allocated on the device, where a model is already.
 
     A CPU's own memory cannot be relieved by itself: there they always do.
     """
@@ -71,7 +71,7 @@ def fits(bytes_more: int, model: "nn.Module", runtime: Runtime) -> bool:
 
 
 def possible(device: str) -> tuple[str, ...]:
-    """The strategies that change anything on a device: a CPU's own memory cannot be relieved by itself."""
+    """Return the strategies that help on a device: a CPU's own memory cannot be relieved by itself."""
     return STRATEGIES if device.startswith("cuda") else STRATEGIES[:2]
 
 
@@ -90,7 +90,7 @@ def explained(doing: str, device: str) -> Iterator[None]:
 
 
 def attempt(work: Callable[[str], T], strategy: str, device: str) -> T:
-    """`work(strategy)`, or once with the next strategy that helps on `device` where memory runs out.
+    """Return `work(strategy)`; where memory runs out, retry once with the next strategy that helps.
 
     Raises UserError when that does not do either.
     """
@@ -125,7 +125,7 @@ class Estimate:
 
 
 def exhausted(error: BaseException) -> bool:
-    """Whether this is a device's, or the CPU allocator's, way of saying that memory has run out."""
+    """Return whether this is a device's or the CPU allocator's out-of-memory error."""
     import torch
 
     said = str(error).lower()
@@ -148,7 +148,7 @@ def release(device: str) -> None:
 
 
 class LiveBytes:
-    """Within: counts the bytes of the tensors that operators make, for as long as they live. `peak` is kept.
+    """Context manager: counts the bytes of the tensors that operators make, while they live, and their peak.
 
     Works on fake tensors and on real ones; what a fused kernel allocates and frees inside itself is not seen.
     `flops` are the operations of the matrix products. Where a `device` is given, tensors elsewhere are not
@@ -204,7 +204,7 @@ class LiveBytes:
 
 
 def _usual(func: Any) -> Any:
-    """The operator by the name that PyTorch's table of operations has it under: not in place, not a CPU's."""
+    """Map in-place and CPU-specific operators to the one registered with PyTorch's FLOP counter."""
     import torch
 
     name = func.overloadpacket.__name__.replace("_for_cpu", "").removesuffix("_")

@@ -40,7 +40,7 @@ class Stream:
         self.ahead: dict[int, dict[str, Tensor]] = {}
 
     def run(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """The output of block `index`."""
+        """Return the output of block `index`."""
         return functional_call(self.shells[index], self._fetched(index), args, kwargs)
 
     def _fetched(self, index: int) -> dict[str, Tensor]:

@@ -22,8 +22,10 @@ class Counts(Evaluation):
     name = "counts"
 
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
-        """Blocks, linears that a site's scale reaches, linears in all (with the output head), groups (sites),
-        trained numbers, and parameters, an output head that is tied to the embedding counted again.
+        """Count blocks, linears, sites and numbers.
+
+        `applicable_linears` are those that a site's scale reaches, `linears` all (with the output head),
+        `groups` the sites; in `total` an output head that is tied to the embedding is counted again.
         """
         from torch import nn
 

@@ -43,15 +43,15 @@ class LastWord(Evaluation):
 
     @property
     def name(self) -> str:
-        """What records and tables call it."""
+        """Return what records and tables call it."""
         return NAME
 
     def provenance(self) -> dict[str, Any]:
-        """What identifies the items; enters the stage's key."""
+        """Return what identifies the items; enters the stage's key."""
         return {**corpora.provenance(corpora.embedded.NAME), "lm_eval": metadata.version("lm_eval")}
 
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
-        """`acc` with its standard error; see `teq.evaluate.tasks.score`."""
+        """Return `acc` with its standard error; see `teq.evaluate.tasks.score`."""
         harness()
         import pyarrow
         from lm_eval.api.task import ConfigurableTask
@@ -75,7 +75,7 @@ class LastWord(Evaluation):
 
 @functools.cache
 def items() -> list[tuple[str, str]]:
-    """(context, last word) of every item: `ITEMS` of them, spread evenly over all that the text yields.
+    """Return (context, last word) of `ITEMS` items, spread evenly over all that the text yields.
 
     Contexts do not overlap and none stands in the text before `START` as well, for topics repeat one another.
     """
@@ -95,7 +95,7 @@ def items() -> list[tuple[str, str]]:
 
 
 def _passages(words: list[str]) -> list[tuple[str, str]]:
-    """The non-overlapping passages of one paragraph, each as long as it may be."""
+    """Return the non-overlapping passages of one paragraph, each as long as it may be."""
     found = []
     free = 0  # the first word that no passage has taken
     for i, word in enumerate(words):

@@ -31,8 +31,10 @@ class Overhead(Evaluation):
     repeats: int = option(30, at_least=2)
 
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
-        """Modules and parameters of the folded model and of the fresh one, `latency` (folded over fresh, the
-        median of the pairs' ratios) and each pair's `ratio`. Raises UserError when a parameter does not fit.
+        """Compare the folded model with a fresh one.
+
+        Gives modules and parameters of both, `latency` (folded over fresh, the median of the pairs' ratios)
+        and each pair's `ratio`. Raises UserError when a parameter does not fit.
         """
         import numpy as np
         import torch
@@ -63,7 +65,7 @@ class Overhead(Evaluation):
 
 
 def _seconds(model: "nn.Module", tokens: "torch.Tensor") -> float:
-    """One forward pass of `tokens [1, token]`, finished."""
+    """Return the seconds of a forward pass of `tokens [1, token]`."""
     import torch
 
     start = time.perf_counter()

@@ -30,15 +30,15 @@ class Perplexity(Evaluation):
 
     @property
     def name(self) -> str:
-        """What records and tables call it."""
+        """Return what records and tables call it."""
         return self.corpus
 
     def provenance(self) -> dict[str, Any]:
-        """What identifies the text; enters the stage's key."""
+        """Return what identifies the text; enters the stage's key."""
         return corpora.provenance(self.corpus)
 
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
-        """`ppl`, the per-window mean token losses `window_loss`, and the hash of the tokens they are of."""
+        """Return `ppl`, the mean token losses `window_loss` of the windows, and the hash of their tokens."""
         import numpy as np
         import torch
 
@@ -65,7 +65,7 @@ class Perplexity(Evaluation):
         )
 
     def check_text(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Raises UserError where the text does not give a single window."""
+        """Raise UserError if the text does not give a single window."""
         self._windows(tokenizer)
 
     def _windows(self, tokenizer: "PreTrainedTokenizerBase") -> tuple["Tensor", int]:
@@ -80,7 +80,7 @@ class Perplexity(Evaluation):
 
 
 def window_loss(model: "nn.Module", window: "Tensor") -> "Tensor":
-    """The mean next-token cross-entropy of `window [1, token]`, in fp32 whatever the model's dtype."""
+    """Return the mean next-token cross-entropy of `window [1, token]`, always in fp32."""
     from torch.nn import functional
 
     from teq.models.blocks import one_sequence_a_row

@@ -154,7 +154,7 @@ class SharedContextLM(HFLM):
         return answers
 
     def _sequences(self, requests: Sequence[Request]) -> list[_Sequence]:
-        """Distinct model inputs of `requests`, truncated as `HFLM` truncates them."""
+        """Return distinct model inputs of `requests`, truncated as `HFLM` truncates them."""
         sequences: dict[tuple[int, ...], _Sequence] = {}
         truncated = 0
         for index, (_, context, continuation) in enumerate(requests):
@@ -172,7 +172,7 @@ class SharedContextLM(HFLM):
         return list(sequences.values())
 
     def _batches(self, sequences: list[_Sequence], longest: int) -> list[list[_Row]]:
-        """Rows to read in one pass: all of them trees, or all of them single sequences, which need no mask.
+        """Return rows to read in one pass: all trees, or all single sequences, which need no mask.
 
         Longest first: little padding, and the largest batches fail at once.
         """
@@ -221,16 +221,14 @@ class SharedContextLM(HFLM):
         return answers
 
     def _pad(self, rows: list[list[int]], value: int) -> Tensor:
-        """Numbers of tokens as [row, longest], filled up on the right with `value`."""
+        """Return numbers of tokens as [row, longest], filled up on the right with `value`."""
         longest = max(map(len, rows))
         return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=self.device)
 
 
 @torch.no_grad()
 def dry_run(model: PreTrainedModel, tokens: int, scored: int) -> None:
-    """Do the work of a batch of one row of `tokens` tokens, of which `scored` are projected, on a model whose
-    tensors need no contents.
-    """
+    """Do the work of one row of `tokens` tokens, of which `scored` are projected, without contents."""
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
     mask = torch.zeros(1, 1, tokens, tokens, dtype=model.dtype, device=model.device)
     with _alibi_at(model.base_model, ids, tokens):
@@ -242,7 +240,7 @@ def dry_run(model: PreTrainedModel, tokens: int, scored: int) -> None:
 
 
 def _requests(rows: list[_Row]) -> set[int]:
-    """The requests that a batch answers."""
+    """Return the requests that a batch answers."""
     return {request for row in rows for wants in row.points.values() for request, _ in wants}
 
 
@@ -268,7 +266,7 @@ def _rows(sequences: list[_Sequence], width: int, most: int) -> list[_Row]:
 
 
 def _sizes(lengths: list[int], budget: int) -> list[int]:
-    """For each of `lengths` (descending), how many from it on to pad into one batch that it begins.
+    """Return for each of `lengths` (descending) how many from it on to pad into one batch.
 
     The sizes make for the cheapest way through the rest of `lengths`, in padded tokens and in passes, with at
     most `budget` tokens a batch.
@@ -283,7 +281,7 @@ def _sizes(lengths: list[int], budget: int) -> list[int]:
 
 
 def _mask(rows: list[_Row], longest: int, dtype: torch.dtype) -> Tensor:
-    """What each token may not see, to be added to attention scores: [row, 1, token, token seen]."""
+    """Return what each token may not see, to be added to attention scores: [row, 1, token, token seen]."""
     seen = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, not nothing
     for row, allowed in zip(rows, seen, strict=True):
         start = 0
@@ -296,8 +294,9 @@ def _mask(rows: list[_Row], longest: int, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def _alibi_at(base: nn.Module, positions: Tensor, count: int) -> Iterator[None]:
-    """Within: BLOOM, whose position biases come from a mask of padding, takes `positions [row, token]`, all
-    below `count`.
+    """Context manager: BLOOM's position biases are those of `positions [row, token]`, all below `count`.
+
+    BLOOM makes them from a mask of padding otherwise.
     """
     original: Callable[..., Tensor] | None = getattr(base, "build_alibi_tensor", None)
     if original is None:

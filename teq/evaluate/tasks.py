@@ -47,15 +47,15 @@ class Task(Evaluation):
 
     @property
     def name(self) -> str:
-        """What records and tables call it."""
+        """Return what records and tables call it."""
         return self.task
 
     def provenance(self) -> dict[str, Any]:
-        """What identifies the documents and what turns them into requests; enters the stage's key."""
+        """Return what identifies the documents and their requests; it enters the stage's key."""
         return {**corpora.provenance(self.task), "lm_eval": metadata.version("lm_eval")}
 
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
-        """`acc` (and `acc_norm` where the task has it) with standard errors; see `score`."""
+        """Return `acc` (and `acc_norm` where the task has it) with standard errors; see `score`."""
         harness()
         import lm_eval.tasks
 
@@ -136,26 +136,26 @@ def score(
 
 
 def drawn(total: int, limit: int | None, seed: int) -> list[int]:
-    """Ascending indices of `limit` of `total` documents (all when null): the first of a seeded shuffle."""
+    """Return ascending indices of `limit` of `total` documents (None: all), the first of a seeded shuffle."""
     order = list(range(total))
     random.Random(seed).shuffle(order)
     return sorted(order[:limit])
 
 
 def dataset(split: str, rows: "pyarrow.Table") -> dict[str, Any]:
-    """Documents as lm-eval wants to find them: a `datasets.Dataset` by split, in memory."""
+    """Return documents as lm-eval wants to find them: a `datasets.Dataset` by split, in memory."""
     import datasets
 
     return {split: datasets.Dataset(rows)}
 
 
 def _split(split: str, name: str, **_: Any) -> dict[str, Any]:
-    """What lm-eval's `custom_dataset` calls, with the task's metadata as further arguments."""
+    """Return what lm-eval's `custom_dataset` asks for; the task's metadata come as further arguments."""
     return dataset(split, corpora.task_rows(name))
 
 
 def _padded(rows: list[list[float]]) -> "np.ndarray":
-    """`[rows, longest]` fp32, NaN behind the end of a shorter row."""
+    """Return `[rows, longest]` fp32, NaN behind the end of a shorter row."""
     import numpy as np
 
     out = np.full((len(rows), max(map(len, rows))), np.nan, dtype=np.float32)
@@ -165,7 +165,7 @@ def _padded(rows: list[list[float]]) -> "np.ndarray":
 
 
 def _bos(scorer: "TemplateLM") -> str | None:
-    """The token that the tokenizer's own policy puts in front of every context, None where it puts none."""
+    """Return the token that the tokenizer itself puts in front of every context, or None."""
     with_special = scorer.tok_encode("a")
     plain = scorer.tok_encode("a", add_special_tokens=False)
     return None if with_special == plain else scorer.tokenizer.decode(with_special[:1])

@@ -10,8 +10,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workload:
-    """Documents of a whole set; mean tokens read (what requests share once) and positions scored of each;
-    tokens of the longest sequence. Counted with SmolLM2's tokenizer (49 152 entries) on the rows that
+    """How much a whole set has to be read, for one tokenizer.
+
+    `documents` of the set, mean `tokens` read (what requests share once) and positions `scored` of each,
+    tokens of the `longest` sequence. Counted with SmolLM2's tokenizer (49 152 entries) on the rows that
     `SharedContextLM` makes in batches of 8; another tokenizer gives other numbers.
     """
 
@@ -40,7 +42,7 @@ class Scoring:
 
     @property
     def batch(self) -> int:
-        """Tokens of the largest batch."""
+        """Return the tokens of the largest batch."""
         from teq.evaluate.scoring import MIN_LENGTH
 
         return self.batch_size * max(self.work.longest, MIN_LENGTH)
@@ -52,5 +54,5 @@ class Scoring:
         dry_run(lm.model, self.batch, round(self.batch * self.work.scored / self.work.tokens))
 
     def flops(self, batch: "Estimate") -> int:
-        """Operations of all documents, from those of the largest batch."""
+        """Return the operations of all documents, from those of the largest batch."""
         return int(batch.flops * self.documents * self.work.tokens / self.batch)

@@ -34,11 +34,11 @@ class Site:
 
     @property
     def width(self) -> int:
-        """Channels: the length of the site's scale vector."""
+        """Return the number of channels: the length of the site's scale vector."""
         return next(iter(self.targets.values())).in_features
 
     def largest(self) -> "Tensor":
-        """The targets' largest weight by magnitude in each input channel, `[in]`, fp32."""
+        """Return the targets' largest weight by magnitude in each input channel, `[in]`, fp32."""
         import torch
 
         return torch.stack([target.weight.abs().amax(0).float() for target in self.targets.values()]).amax(0)
@@ -67,14 +67,14 @@ def blocks(model: "nn.Module", arch: Arch) -> dict[str, "nn.Module"]:
 
 
 def linears(block_name: str, block: "nn.Module") -> dict[str, "nn.Linear"]:
-    """The linears inside a block by full name: exactly what is quantized."""
+    """Return the linears inside a block by full name: exactly what is quantized."""
     from torch import nn
 
     return {f"{block_name}.{name}": m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
 
 
 def sites(model: "nn.Module", arch: Arch) -> list[Site]:
-    """Every site of the model, block by block in the arch's order. Raises UserError when there is none."""
+    """Return every site, block by block in the arch's order. Raises UserError when there is none."""
     found = []
     for index, (block_name, block) in enumerate(blocks(model, arch).items()):
         inside = linears(block_name, block)
@@ -94,7 +94,7 @@ def sites(model: "nn.Module", arch: Arch) -> list[Site]:
 
 
 def make_site(name: str, block: int, source: "nn.Module", targets: dict[str, "nn.Linear"]) -> Site:
-    """The site, refused when one vector cannot scale both its source's output and its targets' input."""
+    """Return the site; refuse it when one vector cannot scale its source's output and its targets' input."""
     site = Site(name, block, source, targets)
     channels = source.weight.shape[0]
     if channels != site.width:

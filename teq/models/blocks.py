@@ -16,9 +16,7 @@ class _Caught(Exception):
 
 
 def block_inputs(model: "nn.Module", arch: Arch, tokens: "Tensor") -> tuple["Tensor", dict[str, Any]]:
-    """What the first block is called with for `tokens [batch, token]`: hidden `[batch, token, width]` and
-    keywords.
-    """
+    """Return hidden `[batch, token, width]` and keywords of the first block for `tokens [batch, token]`."""
     import torch
 
     caught: dict[str, Any] = {}
@@ -37,8 +35,9 @@ def block_inputs(model: "nn.Module", arch: Arch, tokens: "Tensor") -> tuple["Ten
 def first_inputs(
     model: "nn.Module", arch: Arch, windows: "Tensor", kept: str | None = None
 ) -> tuple[list["Tensor"], dict[str, Any]]:
-    """The first block's inputs for `windows [sample, token]`, one `[1, token, width]` each, on the device
-    `kept` (the model's), and its keywords, the same for all of them.
+    """Return the first block's inputs for `windows [sample, token]`, and its keywords, the same for all.
+
+    The inputs are `[1, token, width]` each, on the device `kept` (by default the model's).
     """
     device, hidden = model.get_input_embeddings().weight.device, []
     for window in windows:
@@ -74,9 +73,7 @@ def _hook(module: "nn.Module", hook: Any) -> Iterator[None]:
 
 
 def run_block(block: "nn.Module", hidden: "Tensor", kwargs: dict[str, Any]) -> "Tensor":
-    """A block's output hidden states `[batch, token, width]`, whatever else its family returns beside
-    them.
-    """
+    """Return a block's output hidden states `[batch, token, width]`; some families return more."""
     out = block(hidden, **kwargs)
     return out[0] if isinstance(out, tuple) else out
 

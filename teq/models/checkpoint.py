@@ -26,7 +26,7 @@ class LM:
 
     @property
     def device(self) -> "torch.device":
-        """Where the input embeddings are: token ids go there."""
+        """Return where the input embeddings are: token ids go there."""
         return self.model.get_input_embeddings().weight.device
 
 

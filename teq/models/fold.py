@@ -35,7 +35,7 @@ class Folding:
 
     @classmethod
     def of(cls, sites: list[Site], scales: Mapping[str, "Tensor"]) -> "Folding":
-        """Sites without scales stay as they are; a tensor `clip/<linear>` bounds that linear's weight."""
+        """Return the folding of `scales`; sites without one stay, `clip/<linear>` bounds a weight."""
         scaled = [site for site in sites if site.name in scales]
         return cls(
             columns={target: scales[site.name] for site in scaled for target in site.targets},
@@ -44,7 +44,7 @@ class Folding:
         )
 
     def weight(self, name: str, linear: "nn.Linear") -> "Tensor":
-        """A folded copy of a linear's weight `[out, in]`: in fp32, or fp64 where the model is; never less.
+        """Return a folded copy of a linear's weight `[out, in]`, in fp32, or fp64 where the model is.
 
         Where it has bounds `[out, parts]`, each of that many equal parts of a row is clamped to its own.
         """
@@ -62,9 +62,7 @@ class Folding:
         return weight
 
     def divided(self, name: str, module: "nn.Module") -> dict[str, "Tensor"]:
-        """The one-dimensional parameters of a source (a norm's weight, any bias) divided by s, in their
-        own dtype.
-        """
+        """Return a source's one-dimensional parameters (norm weight, biases) over s, in their own dtype."""
         import torch
 
         out = {}
@@ -180,7 +178,7 @@ def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -
 
 
 def _exact(value: Any) -> Any:
-    """Tensors inside keyword arguments in the host's memory, those of numbers as fp64; the rest as it is."""
+    """Return keyword arguments with their tensors in host memory, floating-point ones as fp64."""
     import torch
 
     if isinstance(value, torch.Tensor):

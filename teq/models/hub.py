@@ -32,7 +32,7 @@ class Hub(Saved):
         return f"{self.repo}@{self._commit()}"
 
     def folder(self) -> Path:
-        """The snapshot's folder, downloaded where it is missing."""
+        """Return the snapshot's folder, downloaded where it is missing."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
@@ -54,7 +54,7 @@ class Hub(Saved):
             ) from error
 
     def _commit(self) -> str:
-        """The commit that the revision means, asked for once in a process, so that all keys name the same."""
+        """Return the revision's commit, asked for once per process, so that all keys name the same."""
         known = (self.repo, self.revision)
         if known not in _commits:
             _commits[known] = self._resolved()
@@ -63,7 +63,7 @@ class Hub(Saved):
         return _commits[known]
 
     def _note(self) -> Path:
-        """Where the commit is kept: the hub's cache knows no revision of what was downloaded by commit."""
+        """Return where the commit is noted: the hub's cache has no revision for downloads by commit."""
         name = f"{self.repo}@{self.revision}".replace("/", "--")
         return user_cache() / "revisions" / name
 
@@ -123,8 +123,9 @@ class Hub(Saved):
         return None
 
     def _converted_commit(self) -> str | None:
-        """The commit of the hub's own safetensors conversion of a repository without them: an open pull
-        request of its conversion bot. None where there is none.
+        """Return the commit of the hub's own safetensors conversion, or None.
+
+        It is an open pull request of the hub's conversion bot.
         """
         from huggingface_hub import get_repo_discussions, list_repo_commits
 
@@ -149,7 +150,7 @@ _commits: dict[tuple[str, str], str] = {}
 
 
 def _complete(folder: Path) -> bool:
-    """Whether a snapshot holds its weights, all shards of them."""
+    """Return whether a snapshot holds its weights, all shards of them."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = set(json.loads(index.read_text())["weight_map"].values())

@@ -95,9 +95,7 @@ class Outline(_InMemory):
 
 
 def build(settings: Random) -> "PreTrainedModel":
-    """A causal LM of `settings.config` in fp32 with random norms and non-zero biases, the same for the
-    same seed.
-    """
+    """Return a causal LM in fp32 with random norms and non-zero biases, the same for the same seed."""
     import torch
 
     model = architecture(settings.dimensions())
@@ -120,8 +118,9 @@ OUTLIER = 4.0  # how many times larger it is
 
 
 def filled(settings: Synthetic, dtype: "torch.dtype", device: str, drawn_on: str) -> "PreTrainedModel":
-    """A causal LM of `settings.config` whose parameters are allocated on `device` in `dtype` and filled one
-    after another, so that nothing else of their size is held, with numbers from the device `drawn_on`.
+    """Return a causal LM on `device` in `dtype`, filled with numbers from the device `drawn_on`.
+
+    Parameters are filled one after another, so that nothing else of their size is held.
     """
     import torch
     from transformers.initialization import no_init_weights
@@ -139,7 +138,7 @@ def filled(settings: Synthetic, dtype: "torch.dtype", device: str, drawn_on: str
 
 
 def fill(parameter: "Tensor", bias: bool, generator: "torch.Generator") -> None:
-    """Random values in place, on the parameter's device and in its dtype.
+    """Fill a parameter with random values, on its device and in its dtype.
 
     A matrix `[out, in]` is `in ** -0.5 * a * b * n`: n standard normal for every weight, a for every row and
     b for every input channel log-normal with `SPREAD`, b of one channel in `OUTLIERS` (at least one)
@@ -175,7 +174,7 @@ def architecture(dimensions: "PretrainedConfig", dtype: "torch.dtype | None" = N
 
 
 def byte_tokenizer(bos: bool) -> "PreTrainedTokenizerFast":
-    """One token per byte (ids 2 to 257), `<s>` 0 in front of every text where `bos`, `</s>` 1."""
+    """Return a tokenizer of one token per byte (ids 2 to 257), `<s>` 0 first where `bos`, `</s>` 1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

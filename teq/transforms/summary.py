@@ -13,8 +13,9 @@ NEAR = (0.75, 1.25)  # the range around the start in which the paper finds most 
 
 
 def summaries(tensors: Mapping[str, "Tensor"]) -> dict[str, Any]:
-    """By site: histograms of s and of s / s0 (lowest, highest, counts), and the share of s / s0 within
-    `NEAR`.
+    """Return by site histograms of s and of s / s0, and the share of s / s0 within `NEAR`.
+
+    A histogram has lowest, highest and counts.
     """
     found = {}
     for name, s in site_scales(tensors).items():

@@ -153,7 +153,7 @@ class _AllSeen(Exception):
 def _measure(
     block: nn.Module, inside: Mapping[str, nn.Linear], hidden: list[Tensor], kwargs: dict[str, Any]
 ) -> dict[tuple[str, ...], Hessian]:
-    """Hessians over all samples, one for each set of linears that are given the very same tensor."""
+    """Return Hessians over all samples, one for each set of linears with the very same input."""
     readers: list[tuple[Tensor, list[str]]] = []
 
     def note(name: str) -> Any:

@@ -39,7 +39,7 @@ class Hessian:
         self.sequences += inputs.shape[0]
 
     def mean(self) -> Tensor:
-        """The Hessian `[in, in]`; the accumulator is used up."""
+        """Return the Hessian `[in, in]`; the accumulator is used up."""
         for start, stop in self.bands:
             self.total[stop:, start:stop] = self.total[start:stop, stop:].T
         return self.total.mul_(2 / self.sequences)

@@ -1,8 +1,8 @@
 """AWQ's two searches: a ratio for each site, then bounds for the weights of each linear.
 
 The formulas and constants are those of the official code (mit-han-lab/llm-awq, awq/quantize/auto_scale.py and
-auto_clip.py). Everything is measured on the float model, and no search sees another's result, but for the
-bounds, which are those of the scaled weights.
+auto_clip.py). Everything is measured on the float model, and no search sees another's result; only the
+bounds are those of the scaled weights.
 """
 
 import itertools
@@ -45,7 +45,7 @@ class Seen:
         self.calls.append(call)
 
     def error(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Mean squared difference between the module's outputs with `weights` by full name and its own."""
+        """Return the mean squared change of the module's outputs under `weights` (by full name)."""
         inside = {f"{name}.weight".removeprefix(f"{self.name}."): w for name, w in weights.items()}
         lost = [
             (_first(functional_call(self.module, inside, args, kwargs)).float() - _first(output).float())
@@ -128,14 +128,15 @@ def search(
 
 
 def scale(magnitudes: list[Tensor], ratio: float) -> Tensor:
-    """`s = mean|x| ** ratio`, at least 1e-4, over sqrt(max s * min s), `[in]`; mean|x| is given by sample."""
+    """Return `s = mean|x| ** ratio`, at least 1e-4, over sqrt(max s * min s), `[in]`."""
     s = torch.stack(magnitudes).mean(0).pow(ratio).clamp_(min=SMALLEST)
     return s / (s.max() * s.min()).sqrt()
 
 
 def search_site(site: Site, seen: Seen, grid: Grid, ratios: int) -> Tensor:
-    """The output error of the module around the site with `FakeQuant(W diag(s)) diag(1 / s)` in it, for each
-    exponent k / ratios: `[ratios]`, on the device.
+    """Return the output error of the module around the site for each exponent k / ratios, `[ratios]`.
+
+    `FakeQuant(W diag(s)) diag(1 / s)` replaces W; the errors stay on the device.
     """
     found = []
     for k in range(ratios):
@@ -149,7 +150,7 @@ def search_site(site: Site, seen: Seen, grid: Grid, ratios: int) -> Tensor:
 
 
 def search_bounds(weight: Tensor, s: Tensor, gram: Gram, grid: Grid) -> Tensor:
-    """The largest magnitude `[out, parts]` that each part of the scaled `weight [out, in]` may keep.
+    """Return the bounds `[out, parts]` of the parts of the scaled `weight [out, in]`.
 
     Per row and group, of `SHRINKS` times its largest weight the bound with the least squared error of the
     group's share of the output: the sum over tokens of `(x / s . (FakeQuant(clamp(w)) - w))^2`, which is
@@ -172,8 +173,9 @@ def search_bounds(weight: Tensor, s: Tensor, gram: Gram, grid: Grid) -> Tensor:
 
 
 def _around(block: Block, site: Site) -> str:
-    """The full name of the module that contains a site's targets (attention, feed-forward part); where that
-    is the whole block, as for OPT's fc1 and fc2, a single target by itself.
+    """Return the full name of the module that contains a site's targets: attention, feed-forward part.
+
+    Where that is the whole block, as for OPT's fc1 and fc2, it is a single target by itself.
     """
     paths = zip(*(name.split(".")[:-1] for name in site.targets), strict=False)
     common = ".".join(parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, paths))

@@ -25,7 +25,7 @@ class Awq(Transform):
     clip: bool = True
 
     def fit(self, load: Load, runtime: Runtime, on_step: OnStep) -> Made:
-        """Search; see `teq.transforms.awq.search.search`."""
+        """Return search; see `teq.transforms.awq.search.search`."""
         from teq.transforms.awq.search import search
 
         lm = load()

@@ -71,7 +71,7 @@ class Compiled:
 
 
 def select_fake_quant(grid: Grid, device: torch.device, dtype: torch.dtype) -> FakeQuant:
-    """The compiled pass where it helps and gives the same numbers, else the plain one.
+    """Return the compiled pass where it helps and gives the same numbers, else the eager one.
 
     It helps on a GPU, where every pass over a weight is a trip to memory and every operator a launch. On a
     CPU a step is bound by its matrix products, and compiling takes longer than is saved (see
@@ -82,8 +82,10 @@ def select_fake_quant(grid: Grid, device: torch.device, dtype: torch.dtype) -> F
 
 @functools.cache
 def compiled(grid: Grid, device: torch.device, dtype: torch.dtype) -> FakeQuant:
-    """The compiled pass for weights of `dtype`, one in a process for equal arguments, so that a second
-    training compiles nothing again; the plain one with a log line when compiling fails or a bit differs.
+    """Return the compiled pass for weights of `dtype`, one per process and arguments.
+
+    A second training compiles nothing again. It is the eager one, with a log line, when compiling fails or a
+    bit differs.
     """
     from torch._dynamo.utils import counters
 
@@ -109,7 +111,7 @@ def compiled(grid: Grid, device: torch.device, dtype: torch.dtype) -> FakeQuant:
 
 
 def _in_one_pass(grid: Grid, weight: Tensor, s: Tensor | None) -> Tensor:
-    """The definition itself, without the plain version's care for temporaries: the compiler fuses it."""
+    """Compute the definition itself, without the eager version's in-place passes: the compiler fuses it."""
     scaled = weight.float() if s is None else weight * s
     columns = scaled.shape[1]
     size = columns if grid.group_size == -1 else min(grid.group_size, columns)

@@ -35,7 +35,7 @@ class ScaledFakeQuantLinears(autograd.Function):
         biases: tuple[Tensor | None, ...],
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        """x `[..., in]`; s `[in]` fp32, None for linears that are no site's targets; weights `[out, in]`."""
+        """Compute from x `[..., in]`, s `[in]` fp32 (None: no site's targets) and weights `[out, in]`."""
         ctx.quantize, ctx.shape = quantize, x.shape
         ctx.save_for_backward(*weights, *([] if s is None else [x, s]))
         ctx.count = len(weights)
@@ -47,7 +47,7 @@ class ScaledFakeQuantLinears(autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        """dys `[..., out]` -> dx `[..., in]`, ds `[in]`."""
+        """Return dx `[..., in]` and ds `[in]` for dys `[..., out]`."""
         saved = ctx.saved_tensors  # unpack once: with checkpointing they may be read only once
         weights, (x, s) = saved[: ctx.count], saved[ctx.count :] or (None, None)
         dx = lost = None  # [token, in]

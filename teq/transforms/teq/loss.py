@@ -20,7 +20,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        """hidden `[token, width]`, weight `[vocab, width]`, targets `[token]` -> the loss in fp32."""
+        """Return the loss in fp32 of hidden `[token, width]`, weight `[vocab, width]`, targets `[token]`."""
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), device=hidden.device)
         for part, target, slot in zip(
@@ -35,14 +35,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
-        """scale: the gradient of the loss, a number."""
+        """Return the gradient to `hidden`; `scale` is that of the loss, a number."""
         (gradient,) = ctx.saved_tensors
         return gradient * scale.to(gradient.dtype), None, None, None
 
 
 def causal_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean next-token cross-entropy of `tokens [batch, token]` in fp32: what `model(tokens, labels=tokens)`
-    computes.
+    """Return the mean next-token cross-entropy of `tokens [batch, token]` in fp32.
+
+    It is what `model(tokens, labels=tokens)` computes.
     """
     with one_sequence_a_row():
         hidden = model.base_model(tokens, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)

@@ -47,7 +47,7 @@ class Teq(Transform):
         return data.calibration(self.calib, tokenizer, max(self.steps, 1) * self.batch, self.length)
 
     def fit(self, load: Load, runtime: Runtime, on_step: OnStep) -> Made:
-        """Train; see `teq.transforms.teq.train.train`."""
+        """Return train; see `teq.transforms.teq.train.train`."""
         lm = load()
         return self.train_on(lm.model, lm.arch, self.windows(lm.tokenizer), runtime, on_step)
 
