@@ -31,7 +31,7 @@ def project(tmp_path):
 
 
 def test_the_method_that_contributing_shows_is_one(project):
-    """Ten lines and two short files: its scales are trained on nothing, rounded by RTN, recorded, and kept."""
+    """Ten lines and two short files: the scales are computed, weights rounded by RTN, the run recorded."""
     files = shown("A method")
     code = next(text for name, text in files.items() if name.endswith(".py"))
     body = [line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from"))]
