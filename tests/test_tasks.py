@@ -61,7 +61,7 @@ def folder(name):
 
 def stock(lm, name, samples=None):
     """What lm-eval itself says with its own model class, on the same documents (all if not given)."""
-    tasks.harness()
+    tasks.import_lm_eval()
     import lm_eval.tasks
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -129,9 +129,11 @@ def test_a_limit_draws_documents_that_a_larger_one_draws_too(four_sets, tiny):
     assert few.arrays["correct"].tolist() == whole.arrays["correct"][drawn].tolist()
     assert few.values["acc"] == pytest.approx(few.arrays["correct"].mean())
     assert few.info["documents_sha256"] == hashlib.sha256(drawn.astype("<i8").tobytes()).hexdigest()
-    assert set(tasks.drawn(12, 3, 0)) < set(tasks.drawn(12, 5, 0)) == set(drawn.tolist())
-    assert tasks.drawn(12, 5, 1) != tasks.drawn(12, 5, 0)
-    assert tasks.drawn(12, None, 0) == tasks.drawn(12, 99, 0) == list(range(12))
+    assert (
+        set(tasks.sample_documents(12, 3, 0)) < set(tasks.sample_documents(12, 5, 0)) == set(drawn.tolist())
+    )
+    assert tasks.sample_documents(12, 5, 1) != tasks.sample_documents(12, 5, 0)
+    assert tasks.sample_documents(12, None, 0) == tasks.sample_documents(12, 99, 0) == list(range(12))
 
 
 def test_one_document_has_no_standard_error(four_sets, tiny):

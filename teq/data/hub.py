@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from teq.data import sources
 from teq.data.mirror import check_schema
 from teq.data.sources import Source
+from teq.files.disk import one_line
 from teq.spec import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Hosted:
     partial = False
 
     def provenance(self) -> dict[str, Any]:
-        """Name, repository and commit, and how many rows are read."""
+        """Return name, repository and commit, and how many rows are read."""
         rows = self.source.expected
         where = {"repo": self.source.repo, "revision": self.commit}
         return {"name": self.name, **where, "rows": rows, "expected_rows": rows, "partial": False}
@@ -48,7 +49,7 @@ class Hosted:
             loaded = self._load()
         except Exception as error:  # datasets raises many kinds; each of them means the same to the user
             raise UserError(
-                f"{self.name} could not be read from {where} ({_brief(error)}): {_ways(self.name)}"
+                f"{self.name} could not be read from {where} ({one_line(error)}): {_ways(self.name)}"
             ) from error
         table = loaded.with_format("arrow")[:]
         check_schema(table.schema, source, where)
@@ -108,7 +109,7 @@ def _commit(name: str) -> str:
     except Exception as error:  # no route, no name, a proxy's refusal: the cache is what remains
         if cached is None:
             raise UserError(
-                f"{name} is in no mirror and {wanted.repo} is out of reach ({_brief(error)}): {_ways(name)}"
+                f"{name} is in no mirror and {wanted.repo} is out of reach ({one_line(error)}): {_ways(name)}"
             ) from None
         log.warning("hub out of reach, using the cached %s@%s", wanted.repo, cached)
         return cached
@@ -138,7 +139,3 @@ def _ways(name: str) -> str:
         f"set TEQ_DATA to a folder that holds it (`python -m teq prefetch {name}` makes one where there is a "
         "network), or let the Hugging Face hub be reached"
     )
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from teq.data.sources import Source
 from teq.files.digests import file_digest
+from teq.files.disk import one_line
 from teq.spec import UserError
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def _checked_rows(folder: Path, file: str, source: Source) -> int:
         footer = pyarrow.parquet.read_metadata(path)
         schema = footer.schema.to_arrow_schema()
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} is not a Parquet file ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path} is not a Parquet file ({one_line(error)})") from error
     check_schema(schema, source, str(path))
     if not 0 < footer.num_rows <= source.rows:
         raise UserError(f"{path} has {footer.num_rows} rows: the whole split has {source.rows}")

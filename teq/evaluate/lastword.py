@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from teq import data as corpora
+from teq import data
 from teq.data.embedded import python_docs
 from teq.device.runtime import Runtime
-from teq.evaluate.tasks import dataset, harness, score
+from teq.evaluate.tasks import dataset, import_lm_eval, score
 from teq.stage import Evaluation, Metric
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ class LastWord(Evaluation):
 
     def provenance(self) -> dict[str, Any]:
         """Return what identifies the items; enters the stage's key."""
-        return {**corpora.provenance(corpora.embedded.NAME), "lm_eval": metadata.version("lm_eval")}
+        return {**data.provenance(data.embedded.NAME), "lm_eval": metadata.version("lm_eval")}
 
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
         """Return `acc` with its standard error; see `teq.evaluate.tasks.score`."""
-        harness()
+        import_lm_eval()
         import pyarrow
         from lm_eval.api.task import ConfigurableTask
 

@@ -4,8 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from teq import data as corpora
-from teq import statistics
+from teq import data, statistics
 from teq.console import track
 from teq.device.runtime import Runtime
 from teq.files.resume import Journal
@@ -24,7 +23,7 @@ class Perplexity(Evaluation):
     """The first `limit` (all when null) windows of `context` tokens that the protocol `corpus` cuts."""
 
     group = "ppl"
-    corpus: str = option(among=corpora.PERPLEXITY)
+    corpus: str = option(among=data.PERPLEXITY)
     context: int = option(at_least=2)
     limit: int | None = option(None, at_least=1)
 
@@ -35,7 +34,7 @@ class Perplexity(Evaluation):
 
     def provenance(self) -> dict[str, Any]:
         """Return what identifies the text; enters the stage's key."""
-        return corpora.provenance(self.corpus)
+        return data.provenance(self.corpus)
 
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
         """Return `ppl`, the mean token losses `window_loss` of the windows, and the hash of their tokens."""
@@ -69,7 +68,7 @@ class Perplexity(Evaluation):
         self._windows(tokenizer)
 
     def _windows(self, tokenizer: "PreTrainedTokenizerBase") -> tuple["Tensor", int]:
-        return corpora.windows(self.corpus, tokenizer, self.context, self.limit)
+        return data.windows(self.corpus, tokenizer, self.context, self.limit)
 
     def dry_run(self, lm: "LM", strategy: str) -> None:
         """Run one window."""

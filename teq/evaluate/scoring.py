@@ -11,8 +11,6 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -23,53 +21,18 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from teq.device.memory import exhausted
+from teq.evaluate import trees
+from teq.evaluate.trees import MIN_LENGTH, Row, attention_mask, batch_sizes, requests_of, rows_of
 from teq.files.resume import Journal
 from teq.models.blocks import check_head, one_sequence_a_row
 
 logger = logging.getLogger(__name__)
 
-# What a pass costs before it reads its first token, as a part of a full batch: weighed against padding.
-PASS_COST = 1 / 32
-# Shorter sequences share batches as large as if they had this length: tiny passes leave the machine idle.
-MIN_LENGTH = 64
 # Positions projected to the vocabulary at a time: bounds the logits' memory, yet fills the matrix product.
 HEAD_CHUNK = 256
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 Answer = tuple[float, bool]
-
-
-@dataclass
-class _Sequence:
-    """Tokens the model must read, and the requests that this reading answers: (request, continuation)."""
-
-    tokens: tuple[int, ...]
-    uses: list[tuple[int, list[int]]] = field(default_factory=list)
-
-
-@dataclass
-class _Row:
-    """Sequences that begin alike, as one tree of tokens."""
-
-    tokens: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)  # of each token in its own sequence
-    branches: list[list[int]] = field(
-        default_factory=list
-    )  # to each last token, the places from the first on
-    points: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # place -> (request, next token)
-
-    def add(self, sequence: _Sequence, common: int) -> None:
-        """Put in a sequence whose first `common` tokens are those of the last one."""
-        start, rest = len(self.tokens), sequence.tokens[common:]
-        path = [*(self.branches[-1][:common] if common else []), *range(start, start + len(rest))]
-        self.tokens += rest
-        self.positions += range(common, len(path))
-        if common and common == len(self.branches[-1]):  # the last one goes on: still one branch
-            self.branches.pop()
-        self.branches.append(path)
-        for request, continuation in sequence.uses:
-            for place, token in zip(path[-len(continuation) :], continuation, strict=True):
-                self.points.setdefault(place, []).append((request, token))
 
 
 class SharedContextLM(HFLM):
@@ -124,7 +87,7 @@ class SharedContextLM(HFLM):
                     self.cache_hook.add_partial("loglikelihood", text, answer)
             bar.update(len(answered))
 
-        def left() -> list[list[_Row]]:
+        def left() -> list[list[Row]]:
             unanswered = [sequence for sequence in sequences if answers[sequence.uses[0][0]] is None]
             return self._batches(unanswered, longest)
 
@@ -133,7 +96,7 @@ class SharedContextLM(HFLM):
         alike = True  # the batches so far are those of the process before
         for entry in journal.entries:
             take({request: (total, hit) for request, total, hit in entry})
-            alike = alike and bool(batches) and _requests(batches[0]) == {request for request, *_ in entry}
+            alike = alike and bool(batches) and requests_of(batches[0]) == {request for request, *_ in entry}
             del batches[:1]
         if not alike:  # the batch size was another, or was halved
             batches = left()
@@ -153,9 +116,9 @@ class SharedContextLM(HFLM):
         bar.close()
         return answers
 
-    def _sequences(self, requests: Sequence[Request]) -> list[_Sequence]:
+    def _sequences(self, requests: Sequence[Request]) -> list[trees.Sequence]:
         """Return distinct model inputs of `requests`, truncated as `HFLM` truncates them."""
-        sequences: dict[tuple[int, ...], _Sequence] = {}
+        sequences: dict[tuple[int, ...], trees.Sequence] = {}
         truncated = 0
         for index, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
@@ -165,30 +128,30 @@ class SharedContextLM(HFLM):
                 )
             truncated += len(context) + len(continuation) > self.max_length + 1
             tokens = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
-            sequences.setdefault(tokens, _Sequence(tokens)).uses.append((index, continuation))
+            sequences.setdefault(tokens, trees.Sequence(tokens)).uses.append((index, continuation))
         if truncated:
             self.truncated += truncated
             logger.warning("%d of %d requests cut to %d tokens", truncated, len(requests), self.max_length)
         return list(sequences.values())
 
-    def _batches(self, sequences: list[_Sequence], longest: int) -> list[list[_Row]]:
+    def _batches(self, sequences: list[trees.Sequence], longest: int) -> list[list[Row]]:
         """Return rows to read in one pass: all trees, or all single sequences, which need no mask.
 
         Longest first: little padding, and the largest batches fail at once.
         """
         budget = self.batch_size * max(longest, MIN_LENGTH)
-        rows = _rows(sequences, self.model.config.hidden_size, budget)
+        rows = rows_of(sequences, self.model.config.hidden_size, budget)
         rows.sort(key=lambda row: -len(row.tokens))
         batches = []
         for alike in ([r for r in rows if len(r.branches) > 1], [r for r in rows if len(r.branches) == 1]):
-            sizes, start = _sizes([len(row.tokens) for row in alike], budget), 0
+            sizes, start = batch_sizes([len(row.tokens) for row in alike], budget), 0
             while start < len(alike):
                 batches.append(alike[start : start + sizes[start]])
                 start += sizes[start]
         return batches
 
     @torch.no_grad()
-    def _score(self, rows: list[_Row]) -> dict[int, Answer]:
+    def _score(self, rows: list[Row]) -> dict[int, Answer]:
         """Answer the requests of `rows`, which one pass reads."""
         ids = self._pad([row.tokens for row in rows], self.tokenizer.pad_token_id)  # [row, token]
         if len(rows[0].branches) == 1:  # a causal model never looks back at padding on the right: no mask
@@ -196,7 +159,7 @@ class SharedContextLM(HFLM):
                 hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
         else:
             positions = self._pad([row.positions for row in rows], 0)
-            mask = _mask(rows, ids.shape[1], self.model.dtype).to(ids.device)
+            mask = attention_mask(rows, ids.shape[1], self.model.dtype).to(ids.device)
             with _alibi_at(self.model.base_model, positions, 1 + max(max(row.positions) for row in rows)):
                 hidden = self.model.base_model(
                     input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
@@ -237,59 +200,6 @@ def dry_run(model: PreTrainedModel, tokens: int, scored: int) -> None:
         model.get_output_embeddings()(hidden[0, at : min(at + HEAD_CHUNK, scored)]).float().log_softmax(
             dim=-1
         )
-
-
-def _requests(rows: list[_Row]) -> set[int]:
-    """Return the requests that a batch answers."""
-    return {request for row in rows for wants in row.points.values() for request, _ in wants}
-
-
-def _rows(sequences: list[_Sequence], width: int, most: int) -> list[_Row]:
-    """Put sequences that begin alike into one row, of at most `most` tokens, where that pays.
-
-    Sequences with a common beginning are neighbours in lexicographic order, so one sweep finds the rows. When
-    a row of T tokens takes n more, `common` fewer are read and 2 T n more pairs of tokens, masked ones, are
-    attended over; in a block of `width` w a token takes some 24 w^2 operations and a pair 4 w.
-    """
-    rows: list[_Row] = []
-    last: tuple[int, ...] = ()
-    for sequence in sorted(sequences, key=lambda s: s.tokens):
-        pairs = zip(last, sequence.tokens, strict=False)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        have, more = len(rows[-1].tokens) if rows else 0, len(sequence.tokens) - common
-        if common * 3 * width <= have * more or have + more > most:
-            rows.append(_Row())
-            common = 0
-        rows[-1].add(sequence, common)
-        last = sequence.tokens
-    return rows
-
-
-def _sizes(lengths: list[int], budget: int) -> list[int]:
-    """Return for each of `lengths` (descending) how many from it on to pad into one batch.
-
-    The sizes make for the cheapest way through the rest of `lengths`, in padded tokens and in passes, with at
-    most `budget` tokens a batch.
-    """
-    costs = [0.0] * (len(lengths) + 1)  # [start]: of everything from there on
-    sizes = [1] * len(lengths)
-    for start, length in reversed(list(enumerate(lengths))):
-        most = max(1, min(budget // length, len(lengths) - start))
-        cost, sizes[start] = min((n * length + costs[start + n], n) for n in range(1, most + 1))
-        costs[start] = cost + PASS_COST * budget
-    return sizes
-
-
-def _mask(rows: list[_Row], longest: int, dtype: torch.dtype) -> Tensor:
-    """Return what each token may not see, to be added to attention scores: [row, 1, token, token seen]."""
-    seen = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, not nothing
-    for row, allowed in zip(rows, seen, strict=True):
-        start = 0
-        for path in row.branches:
-            own = slice(start, start := path[-1] + 1)
-            allowed[own, [place for place in path if place < own.start]] = True
-            allowed[own, own] = torch.ones_like(allowed[own, own]).tril()
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
 @contextlib.contextmanager

@@ -10,8 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teq import data as corpora
-from teq import statistics
+from teq import data, statistics
 from teq.device.runtime import Runtime
 from teq.spec import UserError, option
 from teq.stage import Evaluation, Metric
@@ -52,11 +51,11 @@ class Task(Evaluation):
 
     def provenance(self) -> dict[str, Any]:
         """Return what identifies the documents and their requests; it enters the stage's key."""
-        return {**corpora.provenance(self.task), "lm_eval": metadata.version("lm_eval")}
+        return {**data.provenance(self.task), "lm_eval": metadata.version("lm_eval")}
 
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
         """Return `acc` (and `acc_norm` where the task has it) with standard errors; see `score`."""
-        harness()
+        import_lm_eval()
         import lm_eval.tasks
 
         folder = Path(lm_eval.tasks.__file__).parent / FOLDERS[self.task]
@@ -64,22 +63,20 @@ class Task(Evaluation):
         if self.task not in manager.all_subtasks:
             version = metadata.version("lm_eval")
             raise UserError(f"lm-eval {version} has no task {self.task} in {folder}: install lm-eval 0.4.13")
-        split = corpora.source(self.task).split
-        data = {"custom_dataset": functools.partial(_split, split, self.task), "training_split": None}
-        group = {"group": "teq", "task": [{"task": self.task, "num_fewshot": 0, **data}]}
+        split = data.source(self.task).split
+        where = {"custom_dataset": functools.partial(_split, split, self.task), "training_split": None}
+        group = {"group": "teq", "task": [{"task": self.task, "num_fewshot": 0, **where}]}
         task = manager.load([group])["tasks"][self.task]
-        if (
-            task.config.process_docs is not None
-        ):  # lm-eval would process all documents whenever it looks at them
+        if task.config.process_docs is not None:  # which lm-eval would repeat whenever it looks at documents
             task.config.process_docs = lambda _: task.task_docs
         return score(task, self.limit, self.seed, self.provenance(), lm, runtime)
 
 
-def harness() -> None:
+def import_lm_eval() -> None:
     """Import lm-eval (seconds) and keep its log and bars out of ours."""
     import lm_eval.api.task
 
-    corpora.hub.quiet()
+    data.hub.quiet()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = lambda items, **_: items  # it draws a bar for making requests, terminal or not
 
@@ -98,7 +95,7 @@ def score(
     from teq.evaluate.scoring import SharedContextLM
 
     name, total = task.config.task, len(task.task_docs)
-    documents = drawn(total, limit, seed)
+    documents = sample_documents(total, limit, seed)
     scorer = SharedContextLM(lm.model, lm.tokenizer, runtime.batch_size, partial=runtime.partial)
     found = evaluate(
         lm=scorer,
@@ -135,7 +132,7 @@ def score(
     return Metric(values=values, arrays=arrays, info={**info, **provenance})
 
 
-def drawn(total: int, limit: int | None, seed: int) -> list[int]:
+def sample_documents(total: int, limit: int | None, seed: int) -> list[int]:
     """Return ascending indices of `limit` of `total` documents (None: all), the first of a seeded shuffle."""
     order = list(range(total))
     random.Random(seed).shuffle(order)
@@ -151,7 +148,7 @@ def dataset(split: str, rows: "pyarrow.Table") -> dict[str, Any]:
 
 def _split(split: str, name: str, **_: Any) -> dict[str, Any]:
     """Return what lm-eval's `custom_dataset` asks for; the task's metadata come as further arguments."""
-    return dataset(split, corpora.task_rows(name))
+    return dataset(split, data.task_rows(name))
 
 
 def _padded(rows: list[list[float]]) -> "np.ndarray":

@@ -43,7 +43,7 @@ class Scoring:
     @property
     def batch(self) -> int:
         """Return the tokens of the largest batch."""
-        from teq.evaluate.scoring import MIN_LENGTH
+        from teq.evaluate.trees import MIN_LENGTH
 
         return self.batch_size * max(self.work.longest, MIN_LENGTH)
 
