@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -78,3 +78,12 @@ class Console(logging.StreamHandler):
                 super().emit(record)
         except Exception:
             self.handleError(record)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of `rows`, the first of them its header, padded to equal widths."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

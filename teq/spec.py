@@ -1,17 +1,26 @@
 """Settings: frozen, type-checked descriptions of work, and the content hash that names its result."""
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 
 class UserError(Exception):
     """Bad input. The message is one line: what, the value, what is allowed, the way out."""
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Return the end of a message on an unknown word: the closest known one, then all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(str(word), known, 1)
+    return (f"did you mean {close[0]}? " if close else "") + f"it must be one of {', '.join(known)}"
 
 
 def option(

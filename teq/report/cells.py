@@ -1,14 +1,14 @@
-"""What a table is made of: a cell's value and its verdict, a claim counted again, the filled table."""
+"""What a table is made of: cells with their verdicts, recounted claims, the filled table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from teq.report.layout import Cell, Layout
-from teq.report.match import Found
+from teq.report.layout import Formula, Layout
+from teq.report.match import Match
 
 if TYPE_CHECKING:
-    from teq.config.command_line import Job
+    from teq.config import Job
 
 BASELINE = "rtn"  # what differences are tested against
 MATCH, BETTER, WORSE, DIFFERS, PARTIAL, NOT_RUN, OURS = (
@@ -20,54 +20,55 @@ MATCH, BETTER, WORSE, DIFFERS, PARTIAL, NOT_RUN, OURS = (
     "not run",
     "ours only",
 )
-Place = tuple[str, ...]
+Place = tuple[str, ...]  # the coordinates of a row or of a column
+Cells = Mapping[tuple[Place, Place], "Cell"]  # by row and column
 
 
 @dataclass(frozen=True)
-class Value:
-    """What one cell shows. `at` holds its coordinates by axis; several `found` are several seeds."""
+class Cell:
+    """What one cell shows. `at` holds its coordinates by axis; several `matches` are several seeds."""
 
     at: Mapping[str, str]
-    formula: Cell
+    formula: Formula
     jobs: Sequence["Job"]
-    found: Sequence[Found]
+    matches: Sequence[Match]
     ours: float | str | None
     stderr: float | None
     spread: float | None
     published: float | str | None
     verdict: str
-    beside: Sequence[tuple[float, float]] = ()  # each record minus the baseline's: ends of the 95 % interval
-    best: bool = False
+    baseline_intervals: Sequence[tuple[float, float]] = ()  # each record minus the baseline's, 95 %
+    is_best: bool = False
 
     @property
     def differences(self) -> dict[str, tuple[Any, Any]]:
-        """The settings in which the records differ from the run that the cell stands for."""
-        return {key: pair for found in self.found for key, pair in found.differences.items()}
+        """Return the settings in which the records differ from the run that the cell stands for."""
+        return {key: pair for match in self.matches for key, pair in match.differences.items()}
 
     @property
-    def noise(self) -> bool:
-        """Whether a record of the cell cannot be told from the baseline on the same documents or windows."""
-        return any(low <= 0 <= high for low, high in self.beside)
+    def not_significant(self) -> bool:
+        """Return whether a record does not differ significantly from the baseline's."""
+        return any(low <= 0 <= high for low, high in self.baseline_intervals)
 
     @property
     def synthetic(self) -> bool:
-        """Whether the number comes from made-up weights."""
-        return any(found.record.synthetic for found in self.found)
+        """Return whether the number comes from synthetic weights."""
+        return any(match.record.synthetic for match in self.matches)
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the published number."""
+        """Return ours minus the published number."""
         if isinstance(self.ours, float) and isinstance(self.published, int | float):
             return self.ours - self.published
         return None
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A claim of the paper, counted again."""
+class ClaimCount:
+    """A claim of the paper, counted again: in how many scenarios, of how many."""
 
     says: str
-    claimed: tuple[int, int]  # how many, of how many
+    claimed: tuple[int, int]
     published: tuple[int, int]  # recomputed from the published numbers
     ours: tuple[int, int]  # from the scenarios that our records cover
     partial: bool  # whether some of those are partial
@@ -83,11 +84,11 @@ class Table:
     column_axes: Sequence[str]
     rows: Sequence[Place]
     columns: Sequence[Place]
-    values: Mapping[tuple[Place, Place], Value]
+    cells: Cells
     constant: Mapping[str, str]  # column axes that have one value here
-    claims: Sequence[Checked] = field(default=())
+    claims: Sequence[ClaimCount] = field(default=())
 
-    def used(self) -> list[Found]:
-        """Every record that some cell shows, once each."""
-        found = {f.record.file: f for value in self.values.values() for f in value.found}
+    def used(self) -> list[Match]:
+        """Return every record that some cell shows, once each."""
+        found = {match.record.file: match for cell in self.cells.values() for match in cell.matches}
         return list(found.values())

@@ -1,4 +1,4 @@
-"""Which record answers for a run: the one with exactly its settings, else the nearest, with what differs."""
+"""Find the record of a run: an exact match, else the nearest one and the settings that differ."""
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from teq import record
 from teq.data.sources import SOURCES
-from teq.models.checkpoint import Folder
+from teq.models.folder import Folder
 from teq.record import Record
 from teq.spec import UserError
 
@@ -20,57 +20,50 @@ MISSING = "nothing"
 
 
 @dataclass(frozen=True)
-class Found:
-    """A record that answers for a run. `differences` maps a setting to (wanted, the record's); empty when
-    exact.
-    """
+class Match:
+    """A record for a run. `differences` maps a setting to (wanted, the record's); empty for an exact match."""
 
     record: Record
-    own: bool
+    unpublished: bool
     differences: Mapping[str, tuple[Any, Any]]
 
 
-class Library:
-    """The records there are: the user's own and the published ones.
+class RecordIndex:
+    """All records: the user's own and the published ones.
 
-    A record that lies in both places, byte for byte the same, is a published one.
+    A record that lies in both places, byte for byte the same, counts as published.
     """
 
     def __init__(self, published: Path, own: Path | None = None) -> None:
         shared = {r.file.name: r for r in record.load(published)}
         mine = record.load(own) if own is not None and own.resolve() != published.resolve() else []
-        self._own = [r for r in mine if r.file.name not in shared or r.data != shared[r.file.name].data]
-        kept = {r.file.name for r in self._own}
-        self._published = [r for name, r in shared.items() if name not in kept]
-        self._folders: dict[str, str] = {}  # identities of local checkpoints, by path
+        mine = [r for r in mine if r.file.name not in shared or r.data != shared[r.file.name].data]
+        for each in mine:
+            shared.pop(each.file.name, None)
+        self._all = [(each, True) for each in _latest_first(mine)]  # the user's own first
+        self._all += [(each, False) for each in _latest_first(shared.values())]
+        self._folders: dict[str, str] = {}  # fingerprints of local checkpoints, by path
 
     @cached_property
-    def _all(self) -> list[tuple[Record, bool]]:
-        """The user's own first, the latest first in each."""
-        mine = sorted(self._own, key=lambda r: (r.data["created"], r.file.name), reverse=True)
-        shared = sorted(self._published, key=lambda r: (r.data["created"], r.file.name), reverse=True)
-        return [(r, True) for r in mine] + [(r, False) for r in shared]
-
-    @cached_property
-    def _by_cell(self) -> dict[tuple[Any, ...], list[tuple[Record, bool]]]:
+    def _by_group(self) -> dict[tuple[Any, ...], list[tuple[Record, bool]]]:
         found: dict[tuple[Any, ...], list[tuple[Record, bool]]] = {}
         for entry in self._all:
-            found.setdefault(place(entry[0].data["run"]), []).append(entry)
+            found.setdefault(group_key(entry[0].data["run"]), []).append(entry)
         return found
 
     def find(
         self, run: "Run", evaluations: set[str], synthetic: bool = False, fixed: Collection[str] = ()
-    ) -> Found | None:
-        """The record for `run`'s part that `evaluations` (by name) measure, exact before nearest, or None.
+    ) -> Match | None:
+        """Return the record for the part of `run` that `evaluations` (by name) measure, or None.
 
         Settings of evaluations that are not asked for do not count. A local folder's weights are compared as
         they are there now. A record of synthetic weights is only considered where `synthetic` allows it, one
         that differs in a setting of `fixed` never.
         """
         plain, weights = run.plain(), self._weights(run.model.source)
-        best: Found | None = None
+        best: Match | None = None
         wanted = {name: e for e, name in zip(plain["evals"], (e.name for e in run.evals), strict=True)}
-        for candidate, own in self._by_cell.get(place(plain), []):
+        for candidate, unpublished in self._by_group.get(group_key(plain), []):
             if (candidate.synthetic and not synthetic) or not evaluations <= set(candidate.metrics):
                 continue
             had = dict(zip(candidate.metrics, candidate.data["run"]["evals"], strict=True))
@@ -89,7 +82,7 @@ class Library:
             # a real model's record comes before a made-up one's, however near that is
             rank = (candidate.synthetic, len(differences))
             if best is None or rank < (best.record.synthetic, len(best.differences)):
-                best = Found(candidate, own, differences)
+                best = Match(candidate, unpublished, differences)
         return best
 
     def _weights(self, source: Any) -> str | None:
@@ -100,8 +93,12 @@ class Library:
         return self._folders.get(source.path) if isinstance(source, Folder) else None
 
 
+def _latest_first(records: Iterable[Record]) -> list[Record]:
+    return sorted(records, key=lambda r: (r.data["created"], r.file.name), reverse=True)
+
+
 def varying(runs: Iterable["Run"]) -> dict[tuple[Any, ...], set[str]]:
-    """By model, method and grid: the settings in which the runs of one such place differ from each other.
+    """Return by model, method and grid the settings in which the runs of such a group differ.
 
     These tell the cells of a table apart, so that a record which differs in one belongs to another cell.
     """
@@ -109,8 +106,8 @@ def varying(runs: Iterable["Run"]) -> dict[tuple[Any, ...], set[str]]:
     found: dict[tuple[Any, ...], set[str]] = {}
     for run in runs:
         plain = {key: value for key, value in run.plain().items() if key != "evals"}
-        one = first.setdefault(place(plain), plain)
-        found.setdefault(place(plain), set()).update(dict(_differences(one, plain)))
+        one = first.setdefault(group_key(plain), plain)
+        found.setdefault(group_key(plain), set()).update(dict(_differences(one, plain)))
     return found
 
 
@@ -120,9 +117,7 @@ def _relevant(run: Mapping[str, Any], evals: Mapping[str, Any], names: set[str])
 
 
 def _parts(candidate: Record, evaluations: set[str]) -> dict[str, tuple[Any, Any]]:
-    """The texts of which a mirror held only a part, as settings: rows of the whole, rows that were read; and
-    the file, where it is another one that stands in.
-    """
+    """Return differences caused by incomplete data: expected and read rows, and a substitute file."""
     read = {name: candidate.metrics[name]["info"] for name in sorted(evaluations)}
     read |= {f"{stage}.calib": text or {} for stage, text in candidate.data["text"].items()}
     found: dict[str, tuple[Any, Any]] = {}
@@ -135,8 +130,8 @@ def _parts(candidate: Record, evaluations: set[str]) -> dict[str, tuple[Any, Any
     return found
 
 
-def place(run: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a record must share with a run to stand in for it: model, transform, quantizer and grid.
+def group_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a record must share with a run to be shown for it: model, transform, quantizer and grid.
 
     A method is told by its settings, whatever it is called: the kinds of its two stages and the switches that
     are on in them (act-order, clipping).

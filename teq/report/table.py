@@ -5,43 +5,44 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from teq import statistics
+from teq.console import aligned
 from teq.record import Record
 from teq.report import compare, match
-from teq.report.cells import BETTER, DIFFERS, MATCH, NOT_RUN, OURS, PARTIAL, WORSE, Place, Table, Value
-from teq.report.layout import ANY, CELL, COSTS, FULL, Cell, Layout
-from teq.report.match import Library
-from teq.report.uncertainty import cell_stderr, stderr
+from teq.report.cells import BETTER, DIFFERS, MATCH, NOT_RUN, OURS, PARTIAL, WORSE, Cell, Place, Table
+from teq.report.layout import ANY, CELL, COSTS, FULL, Formula, Layout
+from teq.report.match import RecordIndex
 from teq.spec import UserError
 
 if TYPE_CHECKING:
-    from teq.config.command_line import Job
+    from teq.config import Job
     from teq.grid import Grid
 
 
-def fill(name: str, layout: Layout, jobs: Sequence["Job"], library: Library) -> Table:
-    """The table of `layout` for the runs of `jobs`, from the records in `library`."""
+def fill(name: str, layout: Layout, jobs: Sequence["Job"], index: RecordIndex) -> Table:
+    """Return the table of `layout` for the runs of `jobs`, from the records of `index`."""
     row_axes, column_axes = list(layout.rows), [*layout.columns, CELL]
     groups = _groups(name, [*layout.rows, *layout.columns], jobs)
     cells, fixed = layout.cells or {}, match.varying(job.run for job in jobs)
-    values: dict[tuple[Place, Place], Value] = {}
+    filled: dict[tuple[Place, Place], Cell] = {}
     for place, alike in groups.items():
         for cell_name, formula in cells.items():
             at = dict(zip([*row_axes, *column_axes], (*place, cell_name), strict=True))
             row, column = tuple(at[a] for a in row_axes), tuple(at[a] for a in column_axes)
-            values[row, column] = _value(name, layout, at, formula, alike, library, fixed)
-    values = compare.mark_best(compare.compare_with_baseline(compare.mark_strangers(values)), column_axes)
-    rows = _in_order([row for row, _ in values])
-    columns = _in_order([column for _, column in values])
+            filled[row, column] = _cell(name, layout, at, formula, alike, index, fixed)
+    marked = compare.compare_with_baseline(compare.flag_mismatched_inputs(filled))
+    marked = compare.mark_best(marked, column_axes)
+    rows = _in_order([row for row, _ in marked])
+    columns = _in_order([column for _, column in marked])
     constant = {
         axis: columns[0][i]
         for i, axis in enumerate(column_axes)
         if axis != CELL and len({column[i] for column in columns}) == 1
     }
-    return Table(name, layout, row_axes, column_axes, rows, columns, values, constant)
+    return Table(name, layout, row_axes, column_axes, rows, columns, marked, constant)
 
 
 def grid_name(grid: "Grid | None") -> str:
-    """`w4`, `w4_g128`, `w3_g64_sym`; `full` for floating point."""
+    """Return `w4`, `w4_g128`, `w3_g64_sym`; `full` for floating point."""
     if grid is None:
         return FULL
     group = "" if grid.group_size == -1 else f"_g{grid.group_size}"
@@ -49,7 +50,7 @@ def grid_name(grid: "Grid | None") -> str:
 
 
 def _groups(name: str, axes: Sequence[str], jobs: Sequence["Job"]) -> dict[Place, list["Job"]]:
-    """The jobs by their coordinates on `axes`; jobs in one place differ in their seed alone."""
+    """Return the jobs by their coordinates on `axes`; jobs of one cell differ only in their seed."""
     coordinates = {id(job): {axis: _coordinate(name, job, axis) for axis in axes} for job in jobs}
     same_run: dict[str, list[dict[str, str]]] = {}
     for job in jobs:
@@ -94,20 +95,20 @@ def _coordinate(name: str, job: "Job", axis: str) -> str:
     return overrides[axis].strip("'\"")
 
 
-def _value(
+def _cell(
     name: str,
     layout: Layout,
     at: dict[str, str],
-    formula: Cell,
+    formula: Formula,
     jobs: list["Job"],
-    library: Library,
+    index: RecordIndex,
     fixed: Mapping[Place, set[str]],
-) -> Value:
+) -> Cell:
     published = layout.published.at(at, layout.rows) if layout.published else None
     if formula.setting is not None:
         ours = _setting(name, jobs[0], formula.setting)
         verdict = OURS if published is None else MATCH if ours == published else DIFFERS
-        return Value(at, formula, jobs, (), ours, None, None, published, verdict)
+        return Cell(at, formula, jobs, (), ours, None, None, published, verdict)
     for job in jobs:
         names = {evaluation.name for evaluation in job.run.evals}
         if unknown := formula.evaluations() - names:
@@ -116,22 +117,22 @@ def _value(
                 f"run of the experiment measures: it must be one of {', '.join([*sorted(names), *COSTS])}"
             )
     wanted = formula.evaluations()
-    apart = [fixed[match.place(job.run.plain())] for job in jobs]
-    answers = [library.find(job.run, wanted, not wanted, keys) for job, keys in zip(jobs, apart, strict=True)]
+    apart = [fixed[match.group_key(job.run.plain())] for job in jobs]
+    answers = [index.find(job.run, wanted, not wanted, keys) for job, keys in zip(jobs, apart, strict=True)]
     found = list({f.record.file: f for f in answers if f is not None}.values())
     if not found:
-        return Value(at, formula, jobs, (), None, None, None, published, NOT_RUN)
+        return Cell(at, formula, jobs, (), None, None, None, published, NOT_RUN)
     numbers = [formula.apply([metric(f.record, n, name, at[CELL]) for n in formula.names]) for f in found]
     ours = math.fsum(numbers) / len(numbers)
     spread = statistics.stderr_of_mean(numbers) * math.sqrt(len(numbers)) if len(numbers) > 1 else None
-    stderr = cell_stderr(formula, found[0].record)
+    stderr = compare.cell_stderr(formula, found[0].record)
     partial = any(f.differences for f in found) or len(found) < len({job.run.key() for job in jobs})
     verdict = PARTIAL if partial else _verdict(ours, published, stderr, spread, formula)
-    return Value(at, formula, jobs, found, ours, stderr, spread, published, verdict)
+    return Cell(at, formula, jobs, found, ours, stderr, spread, published, verdict)
 
 
 def metric(record: Record, name: str, experiment: str, cell: str) -> float:
-    """A record's number by `<evaluation>.<metric>` or `<cost>.<stage>`. Raises UserError without one."""
+    """Return a record's number by `<evaluation>.<metric>` or `<cost>.<stage>`. Raises UserError without one."""
     part, _, key = name.rpartition(".")
     if part in COSTS:
         values = {stage: entry["cost"][part] for stage, entry in record.data["stages"].items()}
@@ -145,8 +146,8 @@ def metric(record: Record, name: str, experiment: str, cell: str) -> float:
     return float(values[key])
 
 
-def _verdict(ours: float, published: Any, error: float | None, spread: float | None, formula: Cell) -> str:
-    """Within the noise band (95 % of standard error and spread over seeds, and the printed digits): match."""
+def _verdict(ours: float, published: Any, error: float | None, spread: float | None, formula: Formula) -> str:
+    """Return the verdict: a match is within 95 % of standard error and seed spread, and the printed digits."""
     if published is None:
         return OURS
     band = statistics.Z * math.hypot(error or 0, spread or 0) + 0.5000001 * 10**-formula.digits
@@ -154,7 +155,7 @@ def _verdict(ours: float, published: Any, error: float | None, spread: float | N
         return MATCH
     if formula.best is None:
         return DIFFERS
-    return BETTER if (ours < published) == (formula.best == "lowest") else WORSE
+    return BETTER if (ours < published) == (formula.lower_is_better) else WORSE
 
 
 def _setting(name: str, job: "Job", path: str) -> Any:
@@ -170,13 +171,13 @@ def _setting(name: str, job: "Job", path: str) -> Any:
 
 
 def _in_order(places: Sequence[Place]) -> list[Place]:
-    """Distinct places sorted axis by axis in the order in which each axis' values first appear."""
+    """Return distinct places, each axis in the order in which its values first appear."""
     orders = [{v: i for i, v in reversed(list(enumerate(axis)))} for axis in zip(*places, strict=True)]
     return sorted(dict.fromkeys(places), key=lambda place: [orders[i][v] for i, v in enumerate(place)])
 
 
 def plain(records: Sequence[Record], methods: Mapping[str, str] | None = None) -> str:
-    """Model, method, grid and every metric of some records, in Markdown.
+    """Return model, method, grid and every metric of some records, in Markdown.
 
     `methods` names the method of a record by its id as it was asked for now: one run may have several names.
     """
@@ -186,7 +187,7 @@ def plain(records: Sequence[Record], methods: Mapping[str, str] | None = None) -
             for r in records
             for evaluation, measured in r.metrics.items()
             for key in measured["values"]
-            if not key.endswith("_stderr")  # they stand beside what they belong to
+            if not key.endswith("_stderr")  # they stand with what they belong to
         )
     )
     rows = [["model", "method", "bits", "group", *(f"{e} {m}" for e, m in metrics)]]
@@ -196,7 +197,7 @@ def plain(records: Sequence[Record], methods: Mapping[str, str] | None = None) -
         cells += [str(grid.get(key, "")) for key in ("bits", "group_size")]
         for evaluation, key in metrics:
             value = r.metrics.get(evaluation, {}).get("values", {}).get(key)
-            error = stderr(r, f"{evaluation}.{key}") if value is not None and key != "ppl" else None
+            error = compare.stderr(r, f"{evaluation}.{key}") if value is not None and key != "ppl" else None
             cells.append(_short(value) if error is None else f"{_short(value)} ± {error:.2g}")
         rows.append(cells)
     return aligned(rows)
@@ -208,12 +209,3 @@ def _short(value: float | None) -> str:
     if isinstance(value, int):
         return str(value)
     return f"{value:.4g}" if abs(value) < 1 else f"{value:.3f}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of `rows`, the first of them its header, padded to equal widths."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

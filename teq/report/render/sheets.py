@@ -1,0 +1,226 @@
+"""From a filled table, or a figure's panels, to the sheet that the writers print."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from teq.report.cells import BASELINE, NOT_RUN, OURS, PARTIAL, Cell, Place, Table
+from teq.report.figure import Figure, Panel
+from teq.report.layout import FULL
+from teq.report.render import wording
+from teq.report.sheet import Box, Sheet
+
+NEAR = "[0.75, 1.25]"  # the range around the start that a record's `near` counts
+
+
+def of_table(table: Table) -> Sheet:
+    """Return the sheet of a table: a row per row, then rows of numbers that only others measured."""
+    notes = wording.footnotes(table)
+    models = [_model(table.column_axes, column) for column in table.columns]
+    rows, rules = [], []
+    for index, row in enumerate(table.rows):
+        if index and len(row) > 1 and row[0] != table.rows[index - 1][0]:
+            rules.append(index)
+        boxes = [Box(kind="head", ours=wording.coordinate(part)) for part in row]
+        for column, model in zip(table.columns, models, strict=True):
+            cell = table.cells.get((row, column))
+            empty = Box(kind="empty", model=model)
+            boxes.append(empty if cell is None else _cell_box(table, cell, row, column, model, notes))
+        rows.append(boxes)
+    quoted = _quoted_rows(table, models)
+    if quoted:
+        rules.append(len(rows))
+    return Sheet(
+        name=table.name,
+        kind=table.layout.kind,
+        title=table.layout.title,
+        caption=table.layout.caption,
+        header=[
+            *(wording.axis_title(axis) for axis in table.row_axes),
+            *(wording.heading(table, column) for column in table.columns),
+        ],
+        models=[*[""] * len(table.row_axes), *models],
+        rows=rows + quoted,
+        row_models=[*(_model(table.row_axes, row) for row in table.rows), *[""] * len(quoted)],
+        rules=rules,
+        notes=wording.legend(table, notes),
+        claims=wording.claims(table.claims),
+        constant=", ".join(f"{axis}: {value}" for axis, value in table.constant.items()),
+        data=_table_data(table),
+    )
+
+
+def _cell_box(
+    table: Table, cell: Cell, row: Place, column: Place, model: str, notes: Mapping[str, str]
+) -> Box:
+    ran = cell.verdict != NOT_RUN
+    ours, differs = wording.shown(cell, cell.ours), wording.difference_text(cell)
+    stderr, spread = wording.shown(cell, cell.stderr), wording.shown(cell, cell.spread)
+    published, change = wording.shown(cell, cell.published), wording.difference(cell)
+    formula = cell.formula
+    how = {"mean": "mean of", "sum": "sum of", "ratio": "ratio of"}
+    kind = next((words for name, words in how.items() if getattr(formula, name)), "setting")
+    names = ", ".join(formula.names) or formula.setting or ""
+    lines = {
+        "from": f"{kind} {names}{f' x {formula.times:g}' if formula.times != 1 else ''}",
+        "ours": ours if ran else "",
+        "standard error": stderr,
+        f"spread over {len(cell.matches)} seeds": spread,
+        "published": published,
+        "difference": change,
+        f"against {BASELINE}": "not distinguishable (paired bootstrap, 95 %)" if cell.not_significant else "",
+    }
+    place = [*(wording.coordinate(part) for part in row), wording.heading(table, column)]
+    known = cell.ours if ran else cell.published
+    return Box(
+        kind="cell",
+        ours=ours if ran else "",
+        model=model,
+        best=cell.is_best,
+        stderr=stderr,
+        spread=spread,
+        seeds=len(cell.matches),
+        not_significant=cell.not_significant,
+        published=published,
+        difference=change if ran else "",
+        verdict=cell.verdict,
+        mark=notes.get(differs, ""),
+        synthetic=cell.synthetic,
+        sort="" if known is None else known,
+        detail={
+            "title": f"{table.layout.title}: {', '.join(place)}",
+            "model": cell.at.get("model", table.constant.get("model", "")),
+            "verdict": cell.verdict,
+            "records": [match.record.file.stem for match in cell.matches],
+            "differences": differs,
+            "command": wording.command(cell.jobs),
+            "numbers": [[key, text] for key, text in lines.items() if text],
+        },
+    )
+
+
+def _table_data(table: Table) -> list[list[str]]:
+    """Return one line per cell: coordinates, ours with its uncertainty, published, verdict, records."""
+    names = ["ours", "stderr", "seed_sd", "published", "difference", "verdict", f"minus_{BASELINE}_low"]
+    names += [f"minus_{BASELINE}_high", "noise", "synthetic", "records", "differs_in"]
+    lines = [[*table.row_axes, *table.column_axes, *names]]
+    for row in table.rows:
+        for column in table.columns:
+            cell = table.cells.get((row, column))
+            if cell is None:
+                continue
+            plain = [cell.ours, cell.stderr, cell.spread, cell.published, cell.difference]
+            numbers = [_digits(v) if isinstance(v, float) else "" if v is None else str(v) for v in plain]
+            # several records are several seeds, each with an interval of its own
+            ends = [" ".join(f"{interval[i]:.6g}" for interval in cell.baseline_intervals) for i in (0, 1)]
+            records = " ".join(match.record.file.stem for match in cell.matches)
+            differs = "; ".join(f"{key}={had}" for key, (_, had) in cell.differences.items())
+            flags = [str(flag).lower() for flag in (cell.not_significant, cell.synthetic)]
+            lines.append([*row, *column, *numbers, cell.verdict, *ends, *flags, records, differs])
+    for place, column, value in _quoted(table):
+        if value is not None:
+            lines.append([*place, *column, "", "", "", str(value), "", "quoted", *[""] * 6])
+    return lines
+
+
+def _digits(value: float) -> str:
+    """Return eight digits, as many as are the same on every machine; a whole number has all of its own."""
+    return str(int(value)) if value.is_integer() else f"{value:.8g}"
+
+
+def _quoted_rows(table: Table, models: list[str]) -> list[list[Box]]:
+    """Return rows of numbers that only others measured, in parentheses as every published number."""
+    rows: dict[Place, list[Box]] = {}
+    for index, (place, column, value) in enumerate(_quoted(table)):
+        digits = (table.layout.cells or {})[column[-1]].digits
+        text = "" if value is None else f"({wording.number(value, digits)})"
+        row = rows.setdefault(place, [Box(kind="head", ours=part) for part in place])
+        row.append(Box(kind="quoted", ours=text, model=models[index % len(models)]))
+    return list(rows.values())
+
+
+def _quoted(table: Table) -> Iterator[tuple[Place, Place, Any]]:
+    """Yield row, column and number (None: not given) of what only others measured; rows name the source."""
+    for quoted in table.layout.quoted:
+        place = [wording.coordinate(str(quoted.at.get(axis, FULL))) for axis in table.row_axes]
+        place[-1] = f"{place[-1]}, {quoted.source}"
+        for column in table.columns:
+            at = dict(zip(table.column_axes, column, strict=True))
+            picked = table.layout.published.pick(quoted.values, at) if table.layout.published else None
+            yield tuple(place), column, picked
+
+
+def _model(axes: "Any", place: Place) -> str:
+    """Return the model that a row or a column stands for; empty where it stands for none."""
+    return dict(zip(axes, place, strict=True)).get("model", "")
+
+
+def of_figure(figure: Figure) -> Sheet:
+    """Return the sheet of a figure: a row per panel with what the paper observes, in numbers."""
+    header = ["model", "grid", f"within {NEAR}", "outliers most in layer", "movement: first third", "middle"]
+    header += ["last third", "middle moves least"]
+    marks: dict[str, str] = {}
+    rows = [_panel_boxes(figure, panel, header, marks) for panel in figure.panels]
+    notes = ["movement: the mean of |log2(s / start)|"] if figure.used() else []
+    notes += [f"[{mark}] partial: {text}" for text, mark in marks.items()]
+    if missing := [panel for panel in figure.panels if panel.match is None]:
+        notes.append(
+            f"not run: {len(missing)} of {len(figure.panels)} panels; `{wording.command(missing[0].jobs)}` "
+            "runs the first"
+        )
+    return Sheet(
+        name=figure.name,
+        kind=figure.layout.kind,
+        title=figure.layout.title,
+        caption=figure.layout.caption,
+        header=header,
+        models=[""] * len(header),
+        rows=rows,
+        row_models=[panel.model for panel in figure.panels],
+        notes=[*notes, *figure.layout.notes],
+        picture=bool(figure.used()),
+        data=_figure_data(figure),
+    )
+
+
+def _panel_boxes(figure: Figure, panel: Panel, header: list[str], marks: dict[str, str]) -> list[Box]:
+    numbers, differs, verdict = ["–"] * 6, "", NOT_RUN
+    if panel.match is not None:
+        worst = ", ".join(f"{layer.index} ({1 - layer.near:.1%})" for layer in panel.outlying)
+        moves, least = [f"{part:.4f}" for part in panel.thirds], "no"
+        if len(panel.layers) < 3:
+            moves, least = ["–"] * 3, "–"
+        elif panel.thirds[1] == min(panel.thirds):
+            least = "yes"
+        numbers = [f"{panel.near:.2%}", worst or "none", *moves, least]
+        differs = wording.settings_text(panel.match.differences)
+        verdict = PARTIAL if differs else OURS
+        if differs:
+            numbers[0] += f" [{marks.setdefault(differs, wording.letter(len(marks)))}]"
+    first = Box(
+        kind="cell",
+        ours=numbers[0],
+        verdict=verdict,
+        sort="" if panel.match is None else panel.near,
+        detail={
+            "title": f"{figure.layout.title}: {panel.model} {panel.grid}",
+            "model": panel.model,
+            "verdict": verdict,
+            "records": [] if panel.match is None else [panel.match.record.file.stem],
+            "differences": differs,
+            "command": wording.command(panel.jobs),
+            "numbers": list(zip(header[2:], numbers, strict=True)),
+        },
+    )
+    heads = [Box(kind="head", ours=part) for part in (panel.model, panel.grid)]
+    return [*heads, first, *(Box(kind="text", ours=part) for part in numbers[1:])]
+
+
+def _figure_data(figure: Figure) -> list[list[str]]:
+    """Return one line per layer of a panel."""
+    lines = [["model", "grid", "layer", "scales", "share_near_start", "mean_abs_log2_movement", "record"]]
+    for panel in figure.panels:
+        for layer in panel.layers:
+            place = [panel.model, panel.grid, str(layer.index), str(layer.channels)]
+            stem = panel.match.record.file.stem if panel.match else ""
+            lines.append([*place, f"{layer.near:.8g}", f"{layer.movement:.8g}", stem])
+    return lines
