@@ -32,8 +32,8 @@ from torch import Tensor
 from benchmarks import measuring
 from benchmarks.gptq_port import Clock, floor, port
 from benchmarks.measuring import ratio, shown
+from teq import config
 from teq import data as corpora
-from teq.config import command_line as config
 from teq.models import arch
 from teq.models.checkpoint import LM
 from teq.pipeline import cost as measure

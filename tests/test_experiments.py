@@ -6,12 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 from made import add_experiment
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from teq.config import command_line as config
+from teq import config
+from teq.config.composition import NeedsHydra, merged
 from teq.evaluate.counts import Counts
 from teq.evaluate.overhead import Overhead
 from teq.grid import Grid
@@ -26,12 +27,12 @@ from teq.report.read import experiments, read
 from teq.spec import Runtime, UserError
 
 NOTHING = Library(config.ROOT / "no-such-folder")
-METHODS = set(config.options(config.CONF / "method"))
+METHODS = set(config.groups()["method"])
 
 
 def methods(name):
     """The methods that an experiment sweeps."""
-    return set(config._experiment(name)["hydra"]["sweeper"]["params"]["method"].split(","))
+    return set(config.experiment(name)["hydra"]["sweeper"]["params"]["method"].split(","))
 
 
 @pytest.mark.parametrize("name", experiments())
@@ -94,19 +95,50 @@ SAMPLES = [
     ["experiments=smollm2", "method=teq+gptq", "grid=w3_g128", "tasks.limit=7"],
     ["model=tiny-llama", "method=gptq-ao", "bits='4'", "group_size='-1'", "init=inv_sqrt", "logger=wandb"],
     ["recipe=quick", "model=llama-7b", "evals=[ptb,c4-new]", "train.lr=1e-4", "seed=3"],
-    ["model/arch=opt", "model=tiny-opt", "+train.extra=1"],
 ]
 
 
-@pytest.mark.parametrize("overrides", SAMPLES, ids=lambda overrides: overrides[0])
-def test_configurations_put_together_from_parts_are_hydras(overrides):
+@pytest.fixture
+def hydra():
+    """Hydra, ready to compose."""
     config.prepare_environment()
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
-        hydras = config._compose(list(overrides))
-        ours, choices = config._composer()(overrides)
-    expected = OmegaConf.to_container(hydras)
-    assert ours == {key: value for key, value in expected.items() if key not in ("hydra", config.LAYOUT)}
-    assert choices.items() <= dict(hydras.hydra.runtime.choices).items()
+    with initialize_config_dir(str(config.folder("conf")), version_base="1.3"):
+        yield
+
+
+def composed(overrides):
+    """A configuration without Hydra's node and the layout, and the choices, as Hydra composes them."""
+    composed = compose("config", overrides, return_hydra_config=True)
+    plain = OmegaConf.to_container(composed)
+    choices = dict(composed.hydra.runtime.choices)
+    return {key: value for key, value in plain.items() if key not in ("hydra", "layout")}, choices
+
+
+@pytest.mark.parametrize("overrides", SAMPLES, ids=lambda overrides: overrides[0])
+def test_merged_configurations_are_hydras(hydra, overrides):
+    ours, choices = merged(overrides)
+    expected, options = composed(overrides)
+    assert ours == expected and choices.items() <= options.items()
+
+
+@pytest.mark.parametrize("name", experiments())
+def test_the_jobs_of_an_experiment_are_hydras(name):
+    jobs = config.jobs([f"experiments={name}"])
+    with initialize_config_dir(str(config.folder("conf")), version_base="1.3"):
+        for one in jobs[:: -(-len(jobs) // 4)]:
+            expected, options = composed(one.overrides)
+            assert merged(one.overrides)[0] == expected
+            assert config.job(expected, options).run == one.run
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["model/arch=opt", "model=tiny-opt"], ["+train.extra=1"], ["bits=4"], ["train.stepz=1"], ["~seed"]],
+    ids=lambda overrides: overrides[0],
+)
+def test_what_is_not_that_simple_is_left_to_hydra(overrides):
+    with pytest.raises(NeedsHydra):
+        merged(overrides)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +152,7 @@ def counted():
 
 
 def test_table_9_equals_the_paper_but_for_two_counts_that_contradict_their_rows(counted):
-    layout = parse("table9", config._experiment("table9")["layout"])
+    layout = parse("table9", config.experiment("table9")["layout"])
     differing = {}
     for model, values in counted.items():
         for name, cell in layout.cells.items():

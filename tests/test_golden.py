@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import torch
 
-from teq.config import command_line as config
+from teq import config
 from teq.pipeline import cost
 from teq.quantizers.quantized import restore
 from teq.spec import Runtime

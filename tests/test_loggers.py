@@ -7,8 +7,7 @@ import pytest
 from made import add_experiment
 
 import run as entry
-from teq import record
-from teq.config import command_line as config
+from teq import config, record
 from teq.pipeline.loggers import Silent, Wandb
 from teq.verbs import run as cli
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from teq.config import command_line as config
+from teq import config
 from teq.device import memory, offload
 from teq.models.arch import blocks
 from teq.models.checkpoint import LM, Checkpoint

@@ -11,8 +11,7 @@ import sys
 import pytest
 import torch
 
-from teq import record
-from teq.config import command_line as config
+from teq import config, record
 from teq.grid import Grid
 from teq.models.checkpoint import Checkpoint
 from teq.pipeline import run as pipeline

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from teq.config import command_line as config
+from teq import config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

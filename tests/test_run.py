@@ -12,10 +12,10 @@ import subprocess
 import sys
 
 import pytest
+from made import add_experiment
 
 import run as entry
-from teq import models, record
-from teq.config import command_line as config
+from teq import config, models, record
 from teq.files import disk as files
 from teq.pipeline import run as pipeline
 from teq.pipeline.loggers import Silent
@@ -328,7 +328,15 @@ def test_flags_may_stand_anywhere():
 def test_help_lists_groups_options_experiments_and_examples(capsys):
     assert entry.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for part in ("opt-6.7b", "teq+gptq", "inv_sqrt", "quickstart", "train:", "python run.py -m", "TEQ_HOME"):
+    for part in (
+        "opt-6.7b",
+        "teq+gptq",
+        "inv_sqrt",
+        "quickstart",
+        "train.steps=null",
+        "python run.py -m",
+        "TEQ_HOME",
+    ):
         assert part in text
 
 
@@ -341,21 +349,12 @@ def test_every_group_option_composes():
 
 
 def test_unknown_key_in_an_experiment_file_is_named(tmp_path, monkeypatch):
-    for name in ("conf", "experiments"):
-        (tmp_path / name).symlink_to(ROOT / name) if name == "conf" else (tmp_path / name).mkdir()
-    (tmp_path / "experiments" / "odd.yaml").write_text(
-        "# @package _global_\ntrain: {stepz: 3}\n"
-        "hydra: {mode: MULTIRUN, sweeper: {params: {model: tiny-llama}}}\n"
-    )
-    monkeypatch.setattr(config, "ROOT", tmp_path)
-    config._composer.cache_clear()
-    try:
-        with pytest.raises(
-            UserError, match=r"experiments/odd\.yaml sets 'train\.stepz'.*did you mean train\.steps"
-        ):
-            config.jobs(["experiments=odd"])
-    finally:
-        config._composer.cache_clear()
+    text = "train: {stepz: 3}\nhydra: {mode: MULTIRUN, sweeper: {params: {model: tiny-llama}}}\n"
+    add_experiment(monkeypatch, tmp_path, "odd", text)
+    with pytest.raises(
+        UserError, match=r"experiments/odd\.yaml sets 'train\.stepz'.*did you mean train\.steps"
+    ):
+        config.jobs(["experiments=odd"])
 
 
 # --- what stops a run, and a disk that is full

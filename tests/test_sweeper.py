@@ -64,14 +64,14 @@ class Pool:
         self.batches.append([job for (job,) in jobs])
         for at in range(0, len(jobs), self.width):
             now = range(at, min(at + self.width, len(jobs)))
-            notes = [sweeper._notes(self.folder, first + i) for i in now]
-            for begun, _ in notes:
+            notes = [self.folder / f"1-{first + i}" for i in now]
+            for begun in notes:
                 assert not begun.exists()  # no two launches share a number
                 begun.touch()
             if self.deadly & {jobs[i][0] for i in now}:
                 raise BrokenProcessPool("a worker was terminated")
-            for begun, ended in notes:
-                begun.rename(ended)
+            for begun in notes:
+                begun.rename(self.folder / f"{begun.name[2:]}.ended")
             self.done += [jobs[i][0] for i in now]
         return [job for (job,) in jobs]
 

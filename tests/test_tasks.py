@@ -10,8 +10,8 @@ import re
 import numpy as np
 import pytest
 
+from teq import config
 from teq import data as corpora
-from teq.config import command_line as config
 from teq.evaluate import lastword, tasks
 from teq.evaluate.lastword import LastWord
 from teq.evaluate.tasks import Task

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from teq.config import command_line as config
+from teq import config
 from teq.data.texts import Calibration, calibration
 from teq.grid import Grid, fake_quant
 from teq.models import arch

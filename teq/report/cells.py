@@ -8,7 +8,7 @@ from teq.report.layout import Cell, Layout
 from teq.report.match import Found
 
 if TYPE_CHECKING:
-    from teq.config.command_line import Job
+    from teq.config import Job
 
 BASELINE = "rtn"  # what differences are tested against
 MATCH, BETTER, WORSE, DIFFERS, PARTIAL, NOT_RUN, OURS = (

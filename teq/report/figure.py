@@ -18,7 +18,7 @@ from teq.spec import UserError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from teq.config.command_line import Job
+    from teq.config import Job
 
 NEAR = "[0.75, 1.25]"  # the range around the start that a record's `near` counts
 BINS = 80

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from teq.config import command_line as config
-from teq.config.command_line import Job
+from teq import config
+from teq.config import Job
 from teq.report import claims, figure
 from teq.report import table as tables
 from teq.report.cells import Table
@@ -20,7 +20,6 @@ from teq.report.match import Library
 from teq.report.render import figure_text, page, text
 from teq.spec import UserError
 
-RESULTS = config.ROOT / "results"
 INDEX = "index.html"
 
 
@@ -73,7 +72,7 @@ class Shown:
 def experiments() -> list[str]:
     """Every experiment: the paper's tables and figures first."""
     order = ("table", "figure")
-    names = config.options(config.ROOT / "experiments")
+    names = config.option_names(config.folder("experiments"))
     return sorted(
         names, key=lambda name: next((i for i, o in enumerate(order) if name.startswith(o)), len(order))
     )
@@ -137,11 +136,12 @@ def read_all(
 def report(argv: Sequence[str]) -> int:
     """`report [experiment ...|all] [overrides]`: render and print; returns the exit status."""
     names, overrides, whole = _split(argv)
-    library = Library(RESULTS / "records", config.home() / "records")
+    results = config.folder("results")
+    library = Library(results / "records", config.home() / "records")
     shown, problems = read_all(names, overrides, library)
     own = config.home() / "report"
     for one in shown.values():
-        files = one.write(own if one.own or overrides else RESULTS)
+        files = one.write(own if one.own or overrides else results)
         why = (
             "with records of your own" if one.own else "narrowed" if overrides else "published records alone"
         )
@@ -151,7 +151,7 @@ def report(argv: Sequence[str]) -> int:
         print()
     if whole:
         mixed = overrides or any(one.own for one in shown.values())
-        print(f"report: {_write_page(shown, problems, (own if mixed else RESULTS / 'report') / INDEX)}")
+        print(f"report: {_write_page(shown, problems, (own if mixed else results / 'report') / INDEX)}")
     return _said(problems)
 
 
@@ -160,25 +160,26 @@ def publish(argv: Sequence[str]) -> int:
     results/, for other experiments may show these records too.
     """
     names, overrides, _ = _split(argv)
+    results = config.folder("results")
     if not argv:
         raise UserError(f"publish needs an experiment: all or some of {', '.join(names)}")
     if overrides:
         raise UserError(
             f"publish takes no overrides, {overrides[0]} is one: an experiment is published as it stands"
         )
-    shown, problems = read_all(names, (), Library(RESULTS / "records", config.home() / "records"))
-    (RESULTS / "records").mkdir(parents=True, exist_ok=True)
+    shown, problems = read_all(names, (), Library(results / "records", config.home() / "records"))
+    (results / "records").mkdir(parents=True, exist_ok=True)
     for one in shown.values():
         new = [found.record.file for found in one.body.used() if found.own]
         for file in new:
-            shutil.copyfile(file, RESULTS / "records" / file.name)
-        print(f"{one.name}: {len(new)} records copied to {RESULTS / 'records'}")
-    published, elsewhere = read_all(experiments(), (), Library(RESULTS / "records"))
+            shutil.copyfile(file, results / "records" / file.name)
+        print(f"{one.name}: {len(new)} records copied to {results / 'records'}")
+    published, elsewhere = read_all(experiments(), (), Library(results / "records"))
     for name, one in published.items():
-        files = one.write(RESULTS)
+        files = one.write(results)
         if name in shown:
             print(f"{name}: {files[0]}")
-    print(f"report: {_write_page(published, elsewhere, RESULTS / 'report' / INDEX)}")
+    print(f"report: {_write_page(published, elsewhere, results / 'report' / INDEX)}")
     return _said(problems)
 
 

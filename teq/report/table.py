@@ -14,7 +14,7 @@ from teq.report.uncertainty import cell_stderr, stderr
 from teq.spec import UserError
 
 if TYPE_CHECKING:
-    from teq.config.command_line import Job
+    from teq.config import Job
     from teq.grid import Grid
 
 

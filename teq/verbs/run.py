@@ -1,34 +1,37 @@
-"""What run.py says and does around a job: checking, running, summing up."""
+"""`python run.py`: check every job of a command line, run them, sum up."""
 
 import contextlib
 import errno
 import json
 import logging
 import os
+import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from teq import record
-from teq.config import command_line as config
-from teq.config.command_line import Job
+from teq import config, record
+from teq.config import Job, sweeper
+from teq.console import print_errors
 from teq.device import locks, memory
 from teq.files import disk
 from teq.models.checkpoint import Hub, Wheel
+from teq.pipeline import forecast
 from teq.pipeline import run as pipeline
 from teq.pipeline.loggers import Silent
 from teq.pipeline.store import Store
+from teq.report import read as report
 from teq.report import table
 from teq.report.match import Library
 from teq.spec import Runtime, UserError
-from teq.verbs import plan, signals
+from teq.verbs import signals
 
 log = logging.getLogger(__name__)
 LOST = "it left no record: its process ended without a word, as one that was killed does"
 KEPT = "what was finished is kept, the same command goes on from there"
 INTERRUPTED, TERMINATED = f"interrupted: {KEPT}", f"terminated by SIGTERM: {KEPT}"
 FULL = (errno.ENOSPC, errno.EDQUOT)
-WORKING = "working"  # the folder, beside a start's logs, of notes on the jobs that are under way
 SPACE = 2**16  # bytes that a start of run.py writes at least: Hydra's copy of the configuration, logs
 EXAMPLES = """\
   python run.py                                         the defaults: TEQ at 3 bits on SmolLM2-135M, minutes
@@ -39,22 +42,51 @@ EXAMPLES = """\
   python run.py -m method=rtn,teq hydra/launcher=joblib any Hydra launcher"""
 
 
+def main(argv: list[str], launch: Callable[[], Any]) -> int:
+    """Check every job, run them with `launch` under Hydra, sum up. Returns the exit status."""
+    config.begin_run()
+    try:
+        with signals.terminable(sweeper.working()):
+            return _main(argv, launch)
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        return 130
+    except signals.Terminated:
+        print(TERMINATED, file=sys.stderr)
+        return 143
+
+
+def _main(argv: list[str], launch: Callable[[], Any]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(help_text())
+        return 0
+    config.prepare_environment()
+    try:
+        jobs = checked_jobs(argv)
+        make_output(len(jobs))
+        sys.argv[1:] = config.quoted(argv)
+        failed = sweeper.run(launch)
+    except UserError as error:
+        print_errors(error)
+        return 2
+    return max(failed, summary(jobs))
+
+
 def help_text() -> str:
-    """Groups, options, experiments and examples."""
-    found = config.groups()
-    found["group_size"].append("any other number above 0")
-    groups = "\n".join(f"  {name:<12} {', '.join(names)}" for name, names in found.items())
-    values = (
-        (config.CONF / "config.yaml")
-        .read_text()
-        .partition("\nrecipe: auto")[2]
-        .partition("\n# what the groups")[0]
-    )
-    indented = "\n".join(f"  {line}" for line in f"recipe: auto{values}".strip().splitlines())
+    """Return groups with their options, values with their defaults, and examples."""
+    sentences, options = config.help_sentences(), config.groups()
+    options["group_size"].append("any other number above 0")
+    groups = [f"  {name:<12} {', '.join(names)}\n{'':15}{sentences[name]}" for name, names in options.items()]
+    values = [
+        f"  {f'{key}={json.dumps(value)}'.replace(chr(34), ''):<29} {sentences[key]}"
+        for key, value in config.values().items()
+        if key not in options
+    ]
     return (
         "Train equivalent transformations, quantize, evaluate; one record per run.\n\n"
-        f"usage: python run.py [-m] [group=option ...] [key=value ...]\n\ngroups\n{groups}\n\n"
-        f"values (null: the recipe decides)\n{indented}\n\nexamples\n{EXAMPLES}\n\n"
+        "usage: python run.py [-m] [group=option ...] [key=value ...]\n\ngroups\n"
+        + "\n".join([*groups, "\nvalues (null: the recipe decides)", *values])
+        + f"\n\nexamples\n{EXAMPLES}\n\n"
         f"Records and cache lie in {config.home()} (TEQ_HOME). Tables: python -m teq report <experiment>."
     )
 
@@ -110,7 +142,7 @@ def _too_long(job: Job) -> Iterator[str]:
     """A line for each window of the run that is longer than its model's positions reach."""
     if job.dimensions is None and isinstance(job.run.model.source, Hub | Wheel):
         return  # its configuration would have to be fetched
-    positions = getattr(plan.dimensions(job), "max_position_embeddings", None)
+    positions = getattr(forecast.dimensions(job.run.model, job.dimensions), "max_position_embeddings", None)
     for stage in (job.run.transform, job.run.quantizer, *job.run.evals):
         for name in ("length", "context"):
             length = getattr(stage, name, 0)
@@ -127,8 +159,6 @@ def run_job(job: Job) -> None:
     try:
         settings = job.run.plain() | {"method": job.run.method}
         with (
-            signals.terminable(),
-            signals.noted(config.output() / WORKING, job.run.key()),
             locks.taken(job.options.device) as device,
             job.logger.start(job.run.title(), settings, str(home), job.experiment) as logger,
         ):
@@ -151,36 +181,35 @@ def run_job(job: Job) -> None:
 
 
 def summary(jobs: list[Job]) -> int:
-    """Print the results of `jobs` as a table, where their records lie, and what failed. Returns the exit
-    status.
-    """
+    """Print the table of the experiment or of the jobs, and what failed. Returns the exit status."""
     outcomes = {job.run.key(): _outcome(job) for job in jobs}
     written = [Path(outcome["record"]) for outcome in outcomes.values() if "record" in outcome]
     found = [one for one in map(record.read, written) if one is not None]
+    shown = _shown(jobs)
     if found:
-        print(table.plain(found, {job.run.key(): job.run.method for job in jobs}))
+        names = {job.run.key(): job.run.method for job in jobs}
+        print(shown.markdown() if shown else table.plain(found, names))
         print(f"{len(found)} records in {config.home() / 'records'}")
-    _log_table(jobs)
+    if shown and not isinstance(logger := jobs[0].logger, Silent):
+        settings = f"{shown.name}: table", {"experiment": shown.name}, str(config.home()), shown.name
+        with logger.start(*settings) as started:
+            started.table(shown.rows(), shown.drawings.get("png"))
     failed = {job.run.key(): job for job in jobs if job.run.key() not in {one.id for one in found}}
     for key, job in failed.items():
         print(f"failed: {job.run.title()}: {outcomes[key].get('failed', LOST)}")
     return 1 if failed else 0
 
 
-def _log_table(jobs: list[Job]) -> None:
-    """Give the logger the table of the experiment that just ran; what is wrong with it stops nothing."""
-    name, logger, home = jobs[0].experiment, jobs[0].logger, config.home()
-    if name is None or isinstance(logger, Silent):
-        return
-    from teq.report import read as report
-
+def _shown(jobs: list[Job]) -> report.Shown | None:
+    """Return the experiment that just ran as the report shows it; errors are logged, not raised."""
+    if (name := jobs[0].experiment) is None:
+        return None
     try:
-        shown = report.of(name, jobs, Library(report.RESULTS / "records", home / "records"))
+        records = config.folder("results") / "records", config.home() / "records"
+        return report.of(name, jobs, Library(*records))
     except UserError as error:
-        log.warning("%s: its table is not logged: %s", name, error)
-        return
-    with logger.start(f"{name}: table", {"experiment": name}, str(home), name) as started:
-        started.table(shown.rows(), shown.drawings.get("png"))
+        log.warning("%s: its table is not shown: %s", name, error)
+        return None
 
 
 def _note(job: Job, outcome: dict[str, str]) -> None:

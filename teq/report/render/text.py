@@ -11,7 +11,7 @@ from teq.report.layout import ANY, CELL, FULL
 from teq.report.table import aligned
 
 if TYPE_CHECKING:
-    from teq.config.command_line import Job
+    from teq.config import Job
 
 LEGEND = (
     "A cell: ours ± standard error (published, ours − published, verdict). match: within the noise band, 95 "
