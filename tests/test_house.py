@@ -72,7 +72,6 @@ def test_no_circle_inside_a_room():
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
-@pytest.mark.xfail(strict=True, reason="the rooms are not moved yet")
 def test_hydra_is_in_one_room_and_torch_is_not_at_the_top_of_readers_and_settings():
     wrong = []
     for name, tree in modules().items():

@@ -395,7 +395,7 @@ def test_code_edited_under_a_run_is_not_what_its_record_names(own_home, tmp_path
     commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
     code = """
 import sys
-from teq.config import command_line as config
+from teq import config
 from teq.pipeline import loggers, run as pipeline
 from teq.pipeline.store import Store
 from teq.spec import Runtime

@@ -9,18 +9,15 @@ from teq.config.options import (
     groups,
     help_sentences,
     home,
-    option_names,
     output,
     prepare_environment,
-    start_of_run,
     values,
 )
-from teq.config.resolve import Job, Options, job
+from teq.config.resolve import Job, job
 
 __all__ = [
     "ROOT",
     "Job",
-    "Options",
     "begin_run",
     "experiment",
     "folder",
@@ -29,10 +26,8 @@ __all__ = [
     "home",
     "job",
     "jobs",
-    "option_names",
     "output",
     "prepare_environment",
     "quoted",
-    "start_of_run",
     "values",
 ]

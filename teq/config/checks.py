@@ -59,9 +59,7 @@ def check_choices(cfg: Mapping[str, Any], choices: Mapping[str, Any], overrides:
 def check_keys(
     cfg: Mapping[str, Any], base: Mapping[str, Any], added: Sequence[str], experiment: str | None
 ) -> None:
-    """Reject keys that are not in `base`: Hydra merges those of additions (`+key=value`) and of experiment
-    files silently, and nothing reads them.
-    """
+    """Reject keys of additions (`+key=value`) and experiment files that `base` lacks: nothing reads them."""
     known = [*groups(), *(key for key, _ in flat(base, INTERNAL))]
     problems = []
     for key in _unread(cfg, base):

@@ -73,8 +73,9 @@ def jobs(argv: Sequence[str]) -> list[Job]:
 
 
 def _add_group_sizes(overrides: Sequence[str]) -> None:
-    """Add to the group `group_size` the numbers that have no file: Hydra takes options from memory too, and
-    its launchers hand these on to their workers.
+    """Add to the group `group_size` the numbers that have no file.
+
+    Hydra takes options from memory too, and its launchers hand these on to their workers.
     """
     for override in overrides:
         number = re.fullmatch(r"group_size=['\"]?([1-9]\d*)['\"]?", override)
@@ -111,8 +112,9 @@ def _expand(overrides: list[str], multirun: bool) -> tuple[list[list[str]], str]
 
 
 def _sweep(overrides: list[str]) -> tuple[Mapping[str, Any], str, str]:
-    """Return the sweep's parameters, Hydra's mode and the launcher's name: from the experiment's file alone
-    where that is all that sets them.
+    """Return the sweep's parameters, Hydra's mode and the launcher's name.
+
+    They are read from the experiment's file where nothing else sets them.
     """
     name = overrides[-1].partition("=")[2] if overrides else None
     if not any(map(_is_hydras, overrides)) and (name is None or name in groups()["experiments"]):

@@ -1,7 +1,9 @@
 """From one composed configuration to its job: settings resolved, recipe filled in, classes instantiated."""
 
+import contextlib
 import functools
 import json
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -170,11 +172,7 @@ def _resolved(part: Any, root: dict[str, Any]) -> Any:
         return [_resolved(value, root) for value in part]
     if not isinstance(part, str) or "${" not in part:
         return part
-    if (reference := REFERENCE.fullmatch(part)) is None:
-        return OmegaConf.to_container(OmegaConf.create({**root, "_part": part}), resolve=True)["_part"]
-    value: Any = root
-    for key in reference.group(1).split("."):
-        if not isinstance(value, dict) or key not in value:
-            raise UserError(f"{part} in conf/ refers to a key that is not there")
-        value = value[key]
-    return _resolved(value, root)
+    if reference := REFERENCE.fullmatch(part):
+        with contextlib.suppress(KeyError, TypeError):  # of which OmegaConf says what is wrong
+            return _resolved(functools.reduce(operator.getitem, reference[1].split("."), root), root)
+    return OmegaConf.to_container(OmegaConf.create({**root, "_part": part}), resolve=True)["_part"]

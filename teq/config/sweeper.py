@@ -75,11 +75,10 @@ class Relauncher:
         self.folder = folder
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
-        """Return the results of the jobs' calls. Raises UserError, at the end, where a job's worker was
-        killed while it ran nothing else.
+        """Return the results of the jobs. Raises UserError at the end if a worker was killed by a lone job.
 
-        First come the jobs that had not begun; then, each by itself, those that had: any of them may be the
-        one that filled the memory.
+        First come the jobs that had not begun; then, each alone, those that had: any of them may be the one
+        that filled the memory.
         """
         batches, number = deque([list(job_overrides)]), initial_job_idx
         results: list[Any] = []

@@ -164,16 +164,16 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def abandoned(making: Path) -> bool:
-    """Return whether nobody works in a folder named by `making_beside`.
+def abandoned(folder: Path, changed: float | None = None) -> bool:
+    """Return whether nobody works in a folder whose name ends in its host and process.
 
-    That is: its process ran on this machine and has ended, or the folder has not changed for a week.
+    That is: its process ran on this machine and has ended, or nothing `changed` for a week.
     """
-    host, _, pid = making.name.rpartition(MAKING)[2].rpartition("-")[0].rpartition("-")
-    if host == socket.gethostname() and pid.isdecimal() and not alive(int(pid)):
+    here = re.fullmatch(rf".*({MAKING}|_){re.escape(socket.gethostname())}-(\d+)-\w+", folder.name)
+    if here and not alive(int(here[2])):
         return True
     try:
-        return time.time() - making.stat().st_mtime > ABANDONED
+        return time.time() - (changed or folder.stat().st_mtime) > ABANDONED
     except FileNotFoundError:  # its owner was faster
         return False
 

@@ -72,7 +72,7 @@ class Shown:
 def experiments() -> list[str]:
     """Every experiment: the paper's tables and figures first."""
     order = ("table", "figure")
-    names = config.option_names(config.folder("experiments"))
+    names = config.groups()["experiments"]
     return sorted(
         names, key=lambda name: next((i for i, o in enumerate(order) if name.startswith(o)), len(order))
     )

@@ -5,7 +5,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -115,8 +114,7 @@ def _deleted(entry: Entry) -> bool:
         used = in_use.held(entry.root)
         name = str(entry.path.relative_to(entry.root)) if entry.path.is_relative_to(entry.root) else None
         waits = (
-            (entry.kind == "making" and not disk.abandoned(entry.path))
-            or (entry.kind == "hydra" and _runs(entry))
+            (entry.kind in ("making", "hydra") and not disk.abandoned(entry.path, entry.used))
             or (entry.kind == "wandb" and used)  # its folders do not name their process
         )
         if not free or name in used or waits:
@@ -155,15 +153,6 @@ def _free(lock: Path | None) -> Iterator[bool]:
                 if isinstance(error, OSError) and error.errno not in disk.NO_LOCKS:
                     raise
         yield free
-
-
-def _runs(entry: Entry) -> bool:
-    """Return whether the run of an output folder may still be running."""
-    start, _, rest = entry.path.name.rpartition("_")
-    host, pid = [*rest.rsplit("-", 2), "", ""][:2]
-    if host == socket.gethostname() and start and pid.isdecimal():
-        return disk.alive(int(pid))
-    return time.time() - entry.used < disk.ABANDONED
 
 
 def _seconds(age: str) -> float:

@@ -43,33 +43,26 @@ EXAMPLES = """\
 
 
 def main(argv: list[str], launch: Callable[[], Any]) -> int:
-    """Check every job, run them with `launch` under Hydra, sum up. Returns the exit status."""
+    """Check every job, run them with `launch`, which is under `hydra.main`, sum up. Returns the status."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text())
+        return 0
     config.begin_run()
     try:
         with signals.terminable(sweeper.working()):
-            return _main(argv, launch)
+            jobs = checked_jobs(argv)
+            make_output(len(jobs))
+            sys.argv[1:] = config.quoted(argv)
+            return max(sweeper.run(launch), summary(jobs))
+    except UserError as error:
+        print_errors(error)
+        return 2
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
         return 130
     except signals.Terminated:
         print(TERMINATED, file=sys.stderr)
         return 143
-
-
-def _main(argv: list[str], launch: Callable[[], Any]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(help_text())
-        return 0
-    config.prepare_environment()
-    try:
-        jobs = checked_jobs(argv)
-        make_output(len(jobs))
-        sys.argv[1:] = config.quoted(argv)
-        failed = sweeper.run(launch)
-    except UserError as error:
-        print_errors(error)
-        return 2
-    return max(failed, summary(jobs))
 
 
 def help_text() -> str:
@@ -92,8 +85,9 @@ def help_text() -> str:
 
 
 def checked_jobs(argv: list[str]) -> list[Job]:
-    """The jobs of a command line after every check that needs no heavy work. Raises UserError, a line for
-    each problem.
+    """Return the jobs of a command line after every check that needs no heavy work.
+
+    Raises UserError, a line for each problem.
     """
     found = config.jobs(argv)
     Store(config.home() / "store").check()
@@ -139,7 +133,7 @@ def make_output(jobs: int) -> None:
 
 
 def _too_long(job: Job) -> Iterator[str]:
-    """A line for each window of the run that is longer than its model's positions reach."""
+    """Yield a line for each window of the run that is longer than its model's positions reach."""
     if job.dimensions is None and isinstance(job.run.model.source, Hub | Wheel):
         return  # its configuration would have to be fetched
     positions = getattr(forecast.dimensions(job.run.model, job.dimensions), "max_position_embeddings", None)
@@ -152,7 +146,7 @@ def _too_long(job: Job) -> Iterator[str]:
 
 
 def run_job(job: Job) -> None:
-    """Run one job; a failure is one line here, the traceback in the job's log. Notes either for `summary`."""
+    """Run one job; a failure is one line here, its traceback in the job's log. Leaves a note to `summary`."""
     home = config.home()
     log.info("— %s (%s)", job.run.title(), job.run.key())
     log.debug("settings: %s", json.dumps(job.run.plain()))
@@ -169,7 +163,7 @@ def run_job(job: Job) -> None:
             )
             finished = pipeline.run(job.run, Store(home / "store"), home, runtime, logger)
         _note(job, {"record": str(finished.file)})
-    except Exception as error:  # the other jobs of a sweep go on; this one is reported at the end
+    except Exception as error:  # the other jobs run all the same
         line = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.errno in FULL:
             line = f"{error.strerror} ({error.filename}): free space there; {KEPT}"
@@ -213,20 +207,18 @@ def _shown(jobs: list[Job]) -> report.Shown | None:
 
 
 def _note(job: Job, outcome: dict[str, str]) -> None:
-    """Leave what came of a job to `summary`, which may be another process's."""
-    key = config.start_of_run(), job.run.key()
-    _outcomes[key] = outcome
+    """Leave the outcome of a job to `summary`, which may run in another process."""
+    _outcomes[config.output(), job.run.key()] = outcome
     with contextlib.suppress(OSError):  # a full disk: in this process it is known all the same
         disk.write_text(config.output() / "outcomes" / f"{job.run.key()}.json", json.dumps(outcome))
 
 
 def _outcome(job: Job) -> dict[str, str]:
-    """What came of a job in this run; empty where nobody said."""
-    key = config.start_of_run(), job.run.key()
+    """Return the outcome of a job in this start of run.py; empty where there is none."""
     try:
         return json.loads((config.output() / "outcomes" / f"{job.run.key()}.json").read_text())
     except (OSError, ValueError):
-        return _outcomes.get(key, {})
+        return _outcomes.get((config.output(), job.run.key()), {})
 
 
-_outcomes: dict[tuple[str, str], dict[str, str]] = {}  # by start of run.py and job
+_outcomes: dict[tuple[Path, str], dict[str, str]] = {}  # by output folder and job
