@@ -45,7 +45,7 @@ def merged(overrides: Sequence[str]) -> Composed:
     node = {key: copy.deepcopy(value) for key, value in primary.items() if key not in ("defaults", "hydra")}
     for group, name in choices.items():
         if name is not None:
-            _merge(node, _option(folder(), group, name))
+            _merge(node, _option(group, name))
     for key, value in values.items():
         _assign(node, key.split("."), value)
     return node, choices
@@ -54,10 +54,9 @@ def merged(overrides: Sequence[str]) -> Composed:
 _parsed = functools.cache(OverridesParser.create().parse_override)
 
 
-@functools.cache
-def _option(root: Path, group: str, name: str) -> dict[str, Any]:
+def _option(group: str, name: str) -> dict[str, Any]:
     """Return what an option adds to the configuration."""
-    file = (root if group == "experiments" else root / "conf") / group / f"{name}.yaml"
+    file = folder("" if group == "experiments" else "conf") / group / f"{name}.yaml"
     if not file.is_file():
         raise NeedsHydra
     if "# @package _global_" not in file.read_text(encoding="utf-8"):

@@ -88,9 +88,13 @@ def experiment(name: str) -> dict[str, Any]:
     return read(folder("experiments") / f"{name}.yaml")
 
 
-@functools.cache
 def read(file: Path) -> dict[str, Any]:
-    """Return the content of a YAML file, with interpolations. It is cached: do not change it."""
+    """Return the content of a YAML file, interpolations unresolved; it is cached, so do not change it."""
+    return _read(file, file.stat().st_mtime_ns)
+
+
+@functools.cache
+def _read(file: Path, _: int) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(file))
 
 

@@ -164,16 +164,21 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def abandoned(folder: Path, changed: float | None = None) -> bool:
-    """Return whether nobody works in a folder whose name ends in its host and process.
+def lives(name: str) -> bool | None:
+    """Return whether the process lives whose host and id end `name`; None if this is another host."""
+    here = re.fullmatch(rf".*(?:{MAKING}|_){re.escape(socket.gethostname())}-(\d+)-\w+", name)
+    return alive(int(here[1])) if here else None
 
-    That is: its process ran on this machine and has ended, or nothing `changed` for a week.
+
+def abandoned(making: Path) -> bool:
+    """Return whether nobody works in a folder named by `making_beside`.
+
+    That is: its process ran on this machine and has ended, or the folder has not changed for a week.
     """
-    here = re.fullmatch(rf".*({MAKING}|_){re.escape(socket.gethostname())}-(\d+)-\w+", folder.name)
-    if here and not alive(int(here[2])):
+    if lives(making.name) is False:
         return True
     try:
-        return time.time() - (changed or folder.stat().st_mtime) > ABANDONED
+        return time.time() - making.stat().st_mtime > ABANDONED
     except FileNotFoundError:  # its owner was faster
         return False
 

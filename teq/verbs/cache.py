@@ -113,8 +113,11 @@ def _deleted(entry: Entry) -> bool:
     with in_use.unchanging(entry.root), _free(entry.lock) as free:
         used = in_use.held(entry.root)
         name = str(entry.path.relative_to(entry.root)) if entry.path.is_relative_to(entry.root) else None
+        lives = disk.lives(entry.path.name)
+        fresh = time.time() - entry.used < disk.ABANDONED
         waits = (
-            (entry.kind in ("making", "hydra") and not disk.abandoned(entry.path, entry.used))
+            (entry.kind == "making" and not disk.abandoned(entry.path))
+            or (entry.kind == "hydra" and (fresh if lives is None else lives))
             or (entry.kind == "wandb" and used)  # its folders do not name their process
         )
         if not free or name in used or waits:

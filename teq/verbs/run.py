@@ -153,6 +153,7 @@ def run_job(job: Job) -> None:
     try:
         settings = job.run.plain() | {"method": job.run.method}
         with (
+            signals.terminable(),
             locks.taken(job.options.device) as device,
             job.logger.start(job.run.title(), settings, str(home), job.experiment) as logger,
         ):
