@@ -19,6 +19,8 @@ from teq import config, models, record
 from teq.files import disk as files
 from teq.pipeline import run as pipeline
 from teq.pipeline.loggers import Silent
+from teq.report import read as report
+from teq.report.match import Library
 from teq.spec import UserError
 from teq.verbs import run as cli
 from teq.verbs import signals
@@ -216,7 +218,7 @@ def test_a_home_that_cannot_be_written_serves_what_it_holds(read_only, own_home,
 def test_the_output_of_a_start_is_one_folder_for_all_its_processes(own_home, monkeypatch):
     config.begin_run()
     config.prepare_environment()
-    assert os.environ["TEQ_OUTPUT"] == str(config.output()) == f"{own_home}/hydra/{config.start_of_run()}"
+    assert os.environ["TEQ_OUTPUT"] == str(config.output()) == f"{own_home}/hydra/{os.environ['TEQ_START']}"
     first = config.output()
     config.begin_run()
     config.prepare_environment()
@@ -252,6 +254,26 @@ def test_the_summary_shows_one_row_a_run_and_none_of_a_failed_one(own_home, caps
     assert cli.summary(jobs) == 1
     out = capsys.readouterr().out
     assert cli.LOST in out and "records in" not in out
+
+
+def test_an_experiment_ends_with_its_own_table_as_the_report_prints_it(
+    own_home, tmp_path, monkeypatch, capsys
+):
+    text = """
+hydra: {mode: MULTIRUN, sweeper: {params: {model: tiny-llama, method: "fp,rtn", grid: w4}}}
+evals: [python-docs]
+ppl: {limit: 2, context: 64}
+layout:
+  {title: T, caption: C, rows: [grid, method], cells: {ppl: {label: perplexity, mean: [python-docs.ppl]}}}
+"""
+    add_experiment(monkeypatch, tmp_path, "small", text)
+    assert entry.main(["experiments=small"]) == 0
+    table = report.read("small", (), Library(own_home / "records")).markdown()
+    assert table.count("| w4 ") == 1 and "perplexity" in table
+    assert f"{table}\n2 records in {own_home}" in capsys.readouterr().out
+    (tmp_path / "experiments" / "small.yaml").write_text(f"# @package _global_{text.partition('layout')[0]}")
+    assert entry.main(["experiments=small"]) == 0  # what a table lacks stops nothing
+    assert "| model " in capsys.readouterr().out
 
 
 def test_a_failure_here_is_said_whatever_another_process_does(own_home, monkeypatch, capsys):
