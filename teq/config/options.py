@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from teq.files import disk
@@ -75,12 +76,18 @@ def option_names(group: Path) -> list[str]:
 def values() -> dict[str, Any]:
     """Return the default of each single value that a user can set, by dotted name."""
     inner = (*INTERNAL, "defaults", "hydra")
-    return dict(flat(read(folder("conf") / "config.yaml"), inner))
+    return dict(flat(_plain("config.yaml"), inner))
 
 
 def help_sentences() -> dict[str, str]:
     """Return a sentence for each group and each value, by dotted name."""
-    return dict(flat(read(folder("conf") / "help.yaml")))
+    return dict(flat(_plain("help.yaml")))
+
+
+def _plain(name: str) -> dict[str, Any]:
+    """Return the content of a file of conf/, read in C where possible: OmegaConf would slow `--help` down."""
+    text = (folder("conf") / name).read_text(encoding="utf-8")
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def experiment(name: str) -> dict[str, Any]:

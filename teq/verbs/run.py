@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teq import config, record
 from teq.config import Job, sweeper
@@ -21,11 +21,13 @@ from teq.pipeline import forecast
 from teq.pipeline import run as pipeline
 from teq.pipeline.loggers import Silent
 from teq.pipeline.store import Store
-from teq.report import read as report
 from teq.report import table
 from teq.report.match import Library
 from teq.spec import Runtime, UserError
 from teq.verbs import signals
+
+if TYPE_CHECKING:
+    from teq.report.read import Shown
 
 log = logging.getLogger(__name__)
 LOST = "it left no record: its process ended without a word, as one that was killed does"
@@ -195,10 +197,12 @@ def summary(jobs: list[Job]) -> int:
     return 1 if failed else 0
 
 
-def _shown(jobs: list[Job]) -> report.Shown | None:
+def _shown(jobs: list[Job]) -> "Shown | None":
     """Return the experiment that just ran as the report shows it; errors are logged, not raised."""
     if (name := jobs[0].experiment) is None:
         return None
+    from teq.report import read as report
+
     try:
         records = config.folder("results") / "records", config.home() / "records"
         return report.of(name, jobs, Library(*records))
