@@ -1,4 +1,4 @@
-"""The verbs beside run.py: `python -m teq report|publish|plan|prefetch|cache ...`."""
+"""The other verbs than run.py: `python -m teq report|publish|plan|prefetch|cache ...`."""
 
 import importlib
 import logging

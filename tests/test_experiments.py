@@ -6,13 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from made import add_experiment
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from teq import config
-from teq.config.composition import NeedsHydra, merged
 from teq.evaluate.counts import Counts
 from teq.evaluate.overhead import Overhead
 from teq.grid import Grid
@@ -87,58 +84,6 @@ def test_act_order_methods_differ_from_gptq_in_that_alone():
     assert {key for key in runs["gptq"] if runs["gptq"][key] != runs["gptq-ao"][key]} == {"act_order"}
     assert runs["gptq-ao"] == runs["teq+gptq-ao"]
     assert runs["gptq-ao"]["static_groups"] is False
-
-
-SAMPLES = [
-    ["experiments=table1", "model=opt-13b", "method=teq", "grid=w4", "recipe=paper"],
-    ["experiments=table9", "model=bloom-3b"],
-    ["experiments=smollm2", "method=teq+gptq", "grid=w3_g128", "tasks.limit=7"],
-    ["model=tiny-llama", "method=gptq-ao", "bits='4'", "group_size='-1'", "init=inv_sqrt", "logger=wandb"],
-    ["recipe=quick", "model=llama-7b", "evals=[ptb,c4-new]", "train.lr=1e-4", "seed=3"],
-]
-
-
-@pytest.fixture
-def hydra():
-    """Hydra, ready to compose."""
-    config.prepare_environment()
-    with initialize_config_dir(str(config.folder("conf")), version_base="1.3"):
-        yield
-
-
-def composed(overrides):
-    """A configuration without Hydra's node and the layout, and the choices, as Hydra composes them."""
-    composed = compose("config", overrides, return_hydra_config=True)
-    plain = OmegaConf.to_container(composed)
-    choices = dict(composed.hydra.runtime.choices)
-    return {key: value for key, value in plain.items() if key not in ("hydra", "layout")}, choices
-
-
-@pytest.mark.parametrize("overrides", SAMPLES, ids=lambda overrides: overrides[0])
-def test_merged_configurations_are_hydras(hydra, overrides):
-    ours, choices = merged(overrides)
-    expected, options = composed(overrides)
-    assert ours == expected and choices.items() <= options.items()
-
-
-@pytest.mark.parametrize("name", experiments())
-def test_the_jobs_of_an_experiment_are_hydras(name):
-    jobs = config.jobs([f"experiments={name}"])
-    with initialize_config_dir(str(config.folder("conf")), version_base="1.3"):
-        for one in jobs[:: -(-len(jobs) // 4)]:
-            expected, options = composed(one.overrides)
-            assert merged(one.overrides)[0] == expected
-            assert config.job(expected, options).run == one.run
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [["model/arch=opt", "model=tiny-opt"], ["+train.extra=1"], ["bits=4"], ["train.stepz=1"], ["~seed"]],
-    ids=lambda overrides: overrides[0],
-)
-def test_what_is_not_that_simple_is_left_to_hydra(overrides):
-    with pytest.raises(NeedsHydra):
-        merged(overrides)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ LAYOUT = "layout"  # the node of an experiment file that says how its records ar
 
 def folder(name: str = "") -> Path:
     """Return the folder `conf`, `experiments` or `results` of the project (TEQ_ROOT, or this clone)."""
-    return Path(os.environ.get("TEQ_ROOT") or ROOT) / name
+    return Path(os.environ.get("TEQ_ROOT") or ROOT).absolute() / name
 
 
 def home() -> Path:

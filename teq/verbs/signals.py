@@ -23,7 +23,7 @@ class Terminated(BaseException):
 
 @contextlib.contextmanager
 def terminable(working: Path | None = None) -> Iterator[None]:
-    """Context manager: SIGTERM raises Terminated, except where a launcher has a handler of its own.
+    """Context manager: SIGTERM raises Terminated, except where a launcher has set a handler.
 
     SIGTERM and Ctrl-C first stop the child processes whose jobs `sweeper.noted` names in the folder
     `working`, and wait for them.
