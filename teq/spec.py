@@ -83,12 +83,12 @@ STRATEGIES = ("keep", "checkpoint", "offload")  # of a training step: each takes
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime(Settings):
-    """How the work is done where results do not depend on it: in no key. `device` is already resolved."""
+    """How the work is done where results do not depend on it: in no key. A job's `device` may be `auto`."""
 
     device: str = "cpu"
     memory: str = "auto"  # what `teq.device.memory.choose` chooses the strategy by
     strategy: str = option("keep", among=STRATEGIES)
-    batch_size: int = option(8, at_least=1)
+    batch_size: int = option(8, at_least=1, key="tasks.batch_size")
     partial: Path | None = None  # folder for the state of a stage that can be interrupted and resumed
 
 

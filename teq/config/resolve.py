@@ -19,20 +19,11 @@ from teq.evaluate.counts import Counts
 from teq.models.checkpoint import Checkpoint, Outline
 from teq.pipeline.run import Run
 from teq.quantizers.keep import Keep
-from teq.spec import Settings, UserError, option
+from teq.spec import Runtime, UserError
 from teq.transforms.identity import Identity
 
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 BASIC = "basic"  # Hydra's launcher that runs jobs in this process
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(Settings):
-    """The part of a configuration that no result depends on."""
-
-    device: str = "auto"
-    memory: str = "auto"
-    batch_size: int = option(8, at_least=1, key="tasks.batch_size")
 
 
 @dataclass(frozen=True)
@@ -41,7 +32,7 @@ class Job:
 
     overrides: list[str]
     run: Run
-    options: Options
+    options: Runtime
     logger: Any
     experiment: str | None
     layout: Mapping[str, Any] | None
@@ -68,7 +59,7 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
         evals=tuple(_make(read(folder("conf") / "eval" / f"{e}.yaml"), cfg) for e in _names(cfg["evals"])),
     )
     _check_weights(run)
-    options = Options(device=cfg["device"], memory=str(cfg["memory"]), batch_size=cfg["tasks"]["batch_size"])
+    options = Runtime(device=cfg["device"], memory=str(cfg["memory"]), batch_size=cfg["tasks"]["batch_size"])
     named = choices.get("experiments")
     layout = None if named is None else experiment(str(named)).get(LAYOUT)
     logger, dimensions = _make(cfg["logger"], cfg), cfg["model"].get("config")

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from teq.pipeline.loggers import Silent
 from teq.pipeline.store import Store
 from teq.report import table
 from teq.report.match import Library
-from teq.spec import Runtime, UserError
+from teq.spec import UserError
 from teq.verbs import signals
 
 if TYPE_CHECKING:
@@ -159,11 +160,7 @@ def run_job(job: Job) -> None:
             locks.taken(job.options.device) as device,
             job.logger.start(job.run.title(), settings, str(home), job.experiment) as logger,
         ):
-            runtime = Runtime(
-                device=pipeline.resolve_device(device),
-                memory=job.options.memory,
-                batch_size=job.options.batch_size,
-            )
+            runtime = replace(job.options, device=pipeline.resolve_device(device))
             finished = pipeline.run(job.run, Store(home / "store"), home, runtime, logger)
         _note(job, {"record": str(finished.file)})
     except Exception as error:  # the other jobs run all the same
