@@ -32,7 +32,7 @@ from lm_eval.models.huggingface import HFLM
 
 from teq.evaluate.scoring import SharedContextLM
 
-# Task -> folder of its definition in the harness, folder and split of its documents.
+# Task -> folder of its definition in the import_lm_eval, folder and split of its documents.
 TASKS = {
     "hellaswag": ("hellaswag", "hellaswag", "validation"),
     "piqa": ("piqa", "piqa", "validation"),

@@ -23,6 +23,7 @@ import math
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,11 +35,11 @@ from benchmarks.gptq_port import Clock, floor, port
 from benchmarks.measuring import ratio, shown
 from teq import config
 from teq import data as corpora
+from teq.device.runtime import resolve
 from teq.models import arch
 from teq.models.checkpoint import LM
 from teq.pipeline import cost as measure
-from teq.pipeline import run as pipeline
-from teq.quantizers.gptq import blocks as gptq_blocks
+from teq.quantizers.gptq import blocks, solver
 from teq.quantizers.gptq.settings import Gptq
 from teq.spec import UserError
 
@@ -47,15 +48,10 @@ PARTS = ("total", "measuring", "quantizing", "rest")
 
 def ours(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
     """The project's own, with its parts timed; returns the first block's error."""
-    parts = {"_measure": "measuring", "solve": "quantizing"}
-    kept = {name: getattr(gptq_blocks, name) for name in parts}
-    try:
-        for name, part in parts.items():
-            setattr(gptq_blocks, name, clock.timed(part, kept[name]))
-        _, info = gptq_blocks.quantize_blocks(settings, lm, {}, windows)
-    finally:
-        for name, function in kept.items():
-            setattr(gptq_blocks, name, function)
+    measuring = clock.timed("measuring", blocks._measure)
+    quantizing = clock.timed("quantizing", solver.solve)
+    with mock.patch.object(blocks, "_measure", measuring), mock.patch.object(solver, "solve", quantizing):
+        _, info = settings.quantize_on(lm, {}, windows)
     first = next(iter(arch.blocks(lm.model, lm.arch)))
     return sum(e.get("error", 0.0) for name, e in info["gptq"].items() if name.startswith(f"{first}."))
 
@@ -123,7 +119,7 @@ def main(argv: list[str]) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} is not allowed: it must be at least 1")
     windows = arguments.windows if arguments.blocks is None else 0
-    device = pipeline.resolve_device(arguments.device)
+    device = resolve(arguments.device)
     given = [f"gptq.samples={arguments.samples}", f"gptq.length={arguments.length}", "method=gptq"]
     given += [f"dtype={arguments.dtype or measuring.default_dtype(device)}", "evals=[python-docs]"]
     (job,) = config.jobs([*arguments.overrides, *given])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks import measuring
 from teq.models import arch
+from teq.models.blocks import first_inputs, run_block
 from teq.models.checkpoint import LM
 from teq.quantizers.gptq.settings import Gptq
 
@@ -88,8 +89,8 @@ def port_solve(weight: Tensor, hessian: Tensor, settings: Gptq) -> Tensor:
 @torch.no_grad()
 def port(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
     """Quantize the model in place; returns the first block's error tr(E H E^T)."""
-    hidden, kwargs = arch.first_inputs(lm.model, lm.arch, windows)
-    solve, run = clock.timed("quantizing", port_solve), arch.run_block
+    hidden, kwargs = first_inputs(lm.model, lm.arch, windows)
+    solve, run = clock.timed("quantizing", port_solve), run_block
     first = 0.0
     for index, (name, block) in enumerate(arch.blocks(lm.model, lm.arch).items()):
         inside = arch.linears(name, block)
@@ -125,7 +126,7 @@ def floor(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
     """What no GPTQ can do without: every block run twice on every sample, and one product `X^T X` in fp32 for
     each distinct input of its linears. Nothing is quantized.
     """
-    hidden, kwargs = arch.first_inputs(lm.model, lm.arch, windows)
+    hidden, kwargs = first_inputs(lm.model, lm.arch, windows)
     hessians: dict[int, Tensor] = {}
     given: list[Tensor] = []
 
@@ -141,9 +142,9 @@ def floor(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
         hooks = [m.register_forward_pre_hook(note) for m in arch.linears(name, block).values()]
         for sample in hidden:
             given.clear()
-            clock.timed("measuring", arch.run_block)(block, sample, kwargs)
+            clock.timed("measuring", run_block)(block, sample, kwargs)
         for hook in hooks:
             hook.remove()
         hessians.clear()
-        hidden = [arch.run_block(block, sample, kwargs) for sample in hidden]
+        hidden = [run_block(block, sample, kwargs) for sample in hidden]
     return 0.0

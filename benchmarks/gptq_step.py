@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from teq.models.checkpoint import LM
-from teq.quantizers.gptq.blocks import quantize_blocks
 from teq.quantizers.gptq.settings import Gptq
 
 BLOCKS = 2  # the second reads what the first, quantized, puts out, as every later one does
@@ -32,5 +31,5 @@ class GptqBlocks:
         """Quantize on `tokens [sample, token]`; returns the blocks' error, summed over what has one."""
         for name, parameter in self.stack.named_parameters():
             parameter.copy_(self.kept[name])
-        _, info = quantize_blocks(self.settings, self.lm, {}, tokens)
+        _, info = self.settings.quantize_on(self.lm, {}, tokens)
         return sum(entry.get("error", 0.0) for entry in info["gptq"].values())

@@ -74,7 +74,7 @@ def child(file: Path, argv: list[str]) -> int:
     from torch._subclasses.fake_tensor import FakeTensor
 
     import run
-    from teq.evaluate import perplexity, scoring
+    from teq.evaluate import perplexity, scoring, trees
     from teq.files import resume
     from teq.pipeline.store import Store
     from teq.quantizers.gptq import blocks
@@ -94,7 +94,7 @@ def child(file: Path, argv: list[str]) -> int:
         return original(*given)
 
     def batch(original: Callable[..., Any], self: Any, rows: list[Any]) -> Any:
-        notes.begin(f"batch {_digest(sorted(scoring._requests(rows)))}")
+        notes.begin(f"batch {_digest(sorted(trees.requests_of(rows)))}")
         return original(self, rows)
 
     def window(original: Callable[..., Any], model: Any, tokens: Any) -> Any:

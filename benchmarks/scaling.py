@@ -23,7 +23,7 @@ from benchmarks import measuring
 from benchmarks.measuring import ratio, shown
 from benchmarks.worker import Spec, Worker, training
 from teq import config
-from teq.pipeline import run as pipeline
+from teq.device.runtime import resolve
 from teq.spec import UserError
 
 MODELS = ("tiny-llama", "smollm2-135m", "bloom-560m", "opt-1.3b")
@@ -163,7 +163,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     # to ask torch whether `cpu` exists would mean to import it
-    device = "cpu" if arguments.device == "cpu" else pipeline.resolve_device(arguments.device)
+    device = "cpu" if arguments.device == "cpu" else resolve(arguments.device)
     dtype = arguments.dtype or measuring.default_dtype(device)
     models, tokens = arguments.models, sorted(arguments.tokens)
     grow = arguments.grow or models[min(1, len(models) - 1)]

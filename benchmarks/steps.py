@@ -17,8 +17,8 @@ from teq.device.offload import place_around_blocks
 from teq.grid import Grid, fake_quant
 from teq.models import arch
 from teq.models.checkpoint import LM
+from teq.transforms.teq.linear import fake_quantized
 from teq.transforms.teq.settings import Teq
-from teq.transforms.teq.train import Trainer, through
 
 STRATEGIES = {"ours": "keep", "checkpoint": "checkpoint", "offload": "offload"}
 
@@ -74,14 +74,14 @@ class Contender:
         self.name, self.model, self.family, self.grid = name, lm.model, lm.arch, settings.grid
         self.sites = arch.sites(lm.model, lm.arch)
         if name == "offload":
-            place_around_blocks(lm.model, lm.arch, device)
-        self.trainer = Trainer(settings, self.sites, torch.device(device))
+            place_around_blocks(lm.model, arch.blocks(lm.model, lm.arch).values(), device)
+        self.trainer = settings.trainer(lm.model, lm.arch, device)
 
     def installed(self) -> contextlib.AbstractContextManager[None]:
-        """Within: the blocks' linears are this contender's."""
+        """Context manager: the blocks' linears are this contender's."""
         if self.name in STRATEGIES:
             scale = self.trainer.current.__getitem__
-            return through(self.model, self.family, self.sites, self.grid, scale, STRATEGIES[self.name])
+            return fake_quantized(self.model, self.family, self.grid, scale, STRATEGIES[self.name])
         return self._replaced()
 
     def step(self, tokens: Tensor) -> float:

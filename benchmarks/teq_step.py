@@ -36,8 +36,8 @@ from benchmarks.steps import Contender
 from benchmarks.worker import Spec, Worker, memory_of, training
 from teq import config
 from teq.device.memory import exhausted
+from teq.device.runtime import resolve
 from teq.pipeline import cost
-from teq.pipeline import run as pipeline
 from teq.spec import UserError
 
 SHARING = ("ours", "checkpoint", "autograd", "floor")
@@ -172,7 +172,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", default=["model=smollm2-135m"], help="as for run.py")
     arguments = parser.parse_intermixed_args(argv)
-    device = pipeline.resolve_device(arguments.device)
+    device = resolve(arguments.device)
     dtype = arguments.dtype or measuring.default_dtype(device)
     (job,) = config.jobs([*arguments.overrides, f"dtype={dtype}"])
     names = arguments.contenders or [*SHARING, *ALONE]

@@ -20,17 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks import measuring
-from teq.device import memory
 from teq.models import arch
 from teq.models.checkpoint import LM, Checkpoint, Folder
-from teq.pipeline import cost
+from teq.pipeline import cost, estimate
 from teq.spec import Settings, UserError
 from teq.transforms.teq.settings import Teq
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from teq.pipeline.run import Run
+    from teq.pipeline.settings import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 # glibc otherwise raises, as it goes along, the size from which freed memory goes back to the system, and
@@ -187,12 +186,12 @@ def _predicted(spec: Spec, lm: LM) -> int | None:
     device = spec.device.partition(":")[0]
     held = sum(t.nbytes for t in {*lm.model.parameters(), *lm.model.buffers()} if t.device.type == device)
     if spec.name == "gptq":
-        return spec.settings.expected(lm).bytes - held
+        return spec.settings.estimate(lm).bytes - held
     if spec.name not in STRATEGIES:
         return None
     settings = dataclasses.replace(spec.settings, length=spec.tokens, batch=spec.rows)
     strategy = STRATEGIES[spec.name]
-    return memory.need(settings, lm.model.config, lm.arch, spec.dtype, strategy).bytes - held
+    return estimate.estimate(settings, lm.model.config, lm.arch, spec.dtype, strategy).bytes - held
 
 
 def _made(spec: Spec, lm: LM) -> Stepper:

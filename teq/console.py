@@ -36,7 +36,7 @@ def track(items: Iterable[T], what: str) -> Iterator[T]:
 
 
 class File(logging.FileHandler):
-    """A log file. On a full disk it warns once, and goes on when there is space again."""
+    """A log file. On a full disk it warns once, and continues when there is space again."""
 
     def __init__(self, filename: str) -> None:
         super().__init__(filename, encoding="utf-8", delay=True)
@@ -67,12 +67,12 @@ class Console(logging.StreamHandler):
 
     @property
     def stream(self) -> Any:
-        """Where standard error goes at this moment."""
+        """Return where standard error goes at this moment."""
         return sys.stderr
 
     @stream.setter
     def stream(self, _: Any) -> None:
-        """Given once by the base class; not kept."""
+        """Ignore the stream set by StreamHandler.__init__."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line above the bars."""

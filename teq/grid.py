@@ -31,21 +31,21 @@ class Grid(Settings):
 
     @property
     def levels(self) -> int:
-        """The largest code, `2 ** bits - 1`."""
+        """Return the largest code, `2 ** bits - 1`."""
         return 2**self.bits - 1
 
     def group_count(self, columns: int) -> int:
-        """Groups in a row of `columns` input channels."""
+        """Return the number of groups in a row of `columns` input channels."""
         return 1 if self.group_size == -1 else -(-columns // self.group_size)
 
     def spans(self, columns: int) -> list[tuple[int, int]]:
-        """The `[start, stop)` columns of each group."""
+        """Return the `[start, stop)` columns of each group."""
         size = columns if self.group_size == -1 else self.group_size
         return [(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
 def qparams(block: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
-    """Scale and zero of each group.
+    """Return scale and zero of each group.
 
     block: `[..., group]`, fp32, one group in the last dimension. Returns scale and zero `[...]`, fp32.
 
@@ -69,7 +69,7 @@ def qparams(block: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
 
 
 def group_params(weight: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
-    """Scale and zero `[out, groups]` of `weight [out, in]` (fp32)."""
+    """Return scale and zero `[out, groups]` of `weight [out, in]` (fp32)."""
     import torch
 
     columns = weight.shape[1]
@@ -83,19 +83,17 @@ def group_params(weight: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
 
 
 def encode(weight: "Tensor", scale: "Tensor", zero: "Tensor", grid: Grid) -> "Tensor":
-    """Codes `clamp(round(w / scale) + zero, 0, 2^b - 1)`, half to even; all arguments broadcast, fp32 out."""
+    """Return codes `clamp(round(w / scale) + zero, 0, 2^b - 1)`, half to even, fp32; arguments broadcast."""
     return (weight / scale).round_().add_(zero).clamp_(0, grid.levels)
 
 
 def decode(codes: "Tensor", scale: "Tensor", zero: "Tensor") -> "Tensor":
-    """`(codes - zero) * scale`, broadcasting."""
+    """Return `(codes - zero) * scale`, broadcasting."""
     return (codes - zero).mul_(scale)
 
 
 def spread(params: "Tensor", grid: Grid, columns: int, g_idx: "Tensor | None" = None) -> "Tensor":
-    """Group parameters `[out, groups]` as one value per column `[out, in]`; `g_idx [in]` overrides the
-    grouping.
-    """
+    """Return parameters `[out, groups]` by column, `[out, in]`; `g_idx [in]` overrides the grouping."""
     if g_idx is not None:
         return params[:, g_idx.long()]
     size = columns if grid.group_size == -1 else grid.group_size
@@ -103,8 +101,7 @@ def spread(params: "Tensor", grid: Grid, columns: int, g_idx: "Tensor | None" = 
 
 
 def fake_quant(weight: "Tensor", grid: Grid) -> "Tensor":
-    """Quantize and dequantize `weight [out, in]` (fp32): what straight-through training puts into its forward
-    pass.
+    """Quantize and dequantize `weight [out, in]` (fp32), as straight-through training does.
 
     Bit-equal to `decode(encode(...))` over `group_params`; written with in-place passes because it runs over
     every weight at every training step.
@@ -127,7 +124,7 @@ def fake_quant(weight: "Tensor", grid: Grid) -> "Tensor":
 
 
 def pack(codes: "Tensor", bits: int) -> "Tensor":
-    """Integer codes of any shape as a little-endian bit stream, uint8 `[ceil(n * bits / 8)]`."""
+    """Return integer codes of any shape as a little-endian bit stream, uint8 `[ceil(n * bits / 8)]`."""
     import torch
 
     flat = codes.reshape(-1).to(torch.uint8)
@@ -139,7 +136,7 @@ def pack(codes: "Tensor", bits: int) -> "Tensor":
 
 
 def unpack(packed: "Tensor", bits: int, shape: tuple[int, ...]) -> "Tensor":
-    """The inverse of `pack`: codes of `shape`, uint8."""
+    """Return the inverse of `pack`: codes of `shape`, uint8."""
     import math
 
     import torch

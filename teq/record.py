@@ -32,33 +32,33 @@ class Record:
 
     @property
     def id(self) -> str:
-        """The run's content hash, computable from the configuration alone."""
+        """Return the run's content hash, computable from the configuration alone."""
         return str(self.data["id"])
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """By evaluation: `values`, packed `arrays`, `info`."""
+        """Return by evaluation: `values`, packed `arrays`, `info`."""
         return self.data["metrics"]
 
     @property
     def synthetic(self) -> bool:
-        """Whether the weights were made up: such a record tells time and memory, never quality."""
+        """Return whether the weights were made up: such a record tells time and memory, never quality."""
         return self.data["run"]["model"]["source"]["kind"] == "Synthetic"
 
     def array(self, evaluation: str, name: str) -> np.ndarray:
-        """A packed array of an evaluation, such as `window_loss` or `correct`."""
+        """Return a packed array of an evaluation, such as `window_loss` or `correct`."""
         return unpack(self.metrics[evaluation]["arrays"][name])
 
 
 def pack(array: np.ndarray) -> dict[str, Any]:
-    """An array as JSON: dtype, shape, and its little-endian bytes, compressed, in base 64."""
+    """Return an array as JSON: dtype, shape, and its little-endian bytes, compressed, in base 64."""
     little = array.astype(array.dtype.newbyteorder("<"))
     data = base64.b64encode(zlib.compress(little.tobytes(), 9)).decode()
     return {"dtype": little.dtype.str, "shape": list(array.shape), "data": data}
 
 
 def unpack(packed: dict[str, Any]) -> np.ndarray:
-    """The inverse of `pack`. Raises ValueError where the data are not of the shape that is given."""
+    """Return the inverse of `pack`. Raises ValueError where the data are not of the shape that is given."""
     dtype, shape = np.dtype(packed["dtype"]), packed["shape"]
     size = dtype.itemsize * math.prod(shape)
     if dtype.hasobject or not 0 <= size <= LARGEST:
@@ -97,9 +97,7 @@ def write(data: dict[str, Any], folder: Path) -> Record:
 
 
 def find(folder: Path, run: str, keys: Mapping[str, str], results: Mapping[str, str | None]) -> Record | None:
-    """The latest record of the run with id `run` whose stages have these keys and, where they are given,
-    these digests of their results; None where there is none.
-    """
+    """Return the latest record of a run with these stage keys and, where given, result digests, or None."""
     found = []
     for file in sorted(folder.glob(f"{run}-*.json")):
         if (one := read(file)) is None:
@@ -113,7 +111,7 @@ def find(folder: Path, run: str, keys: Mapping[str, str], results: Mapping[str, 
 
 
 def read(file: Path) -> Record | None:
-    """The record in `file`; None, with a warning, where it is damaged or of another schema."""
+    """Return the record in `file`; None, with a warning, if it is damaged or of another schema."""
     try:
         data = json.loads(file.read_text())
         if data["schema"] != SCHEMA:
@@ -129,7 +127,7 @@ def read(file: Path) -> Record | None:
 
 
 def load(*folders: Path) -> list[Record]:
-    """Every readable record, oldest first within a folder, folders in the order given.
+    """Return every readable record, oldest first within a folder, folders in the order given.
 
     A record that is broken or of another schema is named in a warning and left out; it never hides the
     others.
@@ -171,9 +169,7 @@ def _check_text(info: dict[str, Any]) -> None:
 
 
 def frame(records: Iterable[Record]) -> "pd.DataFrame":
-    """One row a record: its settings by dotted name, `<evaluation>.<metric>` and `seconds.<stage>`
-    columns.
-    """
+    """Return one row per record: settings by dotted name, `<evaluation>.<metric>`, `seconds.<stage>`."""
     import pandas as pd
 
     return pd.DataFrame([_row(record) for record in records])

@@ -7,7 +7,6 @@ import math
 import types
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 
@@ -26,7 +25,7 @@ def option(
     hashed: bool = True,
     omitted: Any = dataclasses.MISSING,
 ) -> Any:
-    """A dataclass field whose value must lie in a range or in a set; `Settings` checks it.
+    """Declare a dataclass field whose value must lie in a range or in a set; `Settings` checks it.
 
     `key` is the name the command line knows it by, where that is not `<group>.<field>`. A field that is not
     `hashed` (a display name, the words of a message) is neither in the key nor in a record. A field that has
@@ -63,37 +62,23 @@ class Settings:
             object.__setattr__(self, field.name, fitted)
 
     def plain(self) -> dict[str, Any]:
-        """Settings in the types of JSON, with the class's name and version: what is hashed and recorded."""
+        """Return the settings as JSON types, with class name and version: what is hashed and recorded."""
         fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if self._counts(f)}
         return {"kind": type(self).__name__, "version": self.version, **fields}
 
     def _counts(self, field: dataclasses.Field) -> bool:
-        """Whether a field is hashed with the value that it has here."""
+        """Return whether a field is hashed with the value that it has here."""
         if not field.metadata.get("hashed", True):
             return False
         return "omitted" not in field.metadata or getattr(self, field.name) != field.metadata["omitted"]
 
     def key(self) -> str:
-        """The content hash: 16 hex digits of the SHA-256 of `plain()`."""
+        """Return the content hash: 16 hex digits of the SHA-256 of `plain()`."""
         return digest(self.plain())
 
 
-STRATEGIES = ("keep", "checkpoint", "offload")  # of a training step: each takes more time and less memory
-
-
-@dataclass(frozen=True, kw_only=True)
-class Runtime(Settings):
-    """How the work is done where results do not depend on it: in no key. A job's `device` may be `auto`."""
-
-    device: str = "cpu"
-    memory: str = "auto"  # what `teq.device.memory.choose` chooses the strategy by
-    strategy: str = option("keep", among=STRATEGIES)
-    batch_size: int = option(8, at_least=1, key="tasks.batch_size")
-    partial: Path | None = None  # folder for the state of a stage that can be interrupted and resumed
-
-
 def digest(plain: Any) -> str:
-    """16 hex digits of the SHA-256 of a JSON value, independent of the order of its keys."""
+    """Return 16 hex digits of the SHA-256 of a JSON value, whatever the order of its keys."""
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -102,9 +87,7 @@ _MISFIT = object()
 
 
 def _fit(kind: Any, value: Any) -> Any:
-    """The value as `kind`, or _MISFIT. Only lossless steps are taken: list to tuple, whole number to
-    float.
-    """
+    """Return the value as `kind`, or _MISFIT. Only lossless steps are taken, such as list to tuple."""
     origin = typing.get_origin(kind)
     if kind is Any:
         return value

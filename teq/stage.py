@@ -1,23 +1,28 @@
-"""Transforms: what is done to a model, without changing its function, before it is quantized.
+"""The contract of a method: what the pipeline asks of a transform, a quantizer and an evaluation.
 
-A transform is frozen settings with `fit(load, runtime, on_step) -> (tensors, info)`: tensors hold a positive
-vector per site under the site's name (and, beside it, whatever else is worth keeping under a name with a
-prefix and a slash). Beside them `clip/<linear>` may bound the folded weights that are quantized.
+A method is a frozen `Settings` class with the fields that its stage reads; the defaults below do the rest.
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from teq.models.arch import CLIP
-from teq.spec import Runtime, UserError
+import numpy as np
+
+from teq import data
+from teq.device.memory import Estimate
+from teq.device.runtime import Runtime
+from teq.spec import Settings, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from teq.models.checkpoint import LM
 
 Load = Callable[[], "LM"]
 OnStep = Callable[[int, float], None]
+Made = tuple[Mapping[str, "Tensor"], dict[str, Any]]  # tensors by name, and what the record says of them
 
 
 class NothingDone(UserError):
@@ -32,38 +37,77 @@ class Diverged(UserError):
         self.tensors = tensors
 
 
-class Transform(Protocol):
-    """What the pipeline asks of a transform."""
+@dataclass(frozen=True)
+class Metric:
+    """The outcome of one evaluation: numbers, the arrays their uncertainty is computed from, its inputs."""
 
-    def plain(self) -> dict[str, Any]: ...
+    values: dict[str, float]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work(Settings):
+    """What all three have in common.
+
+    A stage that can tells what it will need: `dry_run(lm, strategy)` does a unit of its work (a training
+    step, a window) on a model whose tensors have no contents, `estimate(lm)` computes it from the shapes.
+    """
+
+    dry_run: ClassVar[Callable[..., None] | None] = None
+    estimate: ClassVar[Callable[..., Estimate] | None] = None
+
+    def check_text(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raise UserError if the text that is read is too short."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Calibrated(Work):
+    """A stage that may read calibration text: then it has the fields `calib`, `samples` and `length`."""
 
     def corpus(self) -> str | None:
-        """The name of the calibration text it reads, or None."""
+        """Return the name of the calibration text, or None."""
+        return self.calib.corpus if hasattr(self, "calib") else None
 
-    def fit(
-        self, load: Load, runtime: Runtime, on_step: OnStep
-    ) -> tuple[Mapping[str, "Tensor"], dict[str, Any]]: ...
+    def windows(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
+        """Return the calibration windows `[samples, length]`. Raises UserError if the text is too short."""
+        return data.calibration(self.calib, tokenizer, self.samples, self.length)
 
-
-def site_scales(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """The scale vectors of a fitted transform by site, without what was kept beside them."""
-    return {name: tensor for name, tensor in tensors.items() if "/" not in name}
-
-
-def folded(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """What a quantizer takes of a fitted transform: the scale vectors by site, and the bounds of weights."""
-    return site_scales(tensors) | {name: t for name, t in tensors.items() if name.startswith(CLIP)}
+    def check_text(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raise UserError if the calibration text gives too few windows."""
+        if self.corpus() is not None:
+            self.windows(tokenizer)
 
 
-def on_host(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """Copies of fp32 tensors in the host's memory, made in one transfer: each waits for the device."""
-    import torch
+class Transform(_Calibrated):
+    """What is done to a model, without changing its function, before it is quantized."""
 
-    if not tensors:
-        return {}
-    flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu()
-    parts = flat.split([tensor.numel() for tensor in tensors.values()])
-    return {
-        name: part.view(tensor.shape).clone()
-        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
-    }
+    def fit(self, load: Load, runtime: Runtime, on_step: OnStep) -> Made:
+        """Return a positive vector per site under the site's name, and what the record says of them.
+
+        `clip/<linear>` bounds a folded weight, `start/<site>` is where s started (ones if it is missing);
+        other names with a slash are kept. The model of `load()` stays as it is.
+        """
+        raise NotImplementedError
+
+
+class Quantizer(_Calibrated):
+    """From a model and scales to integer codes on the field `grid`, which is None in floating point."""
+
+    def quantize(self, load: Load, scales: Mapping[str, "Tensor"], runtime: Runtime) -> Made:
+        """Return the tensors of `teq.quantizers.quantized.stored`; the model of `load()` may be used up."""
+        raise NotImplementedError
+
+
+class Evaluation(Work):
+    """A measurement of a quantized model; `name` is what records and tables call it."""
+
+    name: ClassVar[Any]
+
+    def provenance(self) -> dict[str, Any] | None:
+        """Return what identifies the text, which enters the stage's key; None if it reads none."""
+        return None
+
+    def measure(self, lm: "LM", runtime: Runtime) -> Metric:
+        """Measure the model, which stays as it is."""
+        raise NotImplementedError

@@ -11,7 +11,7 @@ Z = 1.959963984540054  # the standard normal's 97.5 % quantile
 
 
 def stderr_of_mean(values: Values) -> float:
-    """Standard error of the mean of `values [n]`: s / sqrt(n) with the sample deviation s.
+    """Return the standard error of the mean of `values [n]`: s / sqrt(n), s the sample deviation.
 
     It is lm-eval's `acc_stderr`. NaN for fewer than two values, where it is not defined.
     """
@@ -20,20 +20,19 @@ def stderr_of_mean(values: Values) -> float:
 
 
 def perplexity(losses: Values) -> float:
-    """exp of the mean of per-window mean token losses `[n]`: equally long windows count the same."""
+    """Return exp of the mean of per-window mean token losses `[n]`: windows are equally long."""
     return float(np.exp(_flat(losses).mean()))
 
 
 def stderr_of_perplexity(losses: Values) -> float:
-    """Standard error of `perplexity(losses)` by the delta method: the perplexity times the mean's error."""
+    """Return the delta-method standard error of `perplexity(losses)`: perplexity times the mean's error."""
     return perplexity(losses) * stderr_of_mean(losses)
 
 
 def paired_bootstrap(
     pairs: Sequence[tuple[Values, Values, str]], resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """The ends of the 95 % percentile interval of the sum over `pairs` (a, b, statistic) of `statistic(a) -
-    statistic(b)`.
+    """Return the 95 % percentile interval of the sum of `statistic(a) - statistic(b)` over `pairs`.
 
     `a` and `b` `[n]` belong to the same n documents or windows: a resample draws n of those with replacement
     and takes both methods' values there (Efron and Tibshirani 1993, chapter 13). Different pairs have others

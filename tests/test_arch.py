@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from teq.models import arch
+from teq.models import arch, fold
 from teq.spec import UserError
 
 
@@ -23,7 +23,7 @@ def test_folding_changes_no_logits(tiny, family):
     before = lm.model(tokens).logits
     found = arch.sites(lm.model, lm.arch)
     weights = {name: p.clone() for name, p in lm.model.named_parameters()}
-    arch.fold(found, random_scales(found))
+    fold.fold(found, random_scales(found))
     after = lm.model(tokens).logits
     assert ((after - before).norm() / before.norm()).item() < 1e-9
     for site in found:
@@ -34,7 +34,7 @@ def test_folding_changes_no_logits(tiny, family):
 def test_equivalence_check_passes_and_leaves_the_model_untouched(tiny, family):
     lm = tiny(family)
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
-    arch.check_equivalence(lm.model, lm.arch)
+    fold.check_equivalence(lm.model, lm.arch)
     assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
 
 
@@ -50,7 +50,7 @@ def test_wrong_site_is_refused_by_name(tiny, name, wrong):
     lm = tiny(name)
     broken = dataclasses.replace(lm.arch, sites={**wrong})
     with pytest.raises(UserError, match=next(iter(wrong)).replace(".", r"\.")):
-        arch.check_equivalence(lm.model, broken)
+        fold.check_equivalence(lm.model, broken)
 
 
 def test_post_layernorm_models_are_refused_with_the_reason(tiny):
@@ -81,7 +81,7 @@ def test_folded_weight_is_formed_in_fp32(tiny):
     lm = tiny("llama", "bfloat16")
     found = arch.sites(lm.model, lm.arch)
     scales = {name: s.float() for name, s in random_scales(found).items()}
-    folding = arch.Folding.of(found, scales)
+    folding = fold.Folding.of(found, scales)
     name, linear = next(iter(found[0].targets.items()))
     folded = folding.weight(name, linear)
     assert folded.dtype == torch.float32

@@ -14,8 +14,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from teq import data as corpora
 from teq.data import hub, mirror
+from teq.data import texts as corpora
 from teq.data.sources import SOURCES
 from teq.files.digests import file_digest
 from teq.models.synthetic import byte_tokenizer
@@ -178,7 +178,7 @@ def run_python(code, endpoint, home, **environment):
 
 READ = """
 import json, socket, sys
-from teq import data as corpora
+from teq.data import texts as corpora
 from huggingface_hub import constants
 if constants.HF_HUB_OFFLINE:
     def attempted(*args, **kwargs):

@@ -39,7 +39,7 @@ def reads(monkeypatch):
     """The files that were read for a digest, one after another."""
     found = []
     original = disk.sha256
-    monkeypatch.setattr(digests.files, "sha256", lambda file: (found.append(file.name), original(file))[1])
+    monkeypatch.setattr(digests.disk, "sha256", lambda file: (found.append(file.name), original(file))[1])
     return found
 
 
@@ -130,7 +130,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, clock,
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(digests.files, "sha256", changing)
+        patch.setattr(digests.disk, "sha256", changing)
         file_digest(file)
     assert file_digest(file) == hashlib.sha256(b"x" * SIZE).hexdigest()
 

@@ -10,6 +10,7 @@ from made import add_experiment
 from safetensors.torch import load_file
 
 from teq import config
+from teq.device.runtime import Runtime
 from teq.evaluate.counts import Counts
 from teq.evaluate.overhead import Overhead
 from teq.grid import Grid
@@ -21,7 +22,7 @@ from teq.report.cells import Table
 from teq.report.layout import ANY, CELL, FULL, parse
 from teq.report.match import Library
 from teq.report.read import experiments, read
-from teq.spec import Runtime, UserError
+from teq.spec import UserError
 
 NOTHING = Library(config.ROOT / "no-such-folder")
 METHODS = set(config.groups()["method"])

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from teq import config
 from teq.grid import Grid, fake_quant
 from teq.transforms.teq import fake_quant as fused
-from teq.transforms.teq import train
+from teq.transforms.teq import linear
 
 CPU = torch.device("cpu")
 
@@ -59,13 +59,13 @@ def trained(tiny, bits):
     lm = tiny("llama")
     tokens = torch.randint(200, (2, 16), generator=torch.Generator().manual_seed(0))
     settings = dataclasses.replace(job.run.transform, steps=2)
-    return train.train(settings, lm.model, lm.arch, tokens, lambda *_: None)[1]["fake_quant"]
+    return settings.train_on(lm.model, lm.arch, tokens)[1]["fake_quant"]
 
 
 def test_a_second_training_compiles_nothing_and_one_past_the_compilers_limit_is_not_called_compiled(
     tiny, monkeypatch, without_code
 ):
-    monkeypatch.setattr(train, "chosen", fused.compiled)
+    monkeypatch.setattr(linear, "select_fake_quant", fused.compiled)
     first, name = graphs(lambda: trained(tiny, bits=3))
     assert first > 4 and name == "compiled"
     assert graphs(lambda: trained(tiny, bits=3)) == (0, "compiled")
@@ -100,7 +100,7 @@ def test_a_compiler_that_fails_or_rounds_otherwise_is_not_used(monkeypatch, capl
         raise RuntimeError("no compiler")
 
     def sloppy(weight, s):
-        return fused.Plain(grid)(weight, s) + 1e-7
+        return fused.Eager(grid)(weight, s) + 1e-7
 
     for fake, said in ((broken, "is not compiled: no compiler"), (sloppy, "differs from the plain one")):
         fused.compiled.cache_clear()
@@ -111,4 +111,4 @@ def test_a_compiler_that_fails_or_rounds_otherwise_is_not_used(monkeypatch, capl
 
 
 def test_a_cpu_takes_the_plain_one():
-    assert fused.chosen(Grid(bits=3, group_size=32), CPU, torch.float32).name == "plain"
+    assert fused.select_fake_quant(Grid(bits=3, group_size=32), CPU, torch.float32).name == "plain"

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from teq import config
+from teq.device.runtime import Runtime
+from teq.models.fold import folded_tensors, site_scales
 from teq.pipeline import cost
 from teq.quantizers.quantized import restore
-from teq.spec import Runtime
-from teq.stage import folded, site_scales
 
 GOLDEN = pathlib.Path(__file__).parent / "oracles" / "golden.json"
 SHORT = [
@@ -43,7 +43,9 @@ def results(method: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
         found["scales"] = torch.cat([s.flatten() for s in site_scales(scales).values()]).numpy()
     if info.get("loss"):
         found["losses"] = np.asarray(info["loss"])
-    tensors, _ = run.quantizer.quantize(lambda: run.model.load("float32", "cpu"), folded(scales), Runtime())
+    tensors, _ = run.quantizer.quantize(
+        lambda: run.model.load("float32", "cpu"), folded_tensors(scales), Runtime()
+    )
     found["codes"] = torch.cat([tensors[key] for key in sorted(tensors) if key.endswith("/codes")]).numpy()
     lm = run.model.load("float32", "cpu")
     restore(lm.model, tensors, run.quantizer.grid)

@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 from teq.data.texts import Calibration
+from teq.device.runtime import Runtime
 from teq.grid import Grid, group_params, spread
 from teq.models.arch import sites
 from teq.quantizers.gptq import blocks
 from teq.quantizers.gptq.settings import Gptq
-from teq.quantizers.gptq.solver import Hessian, solve
+from teq.quantizers.gptq.solver import Hessian
 from teq.quantizers.rtn import round_to_nearest
-from teq.spec import Runtime, UserError
+from teq.spec import UserError
 
 ORACLE = load_file(pathlib.Path(__file__).parent / "oracles" / "gptq.safetensors")
 CASES = [name for name in ORACLE if name.startswith(("gptq.", "rtn."))]
@@ -46,7 +47,7 @@ def test_codes_equal_the_official_codes(name):
         ours = round_to_nearest(ORACLE["weight"], grid)
     else:
         chosen = Gptq(grid=grid, calib=Calibration(), samples=1, length=2, **options)
-        ours = solve([(ORACLE["weight"], hessian())], chosen)[0].quantized
+        ours = chosen.solve([(ORACLE["weight"], hessian())])[0].quantized
     dequantized = ours.dequantize(grid)
     torch.testing.assert_close(dequantized, ORACLE[name], rtol=1e-5, atol=1e-6)
     # equal values on the same grid are equal codes: recover the oracle's codes with our own parameters
@@ -68,7 +69,7 @@ def test_the_hessian_made_in_bands_is_twice_the_mean_product(width):
 def test_identity_hessian_is_rounding():
     weight = ORACLE["weight"]
     chosen = settings(group_size=32)
-    ours = solve([(weight, torch.eye(224))], chosen)[0].quantized
+    ours = chosen.solve([(weight, torch.eye(224))])[0].quantized
     assert torch.equal(ours.codes, round_to_nearest(weight, chosen.grid).codes)
 
 
@@ -76,14 +77,14 @@ def test_error_is_below_that_of_rounding():
     weight, h, chosen = ORACLE["weight"], hessian(), settings()
     lost = round_to_nearest(weight, chosen.grid).dequantize(chosen.grid) - weight
     rounding = float(((lost @ h) * lost).sum())
-    assert solve([(weight, h)], chosen)[0].error < 0.7 * rounding
+    assert chosen.solve([(weight, h)])[0].error < 0.7 * rounding
 
 
 @pytest.mark.parametrize("options", [{}, {"act_order": True}, {"group_size": -1}, {"block_size": 50}])
 def test_error_is_that_of_the_weights_under_the_hessian(options):
     h, chosen = hessian(), settings(**options)
     h[7, :] = h[:, 7] = 0
-    (solution,) = solve([(ORACLE["weight"], h)], chosen)
+    (solution,) = chosen.solve([(ORACLE["weight"], h)])
     lost = solution.quantized.dequantize(chosen.grid) - ORACLE["weight"]
     lost[:, 7] = 0
     assert solution.error == pytest.approx(float(((lost.double() @ h.double()) * lost).sum()), rel=1e-4)
@@ -91,8 +92,8 @@ def test_error_is_that_of_the_weights_under_the_hessian(options):
 
 def test_rows_solved_together_equal_rows_solved_alone():
     chosen = settings()
-    together = solve([(ORACLE["weight"], hessian())], chosen)[0].quantized
-    alone = [solve([(part, hessian())], chosen)[0].quantized for part in ORACLE["weight"].split(4)]
+    together = chosen.solve([(ORACLE["weight"], hessian())])[0].quantized
+    alone = [chosen.solve([(part, hessian())])[0].quantized for part in ORACLE["weight"].split(4)]
     assert torch.equal(together.codes, torch.cat([part.codes for part in alone]))
 
 
@@ -101,7 +102,7 @@ def test_dead_columns_become_zero():
     h[7, :] = h[:, 7] = 0
     for group_size in (-1, 32):
         chosen = settings(group_size=group_size)
-        q = solve([(ORACLE["weight"], h)], chosen)[0].quantized
+        q = chosen.solve([(ORACLE["weight"], h)])[0].quantized
         assert not q.dequantize(chosen.grid)[:, 7].any()
 
 
@@ -111,19 +112,19 @@ def test_whole_row_grid_is_taken_before_dead_columns_are_zeroed():
     h = hessian()
     h[7, :] = h[:, 7] = 0
     chosen = settings(group_size=-1)
-    assert torch.equal(solve([(weight, h)], chosen)[0].quantized.scale, group_params(weight, chosen.grid)[0])
+    assert torch.equal(chosen.solve([(weight, h)])[0].quantized.scale, group_params(weight, chosen.grid)[0])
 
 
 def test_damping_ladder_is_climbed_and_recorded():
     x = torch.randn(3, 224, generator=torch.Generator().manual_seed(0))
     singular = x.T @ x - 0.02 * torch.eye(224) * (x.T @ x).diagonal().mean()
-    (solution,) = solve([(ORACLE["weight"], singular)], settings())
+    (solution,) = settings().solve([(ORACLE["weight"], singular)])
     assert solution.damping == pytest.approx(0.1)
 
 
 def test_hopeless_hessian_is_refused():
     with pytest.raises(UserError, match="not positive definite"):
-        solve([(ORACLE["weight"], torch.eye(224) - 200 * torch.ones(224, 224) / 224)], settings())
+        settings().solve([(ORACLE["weight"], torch.eye(224) - 200 * torch.ones(224, 224) / 224)])
 
 
 @pytest.mark.parametrize("after", [1, 2])  # finished blocks of two
@@ -145,7 +146,7 @@ def test_gptq_goes_on_from_its_last_finished_block(tiny, tmp_path, monkeypatch, 
 
     def quantized(partial):
         solved.clear()
-        return blocks.quantize_blocks(chosen, tiny(family), scales, windows, partial=partial)
+        return chosen.quantize_on(tiny(family), scales, windows, partial=partial)
 
     monkeypatch.setattr(blocks, "_quantize_block", counted)
     expected, report = quantized(None)
@@ -176,7 +177,7 @@ def test_gptq_whose_memory_ran_out_goes_on_from_its_last_finished_block(tiny, tm
             raise torch.OutOfMemoryError("out of memory")
         return original(*args)
 
-    monkeypatch.setattr(Gptq, "_windows", lambda *_: windows)
+    monkeypatch.setattr(Gptq, "windows", lambda *_: windows)
     monkeypatch.setattr("teq.device.memory.fits", lambda *_: True)
     monkeypatch.setattr(blocks, "_quantize_block", fails_once)
     chosen = settings(group_size=16)

@@ -13,14 +13,13 @@ from transformers import AutoModelForCausalLM
 
 import run as entry
 from teq import config, record
-from teq.device import memory
+from teq.device.runtime import STRATEGIES, Runtime
 from teq.grid import Grid, fake_quant, unpack
 from teq.models.arch import blocks
-from teq.quantizers.gptq.blocks import quantize_blocks
-from teq.spec import STRATEGIES, Runtime, UserError
-from teq.stage import site_scales
+from teq.models.fold import site_scales
+from teq.pipeline import estimate
+from teq.spec import UserError
 from teq.transforms.teq import fake_quant as fused
-from teq.transforms.teq import train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +54,7 @@ def test_all_strategies_train_the_same_scales(family):
         settings = dataclasses.replace(run.transform, steps=5)
         tokens = torch.randint(200, (5, 48), generator=torch.Generator().manual_seed(0))
         runtime = Runtime(device=str(GPU), strategy=strategy)
-        trained[strategy], _ = train.train(settings, lm.model, lm.arch, tokens, lambda *_: None, runtime)
+        trained[strategy], _ = settings.train_on(lm.model, lm.arch, tokens, runtime)
     for strategy in ("checkpoint", "offload"):
         for name, s in trained["keep"].items():
             torch.testing.assert_close(trained[strategy][name].cpu(), s.cpu(), rtol=1e-5, atol=1e-6)
@@ -63,10 +62,10 @@ def test_all_strategies_train_the_same_scales(family):
 
 def test_gptq_gives_the_same_codes_wherever_hidden_states_wait(family):
     found = []
-    for waiting in (None, torch.device("cpu")):
+    for waiting in (None, "cpu"):
         run, lm = loaded(family, "gptq", str(GPU))
         tokens = torch.randint(200, (6, 48), generator=torch.Generator().manual_seed(0))
-        found.append(quantize_blocks(run.quantizer, lm, {}, tokens, waiting)[0])
+        found.append(run.quantizer.quantize_on(lm, {}, tokens, waiting=waiting)[0])
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -74,7 +73,7 @@ def test_gptq_gives_the_same_codes_wherever_hidden_states_wait(family):
 def test_offload_never_holds_more_than_a_few_blocks_however_far_the_host_runs_ahead():
     """What is reserved counts: memory that waits for the device to be done with it is not allocated."""
     (job,) = config.jobs(["model=tiny-llama", "method=teq", "group_size=64"])
-    dimensions = job.run.model.config()
+    dimensions = job.run.model.source.dimensions()
     dimensions.num_hidden_layers, dimensions.hidden_size, dimensions.intermediate_size = 24, 1024, 4096
     model = AutoModelForCausalLM.from_config(dimensions).eval().requires_grad_(False)
     block = sum(p.nbytes for p in next(iter(blocks(model, job.run.model.arch).values())).parameters())
@@ -84,17 +83,17 @@ def test_offload_never_holds_more_than_a_few_blocks_however_far_the_host_runs_ah
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_reserved()
     runtime = Runtime(device=str(GPU), strategy="offload")
-    train.train(settings, model, job.run.model.arch, tokens, lambda *_: None, runtime)
+    settings.train_on(model, job.run.model.arch, tokens, runtime)
     assert torch.cuda.max_memory_reserved() - before < 8 * block
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_predicted_memory_is_what_is_allocated(strategy):
     (job,) = config.jobs(["model=tiny-llama", "method=teq", "group_size=64", "train.length=256"])
-    dimensions = job.run.model.config()
+    dimensions = job.run.model.source.dimensions()
     dimensions.num_hidden_layers, dimensions.hidden_size, dimensions.intermediate_size = 12, 512, 2048
     run = job.run
-    predicted = memory.need(run.transform, dimensions, run.model.arch, "bfloat16", strategy).bytes
+    predicted = estimate.estimate(run.transform, dimensions, run.model.arch, "bfloat16", strategy).bytes
     model = AutoModelForCausalLM.from_config(dimensions, dtype=torch.bfloat16).eval().requires_grad_(False)
     model.to("cpu" if strategy == "offload" else GPU)
     settings = dataclasses.replace(run.transform, steps=3)
@@ -103,14 +102,14 @@ def test_predicted_memory_is_what_is_allocated(strategy):
     others = torch.cuda.memory_allocated() - there
     torch.cuda.reset_peak_memory_stats()
     runtime = Runtime(device=str(GPU), strategy=strategy)
-    train.train(settings, model, run.model.arch, tokens, lambda *_: None, runtime)
+    settings.train_on(model, run.model.arch, tokens, runtime)
     assert torch.cuda.max_memory_allocated() - others == pytest.approx(predicted, rel=0.15)
 
 
 def test_every_shape_of_every_grid_has_a_compiled_pass_of_the_plain_ones_bits():
     fused.compiled.cache_clear()
     for grid in (Grid(bits=3, group_size=-1), Grid(bits=3, group_size=32), Grid(bits=4, group_size=64)):
-        quantize = fused.chosen(grid, GPU, torch.bfloat16)
+        quantize = fused.select_fake_quant(grid, GPU, torch.bfloat16)
         before = counters["stats"]["unique_graphs"]
         generator = torch.Generator(GPU).manual_seed(1)
         for rows in range(64, 64 + 12 * 8, 8):
@@ -119,7 +118,7 @@ def test_every_shape_of_every_grid_has_a_compiled_pass_of_the_plain_ones_bits():
             assert torch.equal(quantize(weight, s), fake_quant(weight.detach().float() * s, grid))
         assert quantize.name == "compiled"
         assert counters["stats"]["unique_graphs"] == before + 12
-        assert fused.chosen(grid, GPU, torch.bfloat16) is quantize
+        assert fused.select_fake_quant(grid, GPU, torch.bfloat16) is quantize
 
 
 def test_a_run_from_the_command_line_to_the_record(own_home):

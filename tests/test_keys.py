@@ -6,7 +6,7 @@ import pytest
 
 from teq import config
 from teq.models.checkpoint import Checkpoint, Folder
-from teq.pipeline import run as pipeline
+from teq.pipeline.settings import checks
 from teq.spec import Settings, option
 
 TINY = ["model=tiny-llama", "evals=[python-docs,lastword-python-docs]"]
@@ -79,8 +79,8 @@ def test_where_a_folder_lies_is_in_no_key_and_in_no_record():
     assert here.key() == there.key() and here.plain()["path"] == "model"
     assert Folder(path="/one/place/finetuned").key() != here.key()
     arch = run().model.arch
-    checks = [
-        pipeline.checks(dataclasses.replace(run(), model=Checkpoint(name="m", source=source, arch=arch)))[0]
+    found = [
+        checks(dataclasses.replace(run(), model=Checkpoint(name="m", source=source, arch=arch)))[0]
         for source in (here, there)
     ]
-    assert checks[0].keys() != checks[1].keys()  # each folder is looked at
+    assert found[0].keys() != found[1].keys()  # each folder is looked at

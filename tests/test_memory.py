@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from teq import config
 from teq.device import memory, offload
+from teq.device.runtime import Runtime
 from teq.models.arch import blocks
 from teq.models.checkpoint import LM, Checkpoint
+from teq.pipeline import estimate, loaded, store
 from teq.pipeline import run as pipeline
-from teq.pipeline import store
 from teq.quantizers.gptq import blocks as gptq_blocks
-from teq.spec import Runtime, UserError
+from teq.spec import UserError
 from teq.transforms.teq import train
 from teq.transforms.teq.settings import Teq
 
@@ -37,12 +38,12 @@ def job_of(family, *overrides):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_prediction_is_within_15_percent_of_a_real_step(family, strategy, batch):
     run = job_of(family, f"train.batch={batch}").run
-    wanted = run.model.config()
+    wanted = run.model.source.dimensions()
     wanted.num_hidden_layers = 7  # the prediction looks at two and at three
-    predicted = memory.need(run.transform, wanted, run.model.arch, "float32", strategy)
+    predicted = estimate.estimate(run.transform, wanted, run.model.arch, "float32", strategy)
     model = AutoModelForCausalLM.from_config(wanted).eval().requires_grad_(False)
     with memory.LiveBytes() as live:
-        run.transform.rehearse(LM(model, None, run.model.arch, ""), strategy)
+        run.transform.dry_run(LM(model, None, run.model.arch, ""), strategy)
     waiting = blocks(model, run.model.arch).values() if strategy == "offload" else ()
     elsewhere = sum(p.nbytes for block in waiting for p in block.parameters())
     weights = sum(p.nbytes for p in model.parameters()) - elsewhere
@@ -54,13 +55,13 @@ def test_prediction_is_within_15_percent_of_a_real_step(family, strategy, batch)
 def test_training_needs_no_more_than_its_steps_are_predicted_to(family):
     """The check of the sites before training, snapshots and all."""
     run = job_of(family, "train.length=96").run
-    config_of_four = run.model.config()
+    config_of_four = run.model.source.dimensions()
     config_of_four.num_hidden_layers = 4
-    predicted = memory.need(run.transform, config_of_four, run.model.arch, "float32", "keep").bytes
+    predicted = estimate.estimate(run.transform, config_of_four, run.model.arch, "float32", "keep").bytes
     model = AutoModelForCausalLM.from_config(config_of_four).eval().requires_grad_(False)
     tokens = torch.randint(200, (3, 96), generator=torch.Generator().manual_seed(0))
     with memory.LiveBytes() as live:
-        train.train(run.transform, model, run.model.arch, tokens, lambda *_: None, Runtime())
+        run.transform.train_on(model, run.model.arch, tokens, Runtime())
     weights = sum(p.nbytes for p in model.parameters())
     assert weights + live.peak <= 1.15 * predicted
 
@@ -79,11 +80,13 @@ def test_live_bytes_counts_a_storage_once_and_only_while_it_lives():
 def test_the_first_strategy_that_fits_is_chosen(monkeypatch):
     job = job_of("llama")
     needed = {"keep": 3_000_000, "checkpoint": 2_000_000, "offload": 1_000_000}
-    monkeypatch.setattr(memory, "need", lambda *args: memory.Need(needed[args[-1]], 0))
+    monkeypatch.setattr(estimate, "estimate", lambda *args: memory.Estimate(needed[args[-1]], 0))
 
     def chosen(amount, device="cuda:0"):
         runtime = Runtime(device=device, memory=amount)
-        return memory.choose(job.run.transform, job.run.model.config, job.run.model.arch, "float32", runtime)
+        return estimate.choose(
+            job.run.transform, job.run.model.source.dimensions, job.run.model.arch, "float32", runtime
+        )
 
     assert [chosen(amount) for amount in ("3MB", "2.5MB", "1MB", "offload")] == [
         "keep",
@@ -99,7 +102,7 @@ def test_the_first_strategy_that_fits_is_chosen(monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 999_999, 26_043_210_000, 1_000_000_000])
 def test_the_least_that_would_do_does(size):
-    assert size < memory.budget(memory._amount(size), "cpu") <= size + 10**7
+    assert size < memory.budget(estimate._amount(size), "cpu") <= size + 10**7
 
 
 @pytest.mark.parametrize("amount", ["much", "40", "-1GB", "40 GB", "0.5TB"])
@@ -111,7 +114,9 @@ def test_a_budget_that_is_none_is_refused(amount):
 def test_a_small_budget_changes_the_strategy_and_no_result(own_home):
     job = job_of("llama")
     kept, saved = (
-        memory.need(job.run.transform, job.run.model.config(), job.run.model.arch, "float32", strategy).bytes
+        estimate.estimate(
+            job.run.transform, job.run.model.source.dimensions(), job.run.model.arch, "float32", strategy
+        ).bytes
         for strategy in ("keep", "checkpoint")
     )
     results = {}
@@ -163,7 +168,7 @@ def test_memory_that_runs_out_is_met_once_and_nothing_trained_is_lost(own_home, 
 
 def test_offload_holds_three_blocks_at_most_and_copies_each_twice_a_step(monkeypatch):
     run = job_of("llama").run
-    dimensions = run.model.config()
+    dimensions = run.model.source.dimensions()
     dimensions.num_hidden_layers = count = 7
     model = AutoModelForCausalLM.from_config(dimensions).eval().requires_grad_(False)
     alive, most, copies = weakref.WeakSet(), [], []
@@ -179,7 +184,7 @@ def test_offload_holds_three_blocks_at_most_and_copies_each_twice_a_step(monkeyp
     monkeypatch.setattr(offload.Stream, "_copied", copied)
     settings = dataclasses.replace(run.transform, steps=4)
     tokens = torch.randint(200, (4, 32))
-    train.train(settings, model, run.model.arch, tokens, lambda *_: None, Runtime(strategy="offload"))
+    settings.train_on(model, run.model.arch, tokens, Runtime(strategy="offload"))
     assert isinstance(settings, Teq)
     assert max(most) <= 3
     # forward 0 .. n-1, backward n-2 .. 0: the two turning points serve both ways
@@ -225,15 +230,15 @@ def test_gptq_goes_on_with_its_hidden_states_in_host_memory(monkeypatch, caplog)
         loaded.append(job.run.model.load("float32", "cpu"))
         return loaded[-1]
 
-    def quantize(settings, lm, scales, windows, waiting=None, partial=None):
+    def quantize(*_, waiting, **__):
         waited.append(waiting)
         if waiting is None:
             raise torch.OutOfMemoryError("2 GB")
-        return {}, {}
+        return {}, {"gptq": {}}
 
     monkeypatch.setattr(gptq_blocks, "quantize_blocks", quantize)
     job.run.quantizer.quantize(load, {}, Runtime(device="cuda:0", memory="keep"))
-    assert waited == [None, torch.device("cpu")] and len(loaded) == 2
+    assert waited == [None, "cpu"] and len(loaded) == 2
     assert "GPTQ: its hidden states go to the host" in caplog.text
     with pytest.raises(torch.OutOfMemoryError):
         job.run.quantizer.quantize(load, {}, Runtime(device="cpu"))
@@ -265,7 +270,7 @@ def test_a_model_in_a_reference_cycle_is_gone_before_another_is_loaded(monkeypat
     monkeypatch.setattr(Checkpoint, "load", noting)
     models = []
     for _ in range(2):  # two runs, two models each
-        bench = pipeline.Bench(job.run.model, "float32", "cpu", job.run.model.source.identity())
+        bench = loaded.LoadedModel(job.run.model, "float32", "cpu")
         models.append(in_a_cycle(bench.to_use_up()))
         models.append(in_a_cycle(bench.to_use_up()))
         del bench
@@ -282,10 +287,10 @@ def test_gptqs_first_model_is_gone_before_the_second_is_loaded(monkeypatch, only
         models.append(in_a_cycle(lm))
         return lm
 
-    def quantize(settings, lm, scales, windows, waiting=None, partial=None):
+    def quantize(*_, waiting, **__):
         if waiting is None:
             raise torch.OutOfMemoryError("2 GB")
-        return {}, {}
+        return {}, {"gptq": {}}
 
     monkeypatch.setattr(gptq_blocks, "quantize_blocks", quantize)
     job.run.quantizer.quantize(load, {}, Runtime(device="cuda:0", memory="keep"))

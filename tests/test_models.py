@@ -71,7 +71,7 @@ def test_random_weights_are_the_same_for_the_same_seed_and_have_random_norms_and
 def test_another_seed_is_another_model():
     source = source_of("tiny-llama")
     other = Random(config=source.config, seed=1, bos=source.bos)
-    assert other.identity() != source.identity()
+    assert other.fingerprint() != source.fingerprint()
     assert not torch.equal(build(source).lm_head.weight, build(other).lm_head.weight)
 
 
@@ -117,18 +117,22 @@ def test_synthetic_weights_of_another_device_have_another_identity_and_a_cpus_th
     """A generator's numbers depend on the kind of device that draws them."""
     (job,) = config.jobs(["model=tiny-llama", "model.weights=synthetic"])
     model, real = job.run.model, config.jobs(["model=tiny-llama"])[0].run.model
-    assert model.identity("cpu") == model.source.identity()
-    assert model.identity("cuda:0") == model.identity("cuda:1") == f"{model.source.identity()}.cuda"
-    assert real.identity("cuda:0") == real.identity("cpu") == real.source.identity()
-    assert model.load("float32", "cpu").identity == model.identity("cpu")
+    assert model.source.fingerprint("cpu") == model.source.fingerprint()
+    assert (
+        model.source.fingerprint("cuda:0")
+        == model.source.fingerprint("cuda:1")
+        == f"{model.source.fingerprint()}.cuda"
+    )
+    assert real.source.fingerprint("cuda:0") == real.source.fingerprint("cpu")
+    assert model.load("float32", "cpu").identity == model.source.fingerprint("cpu")
 
 
 def test_the_keys_of_synthetic_weights_drawn_on_a_gpu_are_not_those_of_a_cpu(own_home, monkeypatch):
     """`device` goes to pipeline.run as a GPU's; the weights are drawn here, for there is none."""
+    from teq.device.runtime import Runtime
     from teq.pipeline import cost
     from teq.pipeline import run as pipeline
     from teq.pipeline.store import Store
-    from teq.spec import Runtime
 
     (job,) = config.jobs(
         ["model=tiny-llama", "model.weights=synthetic", "method=rtn", "evals=[python-docs]", "ppl.limit=1"]
@@ -161,8 +165,8 @@ def test_synthetic_buffers_are_the_architectures_own():
 
 def test_synthetic_needs_no_checkpoint_and_says_so(hub_cache):
     source = source_of("opt-6.7b", "model.weights=synthetic", "method=gptq")
-    assert source.plain()["kind"] == "Synthetic" and source.identity().startswith("synthetic:")
-    assert source.identity() != source_of("opt-13b", "model.weights=synthetic").identity()
+    assert source.plain()["kind"] == "Synthetic" and source.fingerprint().startswith("synthetic:")
+    assert source.fingerprint() != source_of("opt-13b", "model.weights=synthetic").fingerprint()
 
 
 def test_byte_tokenizer_round_trips_and_puts_its_bos_once():
@@ -192,13 +196,13 @@ def test_folder_identity_is_its_content_not_its_place(folder, tmp_path):
     import shutil
 
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
-    first = Folder(path=str(folder)).identity()
-    assert Folder(path=str(moved)).identity() == first
+    first = Folder(path=str(folder)).fingerprint()
+    assert Folder(path=str(moved)).fingerprint() == first
     weights = moved / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert Folder(path=str(moved)).identity() != first
+    assert Folder(path=str(moved)).fingerprint() != first
 
 
 @pytest.mark.parametrize(
@@ -214,20 +218,20 @@ def test_incomplete_folders_are_refused_before_loading(folder, tmp_path, remove,
     if remove:
         (folder / remove).unlink()
     with pytest.raises(UserError, match=message):
-        Folder(path=str(path)).identity()
+        Folder(path=str(path)).fingerprint()
 
 
 def test_pickled_weights_are_not_loaded(folder):
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="no pickles are loaded"):
-        Folder(path=str(folder)).identity()
+        Folder(path=str(folder)).fingerprint()
 
 
 def test_damaged_weights_are_one_line(folder):
     (folder / "model.safetensors").write_bytes(b"not safetensors")
     checkpoint = models.Checkpoint(name="broken", source=Folder(path=str(folder)), arch=arch_of("llama"))
-    with pytest.raises(UserError, match="model=broken could not be loaded") as caught:
+    with pytest.raises(UserError, match="the model could not be loaded from") as caught:
         checkpoint.load("float32", "cpu")
     assert "\n" not in str(caught.value)
 
@@ -235,14 +239,14 @@ def test_damaged_weights_are_one_line(folder):
 def test_hub_revision_is_resolved_to_the_cached_commit_and_loads_offline(hub_cache):
     commit = hub_cache("facebook/opt-6.7b", "tiny-opt")
     source = Hub(repo="facebook/opt-6.7b")
-    assert source.identity() == f"facebook/opt-6.7b@{commit}"
+    assert source.fingerprint() == f"facebook/opt-6.7b@{commit}"
     lm = models.Checkpoint(name="opt-6.7b", source=source, arch=arch_of("opt")).load("float32", "cpu")
-    assert lm.identity == source.identity()
+    assert lm.identity == source.fingerprint()
 
 
 def test_missing_hub_model_is_one_line_that_says_what_was_tried_and_the_way_out(hub_cache):
     with pytest.raises(UserError) as caught:
-        Hub(repo="bigscience/bloom-3b").identity()
+        Hub(repo="bigscience/bloom-3b").fingerprint()
     message = str(caught.value)
     assert "bigscience/bloom-3b@main" in message and "local hub cache" in message
     assert "model.path=<folder>" in message and "HF_ENDPOINT" in message and "\n" not in message
@@ -279,7 +283,7 @@ def test_hub_failures(hub_cache, monkeypatch, error, message):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     with pytest.raises(UserError, match=message):
-        Hub(repo="facebook/opt-6.7b").identity()
+        Hub(repo="facebook/opt-6.7b").fingerprint()
 
 
 def test_unreachable_hub_falls_back_to_the_cache(hub_cache, monkeypatch):
@@ -292,7 +296,7 @@ def test_unreachable_hub_falls_back_to_the_cache(hub_cache, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
-    assert Hub(repo="facebook/opt-6.7b").identity().endswith(commit)
+    assert Hub(repo="facebook/opt-6.7b").fingerprint().endswith(commit)
 
 
 def hosted(monkeypatch, commit, *files):
@@ -312,19 +316,19 @@ def test_what_was_downloaded_by_commit_is_found_again_offline(hub_cache, monkeyp
     commit = hub_cache("facebook/opt-6.7b", "tiny-opt")
     (tmp_path / "hub" / "models--facebook--opt-6.7b" / "refs" / "main").unlink()
     with pytest.raises(UserError, match="is not in the local hub cache"):
-        Hub(repo="facebook/opt-6.7b").identity()
+        Hub(repo="facebook/opt-6.7b").fingerprint()
     hosted(monkeypatch, commit, "model.safetensors")
-    online = Hub(repo="facebook/opt-6.7b").identity()
+    online = Hub(repo="facebook/opt-6.7b").fingerprint()
     monkeypatch.setattr("teq.models.hub._commits", {})  # another process,
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # offline
-    assert Hub(repo="facebook/opt-6.7b").identity() == online == f"facebook/opt-6.7b@{commit}"
+    assert Hub(repo="facebook/opt-6.7b").fingerprint() == online == f"facebook/opt-6.7b@{commit}"
 
 
 def test_a_revision_means_one_commit_for_as_long_as_a_process_lives(hub_cache, monkeypatch):
     hosted(monkeypatch, "1" * 40, "model.safetensors")
-    first = Hub(repo="facebook/opt-6.7b").identity()
+    first = Hub(repo="facebook/opt-6.7b").fingerprint()
     hosted(monkeypatch, "2" * 40, "model.safetensors")
-    assert Hub(repo="facebook/opt-6.7b").identity() == first
+    assert Hub(repo="facebook/opt-6.7b").fingerprint() == first
 
 
 @pytest.mark.parametrize(
@@ -354,11 +358,11 @@ def test_weights_in_pickles_alone_need_the_hubs_own_open_conversion(
     monkeypatch.setattr(huggingface_hub, "list_repo_commits", lambda *_, **__: commits)
     source = Hub(repo="facebook/opt-6.7b", revision=revision)
     if accepted:
-        assert source.identity() == f"facebook/opt-6.7b@{'c' * 40}"
+        assert source.fingerprint() == f"facebook/opt-6.7b@{'c' * 40}"
         assert asked == [{"author": "SFconvertbot", "discussion_type": "pull_request"}]
     else:
         with pytest.raises(UserError, match="has no safetensors and pickles are not loaded"):
-            source.identity()
+            source.fingerprint()
 
 
 def test_a_mirror_without_pull_requests_is_one_line(hub_cache, monkeypatch):
@@ -370,7 +374,7 @@ def test_a_mirror_without_pull_requests_is_one_line(hub_cache, monkeypatch):
     hosted(monkeypatch, "1" * 40, "pytorch_model.bin")
     monkeypatch.setattr(huggingface_hub, "get_repo_discussions", refuse)
     with pytest.raises(UserError, match=r"whether the hub has converted it could not be found out \(404\)"):
-        Hub(repo="facebook/opt-6.7b").identity()
+        Hub(repo="facebook/opt-6.7b").fingerprint()
 
 
 def test_a_checkpoint_without_all_its_tensors_is_refused(folder):
@@ -387,9 +391,9 @@ def test_a_checkpoint_without_all_its_tensors_is_refused(folder):
 
 def test_a_folders_identity_covers_the_tokenizer(folder):
     (folder / "merges.txt").write_text("a b")
-    before = Folder(path=str(folder)).identity()
+    before = Folder(path=str(folder)).fingerprint()
     (folder / "merges.txt").write_text("a c")
-    assert Folder(path=str(folder)).identity() != before
+    assert Folder(path=str(folder)).fingerprint() != before
 
 
 def make_wheel(tmp_path, content=b"GGUF"):
@@ -467,7 +471,7 @@ def test_a_conversion_tells_its_digests_and_what_made_it(conversion):
     assert manifest["versions"]["transformers"] == metadata.version("transformers")
     assert {"gguf", "torch"} <= manifest["versions"].keys()
     assert settings.folder() == folder and len(made) == 1
-    assert settings.identity() == f"gguf:{settings.sha256}.1"
+    assert settings.fingerprint() == f"gguf:{settings.sha256}.1"
 
 
 @pytest.mark.parametrize("edit", ["edited", "deleted", "added", "made before there were manifests"])
@@ -537,7 +541,7 @@ def test_shards_without_their_index_are_downloaded_again(hub_cache, monkeypatch)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(UserError, match="is not in the local hub cache"):
         monkeypatch.setattr("teq.models.hub._commits", {})
-        source.identity()
+        source.fingerprint()
     asked = []
     monkeypatch.setattr("teq.models.hub._commits", {(source.repo, source.revision): commit})
     original = huggingface_hub.snapshot_download
@@ -560,10 +564,10 @@ def test_the_note_of_a_commit_is_whole_or_not_there(hub_cache, monkeypatch, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr("teq.files.disk.os.fsync", full)
-        assert source.identity().endswith(commit)
+        assert source.fingerprint().endswith(commit)
     assert not list((tmp_path / "user").rglob("*opt-6.7b*"))
     monkeypatch.setattr("teq.models.hub._commits", {})
-    source.identity()
+    source.fingerprint()
     assert source._note().read_text() == commit
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from test_corpora import documents
 
-from teq import data as corpora
+from teq.data import texts as corpora
 from teq.data.sources import SOURCES
+from teq.device.runtime import Runtime
 from teq.evaluate import perplexity
 from teq.evaluate.perplexity import Perplexity, window_loss
 from teq.models.synthetic import byte_tokenizer
-from teq.spec import Runtime, UserError
+from teq.spec import UserError
 
 
 @pytest.fixture

@@ -12,13 +12,17 @@ import pytest
 import torch
 
 from teq import config, record
+from teq.data import texts as corpora
+from teq.device import memory
+from teq.device.runtime import Runtime, resolve
 from teq.grid import Grid
 from teq.models.checkpoint import Checkpoint
 from teq.pipeline import run as pipeline
+from teq.pipeline.loaded import LoadedModel
 from teq.pipeline.store import Store
 from teq.quantizers.quantized import restore
 from teq.quantizers.rtn import Rtn
-from teq.spec import Runtime, UserError
+from teq.spec import UserError
 from teq.stage import Diverged, NothingDone
 from teq.transforms.teq.settings import Teq
 from teq.verbs import run as cli
@@ -60,7 +64,7 @@ def test_rerun_computes_and_loads_nothing(own_home, monkeypatch):
     def never(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(pipeline.Bench, "pristine", never)
+    monkeypatch.setattr(LoadedModel, "pristine", never)
     second = run(own_home, "method=teq+gptq")
     assert second.data == first.data  # a record is written once
 
@@ -164,9 +168,9 @@ def test_gptq_blocks_equal_a_plain_walk(tiny, family, options):
     """Shared Hessians and block inputs, against a Hessian per linear from whole-model forward passes; what is
     compared is what was stored.
     """
-    from teq import data as corpora
+    from teq.data import texts as corpora
     from teq.models.arch import blocks, linears
-    from teq.quantizers.gptq.solver import Hessian, solve
+    from teq.quantizers.gptq.solver import Hessian
     from teq.quantizers.quantized import linear_from
 
     chosen = [f"gptq.{option}=true" for option in options]
@@ -195,7 +199,7 @@ def test_gptq_blocks_equal_a_plain_walk(tiny, family, options):
                 hessian = Hessian(linear.in_features, torch.device("cpu"))
                 for batch in inputs[name]:
                     hessian.add(batch.reshape(1, -1, linear.in_features))
-                expected = solve([(linear.weight, hessian.mean())], settings)[0].quantized.dequantize(grid)
+                expected = settings.solve([(linear.weight, hessian.mean())])[0].quantized.dequantize(grid)
                 ours = linear_from(tensors, name, grid, tuple(linear.weight.shape)).dequantize(grid)
                 assert (~torch.isclose(ours, expected, rtol=1e-3)).float().mean() < 2e-3, name
                 with torch.no_grad():
@@ -214,8 +218,8 @@ def test_a_device_that_cannot_hold_the_model_says_what_to_do_and_keeps_the_scale
     owner = type(job.run.quantizer if stage == "quantize" else job.run.evals[0])
     with monkeypatch.context() as patched:
         patched.setattr(owner, stage, full)
-        guard = pipeline._with_a_way_out
-        patched.setattr(pipeline, "_with_a_way_out", lambda doing, _: guard(doing, "cuda:0"))
+        guard = memory.explained
+        patched.setattr(memory, "explained", lambda doing, _: guard(doing, "cuda:0"))
         with pytest.raises(
             UserError, match=r"the memory of cuda:0 ran out while .* device=cpu goes on from it"
         ):
@@ -398,7 +402,7 @@ import sys
 from teq import config
 from teq.pipeline import loggers, run as pipeline
 from teq.pipeline.store import Store
-from teq.spec import Runtime
+from teq.device.runtime import Runtime
 solver = config.ROOT / "teq" / "quantizers" / "gptq" / "solver.py"
 
 def edit(self, step, loss):
@@ -438,7 +442,6 @@ print(pipeline.run(job.run, Store(home / "store"), home, Runtime(), job.logger.s
 def test_a_corpus_of_another_text_is_other_work(own_home, monkeypatch):
     """python-docs differs between Python versions: the text's digest is in the keys of what read it."""
     first = run(own_home, "method=teq")
-    from teq import data as corpora
     from teq.data import embedded
 
     original = embedded.python_docs()
@@ -452,7 +455,7 @@ def test_a_corpus_of_another_text_is_other_work(own_home, monkeypatch):
 def test_unknown_device_is_refused():
     for device in ("cuda:9", "tpu", "mps"):
         with pytest.raises(UserError, match=f"device={device}"):
-            pipeline.resolve_device(device)
+            resolve(device)
 
 
 def start(home, *argv, **environment):

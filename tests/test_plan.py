@@ -10,12 +10,11 @@ from transformers import AutoModelForCausalLM
 from teq import config
 from teq.__main__ import main
 from teq.device import host_memory, memory
+from teq.device.runtime import Runtime
 from teq.evaluate import lastword, scoring
 from teq.evaluate.workload import WORKLOADS, Scoring, Workload
 from teq.models.checkpoint import LM, Checkpoint
-from teq.pipeline import forecast
-from teq.quantizers.gptq.blocks import expected, quantize_blocks
-from teq.spec import Runtime
+from teq.pipeline import estimate, forecast
 
 TINY = ["model=tiny-llama", "method=teq+gptq", "train.length=64", "train.steps=10", "gptq.samples=4"]
 TINY += ["gptq.length=64", "evals=[python-docs,lastword-python-docs]", "ppl.context=64", "ppl.limit=5"]
@@ -49,7 +48,9 @@ def test_every_stage_is_planned_without_weights(no_weights, capsys):
         ("lastword-python-docs", ""),
     ]
     (job,) = config.jobs(TINY)
-    kept = memory.need(job.run.transform, job.run.model.config(), job.run.model.arch, "float32", "keep")
+    kept = estimate.estimate(
+        job.run.transform, job.run.model.source.dimensions(), job.run.model.arch, "float32", "keep"
+    )
     assert found["scales", "keep (picked)"][0] == f"{kept.bytes / 1e6:.2f} MB"
     assert found["lastword-python-docs", ""][0].startswith("~") and "~ an estimate from the lengths" in out
     assert "seconds are known after `python -m teq plan --calibrate model=tiny-llama" in out
@@ -67,7 +68,9 @@ def test_seconds_follow_from_a_rate(no_weights, own_home, monkeypatch, capsys):
     (own_home / forecast.RATES).write_text(json.dumps({forecast.rate_name("cpu", "float32"): 1e6}))
     main(["plan", *TINY])
     found = rows(capsys.readouterr().out)
-    two = memory.need(job.run.transform, job.run.model.config(), job.run.model.arch, "float32", "keep")
+    two = estimate.estimate(
+        job.run.transform, job.run.model.source.dimensions(), job.run.model.arch, "float32", "keep"
+    )
     assert found["scales", "keep (picked)"][1] == f"{5 * two.flops / 1e6:.0f}"
     assert int(found["weights", ""][1]) > 0 and int(found["python-docs", ""][1]) > 0
     (own_home / forecast.RATES).write_text("{")
@@ -92,15 +95,15 @@ def counted():
 
 @pytest.fixture
 def llama(counted, no_weights, monkeypatch):
-    """The README's command for LLaMA-13B."""
-    plain = memory.need
+    """The command of docs/memory.md for LLaMA-13B."""
+    plain = estimate.estimate
 
     def need(stage, sizes, arch, dtype, strategy, device):
         key = (stage, strategy, device)
         counted[key] = counted.get(key) or plain(stage, sizes, arch, dtype, strategy, device)
         return counted[key]
 
-    monkeypatch.setattr(memory, "need", need)
+    monkeypatch.setattr(estimate, "estimate", need)
     return ["plan", *LLAMA]
 
 
@@ -178,7 +181,7 @@ def test_a_tasks_memory_and_operations_are_foreseen(family, monkeypatch):
         evaluation.measure(lm, Runtime(batch_size=2))
     ((tokens, scored, longest),) = seen
     work = Scoring(Workload(documents, tokens / documents, scored / documents, longest), documents, 2)
-    batch = memory.need(work, job.run.model.config(), job.run.model.arch, "float32", "keep")
+    batch = estimate.estimate(work, job.run.model.source.dimensions(), job.run.model.arch, "float32", "keep")
     weights = sum(p.nbytes for p in lm.model.parameters())
     assert 0.9 * live.peak <= batch.bytes - weights <= 2 * live.peak
     assert work.flops(batch) == pytest.approx(live.flops, rel=0.3)
@@ -203,18 +206,18 @@ def test_gptqs_memory_is_within_15_percent(family, options):
     (job,) = config.jobs([*shape, *options])
     settings, lm = job.run.quantizer, job.run.model.load("float32", "cpu")
     weights = sum(p.nbytes for p in lm.model.parameters())
-    predicted = expected(settings, lm).bytes
+    predicted = settings.estimate(lm).bytes
     with memory.LiveBytes() as live:
-        quantize_blocks(settings, lm, {}, torch.randint(200, (6, 96)))
+        settings.quantize_on(lm, {}, torch.randint(200, (6, 96)))
     assert predicted == pytest.approx(weights + live.peak, rel=0.15)
 
 
 @pytest.mark.parametrize("overrides", [[], ["group_size=-1", "bits=8"]])
 def test_roundings_memory_is_within_15_percent(family, overrides):
     (job,) = config.jobs([f"model=tiny-{family}", "method=rtn", "evals=[python-docs]", *overrides])
-    wanted = job.run.model.config()
+    wanted = job.run.model.source.dimensions()
     wanted.num_hidden_layers = 5  # the prediction looks at two and at three
-    predicted = memory.need(job.run.quantizer, wanted, job.run.model.arch, "float32", "keep").bytes
+    predicted = estimate.estimate(job.run.quantizer, wanted, job.run.model.arch, "float32", "keep").bytes
     model = AutoModelForCausalLM.from_config(wanted).eval().requires_grad_(False)
     with memory.LiveBytes() as live:
         job.run.quantizer.quantize(lambda: LM(model, None, job.run.model.arch, ""), {}, Runtime())
@@ -228,7 +231,7 @@ def test_gptqs_operations_are_those_of_its_matrix_products(family, options):
     shape = ["gptq.samples=6", "gptq.length=96", "method=gptq", f"model=tiny-{family}", "evals=[python-docs]"]
     (job,) = config.jobs([*shape, *options])
     settings, lm = job.run.quantizer, job.run.model.load("float32", "cpu")
-    foreseen = expected(settings, lm).flops
+    foreseen = settings.estimate(lm).flops
     with memory.LiveBytes() as live:
-        quantize_blocks(settings, lm, {}, torch.randint(200, (6, 96)))
+        settings.quantize_on(lm, {}, torch.randint(200, (6, 96)))
     assert foreseen == pytest.approx(live.flops, rel=0.3)

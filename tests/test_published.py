@@ -11,9 +11,10 @@ import torch
 
 from teq import config, record
 from teq import data as corpora
+from teq.device.runtime import Runtime
 from teq.evaluate import perplexity
 from teq.quantizers.quantized import restore
-from teq.spec import Runtime, UserError
+from teq.spec import UserError
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
 OFFICIAL = {"fp": 12.956, "rtn": 40.731}  # measured for this project with other code, on the same windows

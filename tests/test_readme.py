@@ -1,20 +1,39 @@
-"""What the README says is what there is: commands that parse, the published table, links that work."""
+"""README, CONTRIBUTING and docs: their commands parse, their numbers are published, their links work."""
 
 import pathlib
 import re
 import shlex
+import xml.etree.ElementTree
 
 import pytest
 
 from teq import config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    python run\.py ?(.*?)(?: +#.*)?$", README, re.MULTILINE)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
+COMMANDS = [
+    command
+    for text in TEXTS.values()
+    for command in re.findall(r"^    python run\.py ?(.*?)(?: +#.*)?$", text, re.MULTILINE)
+]
+GRIDS = ("w4", "w4_g128", "w3_g128")
+
+
+def table(name: str) -> list[str]:
+    """Return the rows of a published table."""
+    text = (ROOT / "results" / "tables" / f"{name}.md").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def cells(row: str) -> list[str]:
+    """Return the cells of a row of a Markdown table."""
+    return [cell.strip() for cell in row.strip().strip("|").split("|")]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "--help"])
-def test_every_command_of_the_readme_is_understood(command):
+def test_every_command_is_understood(command):
     if "joblib" in command:
         pytest.importorskip(
             "hydra_plugins.hydra_joblib_launcher", reason="hydra-joblib-launcher is not installed"
@@ -22,12 +41,65 @@ def test_every_command_of_the_readme_is_understood(command):
     assert config.jobs(shlex.split(command))
 
 
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_experiment_named_exists(page):
+    named = re.findall(r"python run\.py [^`\n]*?experiments=([\w-]+)", TEXTS[page])
+    named += re.findall(r"python -m teq (?:report|publish) ([a-z]\w*\d?)", TEXTS[page])
+    there = {file.stem for file in (ROOT / "experiments").glob("*.yaml")} | {"all"}
+    assert set(named) <= there
+    assert named or page != "README.md"
+
+
 def test_the_table_is_the_published_one():
-    published = (ROOT / "results" / "tables" / "quickstart.md").read_text(encoding="utf-8")
-    rows = [line for line in published.splitlines() if line.startswith("|")]
+    rows = table("quickstart")
     assert len(rows) == 7 and "\n".join(rows) in README
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+def test_the_first_table_is_the_published_one_rounded():
+    published = {tuple(cells(row)[:2]): cells(row)[2:5] for row in table("smollm2")}
+
+    def shown(grid, method):
+        """Return a row's perplexities as in README: TEQ's bold if they differ significantly from RTN's."""
+        found = []
+        for cell in published[grid, method]:
+            number = float(re.search(r"[\d.]+", cell)[0])
+            found.append(f"**{number:.1f}**" if method == "teq" and "~" not in cell else f"{number:.1f}")
+        return " / ".join(found)
+
+    for grid in GRIDS:
+        assert f"| {grid} | {shown(grid, 'rtn')} | {shown(grid, 'teq')} | not run |" in README
+        assert all(published[grid, method] == ["–"] * 3 for method in ("gptq", "teq+gptq"))
+    assert re.search(r"unquantized\s+" + re.escape(shown("–", "fp")), README)
+
+
+@pytest.mark.parametrize("name", [f"table{n}" for n in range(1, 8)] + ["figure2", "figure3"])
+def test_the_share_of_cells_run_is_the_published_one(name):
+    text = (ROOT / "results" / "tables" / f"{name}.md").read_text(encoding="utf-8")
+    missing, whole = map(int, re.search(r"not run: (\d+) of (\d+)", text).groups())
+    (row,) = [line for line in README.splitlines() if f"experiments={name}`" in line]
+    assert f"partial ({whole - missing}/{whole})" in row
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
+        assert target.startswith("http") or ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_files_named_in_backticks_exist(page):
+    named = re.findall(r"`((?:benchmarks|conf|docs|experiments|results|tests)/[\w./-]+)`", TEXTS[page])
+    for path in named:
+        assert (ROOT / path).exists(), path
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 140
+    assert len(README.split()) <= 1300
+    assert max(map(len, README.splitlines())) <= 122
+
+
+def test_the_pictures_are_well_formed():
+    for page, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)]+\.svg)\)", text):
+            xml.etree.ElementTree.parse((ROOT / page).parent / target)

@@ -339,15 +339,15 @@ def test_a_report_after_an_edit_of_the_checkpoint_says_so(added, own_home, tmp_p
     for job in found:
 
         def of_this_folder(data):
-            data["identity"] = Folder(path=str(folder)).identity()
+            data["identity"] = Folder(path=str(folder)).fingerprint()
 
         made(own_home / "records", job, evals={"python-docs": np.full(6, 2.0)}, change=of_this_folder)
     (first, *_) = found
     library = Library(own_home / "records")
     assert library.find(first.run, {"python-docs"}).differences == {}
-    before = Folder(path=str(folder)).identity()
+    before = Folder(path=str(folder)).fingerprint()
     (folder / "model.safetensors").write_text("[]")
-    after = Folder(path=str(folder)).identity()
+    after = Folder(path=str(folder)).fingerprint()
     library = Library(own_home / "records")
     assert library.find(first.run, {"python-docs"}).differences == {"model.weights": (after, before)}
     assert verbs.main(["report", "added", "model=tiny-opt", "method=rtn", f"model.path={folder}"]) == 0

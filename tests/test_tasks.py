@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from teq import config
-from teq import data as corpora
+from teq.data import texts as corpora
+from teq.device.runtime import Runtime
 from teq.evaluate import lastword, tasks
 from teq.evaluate.lastword import LastWord
 from teq.evaluate.tasks import Task
 from teq.pipeline import run as pipeline
 from teq.pipeline.store import Store
-from teq.spec import Runtime, UserError
+from teq.spec import UserError
 
 NOUNS = ["cat", "dog", "river", "stone", "window", "garden"]
 
@@ -60,7 +61,7 @@ def folder(name):
 
 def stock(lm, name, samples=None):
     """What lm-eval itself says with its own model class, on the same documents (all if not given)."""
-    tasks.harness()
+    tasks.import_lm_eval()
     import lm_eval.tasks
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -128,9 +129,11 @@ def test_a_limit_draws_documents_that_a_larger_one_draws_too(four_sets, tiny):
     assert few.arrays["correct"].tolist() == whole.arrays["correct"][drawn].tolist()
     assert few.values["acc"] == pytest.approx(few.arrays["correct"].mean())
     assert few.info["documents_sha256"] == hashlib.sha256(drawn.astype("<i8").tobytes()).hexdigest()
-    assert set(tasks.drawn(12, 3, 0)) < set(tasks.drawn(12, 5, 0)) == set(drawn.tolist())
-    assert tasks.drawn(12, 5, 1) != tasks.drawn(12, 5, 0)
-    assert tasks.drawn(12, None, 0) == tasks.drawn(12, 99, 0) == list(range(12))
+    assert (
+        set(tasks.sample_documents(12, 3, 0)) < set(tasks.sample_documents(12, 5, 0)) == set(drawn.tolist())
+    )
+    assert tasks.sample_documents(12, 5, 1) != tasks.sample_documents(12, 5, 0)
+    assert tasks.sample_documents(12, None, 0) == tasks.sample_documents(12, 99, 0) == list(range(12))
 
 
 def test_one_document_has_no_standard_error(four_sets, tiny):

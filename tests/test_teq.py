@@ -13,18 +13,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from teq import config
 from teq.data.texts import Calibration
+from teq.device.runtime import STRATEGIES, Runtime
 from teq.files import disk, resume
 from teq.grid import Grid, fake_quant
 from teq.models import arch
 from teq.models.checkpoint import LM
+from teq.models.fold import site_scales
 from teq.quantizers.quantized import restore
 from teq.quantizers.rtn import Rtn
-from teq.spec import STRATEGIES, Runtime
-from teq.stage import Diverged, NothingDone, site_scales
+from teq.stage import Diverged, NothingDone
 from teq.transforms.teq import fake_quant as fused
+from teq.transforms.teq.linear import ScaledFakeQuantLinears
 from teq.transforms.teq.loss import causal_loss
 from teq.transforms.teq.settings import Teq
-from teq.transforms.teq.train import ScaledFakeQuantLinears, initial, learning_rate, train
+from teq.transforms.teq.train import initial, learning_rate
 from teq.verbs.signals import Terminated
 
 FOLDER = pathlib.Path(__file__).parent / "oracles"
@@ -68,7 +70,7 @@ def test_losses_scales_and_logits_equal_neural_compressors(oracle):
     torch.testing.assert_close(
         model(tensors["tokens"][:1]).logits, tensors["logits_fp"], rtol=1e-4, atol=1e-5
     )
-    trained, info = train(teq(), model, family, tensors["tokens"], lambda *_: None)
+    trained, info = teq().train_on(model, family, tensors["tokens"])
     torch.testing.assert_close(torch.tensor(info["loss"]), tensors["losses"], rtol=1e-5, atol=0)
     expected = {name.removeprefix("scales/"): t for name, t in tensors.items() if name.startswith("scales/")}
     scales = site_scales(trained)
@@ -104,7 +106,7 @@ def test_closed_form_gradient_equals_autograd(group_size):
     weights = [torch.randn(n, 32, generator=generator, dtype=torch.float64) for n in (7, 3)]
     biases = (torch.randn(7, generator=generator, dtype=torch.float64), None)
     dys = [torch.randn(2, 5, n, generator=generator, dtype=torch.float64) for n in (7, 3)]
-    ours = ScaledFakeQuantLinears.apply(x, s, fused.Plain(grid), biases, *weights)
+    ours = ScaledFakeQuantLinears.apply(x, s, fused.Eager(grid), biases, *weights)
     plain = [
         functional.linear(x / s, AutogradLinear.apply(weight * s, grid), bias)
         for weight, bias in zip(weights, biases, strict=True)
@@ -130,13 +132,13 @@ def test_nothing_of_the_weights_size_is_kept_for_backward(tiny, family):
 
     tokens = torch.randint(258, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        train(teq(steps=1, length=40), lm.model, lm.arch, tokens, lambda *_: None)
+        teq(steps=1, length=40).train_on(lm.model, lm.arch, tokens)
     assert not kept
 
 
 def test_zero_steps_from_ones_is_rounding(tiny, family):
     lm = tiny(family)
-    trained, _ = train(teq(steps=0), lm.model, lm.arch, torch.zeros(1, 48, dtype=torch.long), lambda *_: None)
+    trained, _ = teq(steps=0).train_on(lm.model, lm.arch, torch.zeros(1, 48, dtype=torch.long))
     rtn = Rtn(grid=Grid(bits=3, group_size=16))
     plain, _ = rtn.quantize(lambda: lm, {}, Runtime())
     through, _ = rtn.quantize(lambda: lm, site_scales(trained), Runtime())
@@ -148,7 +150,7 @@ def test_training_sees_the_very_model_that_is_stored(tiny, family):
     """The last forward pass of training and the folded, stored, restored model have the same loss."""
     lm = tiny(family)
     tokens = torch.randint(258, (4, 48), generator=torch.Generator().manual_seed(1))
-    trained, info = train(teq(steps=4, lr=1e-6), lm.model, lm.arch, tokens, lambda *_: None)
+    trained, info = teq(steps=4, lr=1e-6).train_on(lm.model, lm.arch, tokens)
     stored, _ = Rtn(grid=teq().grid).quantize(lambda: lm, site_scales(trained), Runtime())
     restore(lm.model, stored, teq().grid)
     assert causal_loss(lm.model, tokens[3:]).item() == pytest.approx(info["loss"][3], rel=1e-4)
@@ -158,8 +160,7 @@ def test_no_strategy_changes_a_loss(tiny, family):
     lm = tiny(family)
     tokens = torch.randint(258, (3, 48), generator=torch.Generator().manual_seed(1))
     (kept, first), *others = (
-        train(teq(steps=3), lm.model, lm.arch, tokens, lambda *_: None, Runtime(strategy=s))
-        for s in STRATEGIES
+        teq(steps=3).train_on(lm.model, lm.arch, tokens, Runtime(strategy=s)) for s in STRATEGIES
     )
     for scales, info in others:
         assert info["loss"] == first["loss"]
@@ -173,7 +174,7 @@ def test_training_moves_every_scale_and_leaves_the_model_alone(tiny, init, param
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
     window = torch.randint(258, (1, 48), generator=torch.Generator().manual_seed(1))
     settings = teq(steps=3, lr=3e-2, init=init, parameter=parameter)
-    trained, info = train(settings, lm.model, lm.arch, window.expand(3, -1), lambda *_: None)
+    trained, info = settings.train_on(lm.model, lm.arch, window.expand(3, -1))
     for name in info["sites"]:
         moved = (trained[name] - trained[f"start/{name}"]).abs()
         assert (moved > 0).float().mean() > 0.95 and moved.max() < 0.2  # Adam: at most about lr a step
@@ -195,9 +196,9 @@ def test_inverse_square_root_start(tiny):
 
 
 def test_learning_rates():
-    paper = [learning_rate(teq(steps=4, lr=1.0), k) for k in range(4)]
+    paper = [learning_rate(k, steps=4, lr=1.0) for k in range(4)]
     assert paper == [1.0, 0.75, 0.5, 0.25]
-    inc = [learning_rate(teq(steps=40, lr=1.0, profile="inc"), k) for k in range(40)]
+    inc = [learning_rate(k, steps=40, lr=1.0, profile="inc") for k in range(40)]
     assert inc[:3] == [0.0, 0.5, 1.0]
     assert inc[-1] == pytest.approx(1 / 38)
 
@@ -208,7 +209,7 @@ def test_profile_inc_trains_with_dropout():
     assert lm.model.config.dropout > 0
     tokens = torch.randint(258, (2, 48), generator=torch.Generator().manual_seed(1))
     losses = {
-        profile: train(teq(steps=2, profile=profile), lm.model, lm.arch, tokens, lambda *_: None)[1]["loss"]
+        profile: teq(steps=2, profile=profile).train_on(lm.model, lm.arch, tokens)[1]["loss"]
         for profile in ("paper", "inc")
     }
     assert losses["paper"][0] != losses["inc"][0]
@@ -223,7 +224,7 @@ def test_dead_site_is_an_error(tiny):
         block.mlp.up_proj.weight.zero_()
     with pytest.raises(NothingDone, match=r"layers\.1\.post_attention_layernorm never moved"):
         tokens = torch.randint(258, (2, 48), generator=torch.Generator().manual_seed(1))
-        train(teq(steps=2), lm.model, lm.arch, tokens, lambda *_: None)
+        teq(steps=2).train_on(lm.model, lm.arch, tokens)
 
 
 def test_infinite_loss_stops_with_the_step_and_keeps_the_scales(tiny):
@@ -236,7 +237,7 @@ def test_infinite_loss_stops_with_the_step_and_keeps_the_scales(tiny):
                 lm.model.lm_head.weight.fill_(float("nan"))
 
     with pytest.raises(Diverged, match="at step 2") as caught:
-        train(teq(steps=3), lm.model, lm.arch, tokens, poison)
+        teq(steps=3).train_on(lm.model, lm.arch, tokens, on_step=poison)
     assert any(name.startswith("best/") for name in caught.value.tensors)
     assert all(torch.isfinite(s).all() for s in caught.value.tensors.values())
 
@@ -248,9 +249,8 @@ def six_windows():
 def steps_of(settings, lm, partial):
     """The steps that a training makes, its result, and its loss curve."""
     steps = []
-    scales, info = train(
-        settings, lm.model, lm.arch, six_windows(), lambda k, _: steps.append(k), Runtime(partial=partial)
-    )
+    runtime = Runtime(partial=partial)
+    scales, info = settings.train_on(lm.model, lm.arch, six_windows(), runtime, lambda k, _: steps.append(k))
     return steps, scales, info["loss"]
 
 
@@ -265,7 +265,7 @@ def test_a_training_that_any_exception_ends_goes_on_to_the_very_same_scales(tiny
 
     _, expected, whole = steps_of(settings, lm, None)
     with pytest.raises(error):
-        train(settings, lm.model, lm.arch, six_windows(), fail, Runtime(partial=tmp_path / "partial"))
+        settings.train_on(lm.model, lm.arch, six_windows(), Runtime(partial=tmp_path / "partial"), fail)
     steps, resumed, losses = steps_of(settings, lm, tmp_path / "partial")
     assert steps == [4, 5] and losses == whole
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)

@@ -10,12 +10,14 @@ from torch import nn
 
 from teq import config
 from teq.data.texts import Calibration, calibration
+from teq.device.runtime import Runtime
 from teq.grid import Grid, fake_quant
-from teq.models import arch
+from teq.models import arch, fold
+from teq.models.fold import folded_tensors, site_scales
 from teq.quantizers.quantized import restore
 from teq.quantizers.rtn import Rtn
-from teq.spec import Runtime, UserError
-from teq.stage import NothingDone, folded, site_scales
+from teq.spec import UserError
+from teq.stage import NothingDone
 from teq.transforms.awq.settings import Awq
 from teq.transforms.smoothquant import SmoothQuant
 
@@ -125,7 +127,7 @@ def test_awq_with_the_first_ratio_alone_is_rounding(tiny, family):
     tensors, _ = fitted(awq(ratios=1), lm)
     assert all((s == 1).all() for s in site_scales(tensors).values())
     plain, _ = Rtn(grid=GRID).quantize(lambda: lm, {}, Runtime())
-    through, _ = Rtn(grid=GRID).quantize(lambda: lm, folded(tensors), Runtime())
+    through, _ = Rtn(grid=GRID).quantize(lambda: lm, folded_tensors(tensors), Runtime())
     assert all(torch.equal(plain[name], through[name]) for name in plain)
 
 
@@ -152,7 +154,7 @@ def test_folding_found_scales_changes_no_logits(tiny, family, transform):
     assert all((tensors[f"start/{site.name}"] == 1).all() for site in found)
     tokens = torch.randint(258, (2, 40), generator=torch.Generator().manual_seed(0))
     expected = lm.model(tokens).logits
-    arch.fold(found, folded(tensors))
+    fold.fold(found, folded_tensors(tensors))
     assert ((lm.model(tokens).logits - expected).norm() / expected.norm()).item() < 1e-9
 
 
@@ -189,8 +191,8 @@ def test_awq_bounds_are_the_best_of_their_steps(tiny, group_size):
     lm, grid = tiny("llama"), Grid(bits=3, group_size=group_size)
     tensors, _ = fitted(awq(grid=grid, clip=True, ratios=3), lm)
     inputs = inputs_by_linear(lm, windows_for(lm))
-    folding = arch.Folding.of(arch.sites(lm.model, lm.arch), site_scales(tensors))
-    clipped = arch.Folding.of(arch.sites(lm.model, lm.arch), folded(tensors))
+    folding = fold.Folding.of(arch.sites(lm.model, lm.arch), site_scales(tensors))
+    clipped = fold.Folding.of(arch.sites(lm.model, lm.arch), folded_tensors(tensors))
     for leaf in ("self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"):
         name = f"model.layers.1.{leaf}"
         linear = lm.model.get_submodule(name)
@@ -218,12 +220,12 @@ def test_clipping_reaches_the_quantized_weights_and_lowers_the_error_of_the_line
     tensors, _ = fitted(awq(grid=coarse, clip=True, ratios=3), lm)
     inputs = inputs_by_linear(lm, windows_for(lm))
     found = arch.sites(lm.model, lm.arch)
-    folding = arch.Folding.of(found, site_scales(tensors))
+    folding = fold.Folding.of(found, site_scales(tensors))
     clipped = [name.removeprefix("clip/") for name in tensors if name.startswith("clip/")]
     linears = {n: lm.model.get_submodule(n) for n in clipped}
     exact = {name: folding.weight(name, linear) for name, linear in linears.items()}
     errors = []
-    for scales in (site_scales(tensors), folded(tensors)):
+    for scales in (site_scales(tensors), folded_tensors(tensors)):
         stored, _ = Rtn(grid=coarse).quantize(lambda: lm, scales, Runtime())
         model = copy.deepcopy(lm.model)
         restore(model, stored, coarse)

@@ -15,11 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from teq.config.options import LAYOUT, experiment, folder, option_names, read
+from teq.device.runtime import Runtime
 from teq.evaluate.counts import Counts
 from teq.models.checkpoint import Checkpoint, Outline
-from teq.pipeline.run import Run
+from teq.pipeline.settings import Run
 from teq.quantizers.keep import Keep
-from teq.spec import Runtime, UserError
+from teq.spec import UserError
 from teq.transforms.identity import Identity
 
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")

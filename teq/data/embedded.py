@@ -11,7 +11,7 @@ EVALUATION_START = 60_000  # tokens from here on evaluate; the gap keeps the two
 
 @functools.cache
 def python_docs() -> str:
-    """The topics of the standard library's `pydoc_data.topics`, by key. Differs between Python versions."""
+    """Return the topics of the library's `pydoc_data.topics`, by key; Python versions differ."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[key] for key in sorted(topics))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from teq.data import sources
 from teq.data.mirror import check_schema
 from teq.data.sources import Source
+from teq.files.disk import one_line
 from teq.spec import UserError
 
 if TYPE_CHECKING:
@@ -31,24 +32,24 @@ class Hosted:
     partial = False
 
     def provenance(self) -> dict[str, Any]:
-        """Name, repository and commit, and how many rows are read."""
+        """Return name, repository and commit, and how many rows are read."""
         rows = self.source.expected
         where = {"repo": self.source.repo, "revision": self.commit}
         return {"name": self.name, **where, "rows": rows, "expected_rows": rows, "partial": False}
 
     def table(self) -> "pyarrow.Table":
-        """The rows that are read."""
+        """Return the rows that are read."""
         return self.all_rows().slice(0, self.source.first)
 
     def all_rows(self) -> "pyarrow.Table":
-        """The whole split, downloaded where the cache lacks it. Raises UserError."""
+        """Return the whole split, downloaded where the cache lacks it. Raises UserError."""
         quiet()
         where, source = f"{self.source.repo}@{self.commit}", self.source
         try:
             loaded = self._load()
         except Exception as error:  # datasets raises many kinds; each of them means the same to the user
             raise UserError(
-                f"{self.name} could not be read from {where} ({_brief(error)}): {_ways(self.name)}"
+                f"{self.name} could not be read from {where} ({one_line(error)}): {_ways(self.name)}"
             ) from error
         table = loaded.with_format("arrow")[:]
         check_schema(table.schema, source, where)
@@ -74,7 +75,7 @@ class Hosted:
 
 
 def find(name: str, source: Source) -> Hosted:
-    """The set at the commit that its revision means now, or in the local cache. Raises UserError."""
+    """Find the set at the commit of its revision, or in the local cache. Raises UserError."""
     return Hosted(name, source, _commit(name))
 
 
@@ -91,7 +92,7 @@ def quiet() -> None:
 
 @functools.cache
 def _commit(name: str) -> str:
-    """The commit, asked for once in a process: it enters the key of everything that reads the set."""
+    """Return the commit, asked for once per process: it is in the key of everything that reads the set."""
     from huggingface_hub import HfApi, constants
 
     wanted = sources.source(name)
@@ -108,14 +109,14 @@ def _commit(name: str) -> str:
     except Exception as error:  # no route, no name, a proxy's refusal: the cache is what remains
         if cached is None:
             raise UserError(
-                f"{name} is in no mirror and {wanted.repo} is out of reach ({_brief(error)}): {_ways(name)}"
+                f"{name} is in no mirror and {wanted.repo} is out of reach ({one_line(error)}): {_ways(name)}"
             ) from None
         log.warning("hub out of reach, using the cached %s@%s", wanted.repo, cached)
         return cached
 
 
 def _cached_commit(source: Source) -> str | None:
-    """The commit that was downloaded last, or None.
+    """Return the commit that was downloaded last, or None.
 
     The hub's cache keeps a file in datasets--<owner>--<name>/snapshots/<commit>/<file>, and `datasets`
     what it has prepared in <owner>___<name>/<config>/<version>/<commit>.
@@ -138,7 +139,3 @@ def _ways(name: str) -> str:
         f"set TEQ_DATA to a folder that holds it (`python -m teq prefetch {name}` makes one where there is a "
         "network), or let the Hugging Face hub be reached"
     )
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200]

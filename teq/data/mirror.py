@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from teq.data.sources import Source
 from teq.files.digests import file_digest
+from teq.files.disk import one_line
 from teq.spec import UserError
 
 if TYPE_CHECKING:
@@ -28,16 +29,16 @@ class Mirrored:
 
     @property
     def path(self) -> Path:
-        """The Parquet file."""
+        """Return the Parquet file."""
         return path_in(self.root, self.file)
 
     @property
     def partial(self) -> bool:
-        """Whether rows are missing that the whole set has, or a sample stands in for it."""
+        """Return whether rows are missing that the whole set has, or a sample stands in for it."""
         return self.file != self.source.file or self.rows < self.source.expected
 
     def provenance(self) -> dict[str, Any]:
-        """Name, digest, how many rows are read of how many, and the hub's commit where the lock knows it."""
+        """Return name, digest, rows read and in all, and the hub's commit where the lock knows it."""
         found = {
             "name": self.name,
             "file": f"{self.file}.parquet",
@@ -50,14 +51,14 @@ class Mirrored:
         return found if revision is None else {**found, "revision": revision}
 
     def table(self) -> "pyarrow.Table":
-        """The rows that are read."""
+        """Return the rows that are read."""
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(self.path).slice(0, self.source.first)
 
 
 def root() -> Path | None:
-    """The mirror's folder, TEQ_DATA, or None where that is not set. Raises UserError when it is no folder."""
+    """Return the mirror's folder TEQ_DATA, or None if unset. Raises UserError when it is no folder."""
     named = os.environ.get("TEQ_DATA")
     if not named:
         return None
@@ -68,7 +69,7 @@ def root() -> Path | None:
 
 
 def find(name: str, source: Source) -> Mirrored | None:
-    """The set in the mirror, its columns and digest checked, or None where the mirror does not hold it.
+    """Find the set in the mirror, its columns and digest checked; None if it is not there.
 
     A sample is taken only where the set's own file is missing or a part. Raises UserError for a file that is
     damaged, empty, or not what its name says.
@@ -87,12 +88,12 @@ def find(name: str, source: Source) -> Mirrored | None:
 
 
 def path_in(folder: Path, file: str) -> Path:
-    """Where a mirror in `folder` keeps `file`."""
+    """Return where a mirror in `folder` keeps `file`."""
     return folder / f"{file}.parquet"
 
 
 def read_lock(folder: Path) -> dict[str, dict[str, Any]]:
-    """By file: name, repo, revision, rows and sha256 as they were fetched; empty where there is no lock."""
+    """Return name, repo, revision, rows and sha256 by file, as they were fetched; empty without a lock."""
     lock = folder / LOCK
     if not lock.is_file():
         return {}
@@ -118,7 +119,7 @@ def check_schema(schema: "pyarrow.Schema", source: Source, where: str) -> None:
 
 
 def _checked_rows(folder: Path, file: str, source: Source) -> int:
-    """The number of rows of a mirror's file, after every check that its digest and its footer allow."""
+    """Return the rows of a mirror's file, after every check that its digest and its footer allow."""
     import pyarrow
     import pyarrow.parquet
 
@@ -133,7 +134,7 @@ def _checked_rows(folder: Path, file: str, source: Source) -> int:
         footer = pyarrow.parquet.read_metadata(path)
         schema = footer.schema.to_arrow_schema()
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} is not a Parquet file ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path} is not a Parquet file ({one_line(error)})") from error
     check_schema(schema, source, str(path))
     if not 0 < footer.num_rows <= source.rows:
         raise UserError(f"{path} has {footer.num_rows} rows: the whole split has {source.rows}")
@@ -141,7 +142,7 @@ def _checked_rows(folder: Path, file: str, source: Source) -> int:
 
 
 def _kind(arrow: "pyarrow.DataType") -> str:
-    """An Arrow type in the few words that `Source.columns` uses."""
+    """Return an Arrow type in the few words that `Source.columns` uses."""
     from pyarrow import types
 
     if types.is_string(arrow) or types.is_large_string(arrow):

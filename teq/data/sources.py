@@ -33,12 +33,12 @@ class Source:
 
     @property
     def split(self) -> str:
-        """The split's name, in the mirror and on the hub."""
+        """Return the split's name, in the mirror and on the hub."""
         return self.file.rpartition("/")[2]
 
     @property
     def expected(self) -> int:
-        """How many rows are read when nothing is missing."""
+        """Return how many rows are read when nothing is missing."""
         return self.first or self.rows
 
 
@@ -94,7 +94,7 @@ SOURCES = {
 
 
 def source(name: str) -> Source:
-    """The source called `name`. Raises UserError."""
+    """Return the source called `name`. Raises UserError."""
     if name not in SOURCES:
         raise UserError(f"the set {name!r} is unknown: choose one of {', '.join(SOURCES)}")
     return SOURCES[name]

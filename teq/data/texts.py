@@ -43,7 +43,7 @@ class Calibration(Settings):
 
 
 def provenance(name: str) -> dict[str, Any]:
-    """What identifies a text and how much of it there is: it enters the key of every stage that reads it.
+    """Return what identifies a text and how much of it there is; it is in the key of its readers.
 
     Raises UserError for a set that is unknown, nowhere to be found, damaged, or only there in part where that
     cannot be used.
@@ -54,7 +54,7 @@ def provenance(name: str) -> dict[str, Any]:
 
 
 def find(name: str) -> mirror.Mirrored | hub.Hosted:
-    """Where the public set `name` comes from. Raises UserError."""
+    """Return where the public set `name` comes from. Raises UserError."""
     wanted = source(name)
     found = mirror.find(name, wanted) or hub.find(name, wanted)
     if found.partial and wanted.whole:
@@ -68,7 +68,7 @@ def find(name: str) -> mirror.Mirrored | hub.Hosted:
 def calibration(
     settings: Calibration, tokenizer: "PreTrainedTokenizerBase", samples: int, length: int
 ) -> "Tensor":
-    """Token ids `[samples, length]` for calibration. Raises UserError when the corpus gives fewer.
+    """Return token ids `[samples, length]` for calibration. Raises UserError if the corpus gives fewer.
 
     Embedded text is one stream: seed s takes the s-th run of `samples * length` tokens of it, cycling at its
     end, so that different seeds see different text for as long as there is some.
@@ -106,7 +106,7 @@ def calibration(
 def windows(
     name: str, tokenizer: "PreTrainedTokenizerBase", context: int, limit: int | None = None
 ) -> tuple["Tensor", int]:
-    """Token ids `[windows, context]` for the perplexity protocol `name`, and how many windows it has in all.
+    """Return token ids `[windows, context]` of the perplexity protocol `name`, and its number of windows.
 
     The protocols are those of GPTQ's code. The rows are joined into one text that is tokenized at once, so
     that the tokenizer's BOS, if it has one, stands at the start of the stream alone; windows follow one
@@ -134,20 +134,18 @@ def windows(
 
 
 def task_rows(name: str) -> "pyarrow.Table":
-    """The documents of a task's set, in their own order."""
+    """Return the documents of a task's set, in their own order."""
     return find(name).table()
 
 
 @functools.lru_cache(maxsize=8)  # a run looks whether its texts are long enough before it reads them
 def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
-    """One stream of token ids `[n]`, with the BOS that the tokenizer itself puts in front, if any. Not to be
-    written into.
-    """
+    """Return one stream of token ids `[n]`, with the tokenizer's own BOS in front; do not write into it."""
     return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
 
 
 def _packed(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", length: int) -> Iterator["Tensor"]:
-    """Windows `[length]` of the stream that the documents make; see `calibration`."""
+    """Return windows `[length]` of the stream that the documents make; see `calibration`."""
     import torch
 
     held: list[int] = []
@@ -162,7 +160,7 @@ def _packed(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", length: 
 def _long_enough(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", length: int
 ) -> Iterator["Tensor"]:
-    """The first `length` tokens of each document that has as many."""
+    """Return the first `length` tokens of each document that has as many."""
     for text in texts:
         tokens = tokenize(text, tokenizer)
         if len(tokens) >= length:
@@ -170,10 +168,10 @@ def _long_enough(
 
 
 def _drawn(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", context: int, count: int) -> "Tensor":
-    """The first `count` windows that GPTQ's `get_c4` draws: `[count, context]`.
+    """Return the first `count` windows that GPTQ's `get_c4` draws: `[count, context]`.
 
-    Draw for draw what that code does after `random.seed(0)`, but for documents of exactly `context` tokens:
-    there it stops with an error.
+    Draw for draw what that code does after `random.seed(0)`; only on documents of exactly `context` tokens it
+    stops with an error.
     """
     import torch
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def available(root: Path = Path("/")) -> int:
-    """Return free bytes: the least of the host's MemAvailable and of what is left at every level of the
-    process's cgroups, versions 1 and 2. Where the system says neither, all physical memory.
+    """Return free bytes: the least of the host's MemAvailable and its cgroups' limits.
 
-    `root` is where /proc and /sys are looked for.
+    Every level of the process's cgroups counts, versions 1 and 2. Where the system says neither, it is all
+    physical memory. `root` is where /proc and /sys are looked for.
     """
     return min([*_of_host(root), *_of_cgroups(root)], default=_physical())
 
@@ -26,7 +26,7 @@ def _of_host(root: Path) -> Iterator[int]:
 
 
 def _of_cgroups(root: Path) -> Iterator[int]:
-    """What each memory cgroup leaves, from the process's own up to the root of its hierarchy's mount."""
+    """Yield what each memory cgroup leaves, from the process's own up to the root of its hierarchy."""
     paths = {}  # of this process, by version
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -46,7 +46,7 @@ def _of_cgroups(root: Path) -> Iterator[int]:
 
 
 def _left(folder: Path, version: int) -> int:
-    """Bytes below a cgroup's limit. Raises OSError or ValueError where it has none."""
+    """Return bytes below a cgroup's limit. Raises OSError or ValueError where it has none."""
     names = (
         ("memory.max", "memory.current")
         if version == 2

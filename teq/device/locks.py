@@ -61,7 +61,7 @@ def taken(wanted: str) -> Iterator[str]:
 
 
 def _first_free(count: int) -> tuple[int, filelock.BaseFileLock]:
-    """Index and lock of the first of `count` devices that nobody holds; waits until there is one."""
+    """Return index and lock of the first of `count` devices that is free; wait until there is one."""
     locks = {index: _lock(index) for index in sorted(range(count), key=lambda i: (i != _Last.index, i))}
     said = False
     while True:
@@ -76,7 +76,7 @@ def _first_free(count: int) -> tuple[int, filelock.BaseFileLock]:
 
 
 def _lock(index: int) -> filelock.BaseFileLock:
-    """The lock of a device, by its uuid: CUDA_VISIBLE_DEVICES gives processes different numbers for it."""
+    """Return a device's lock, by uuid: CUDA_VISIBLE_DEVICES gives processes different numbers."""
     import torch
 
     folder = Path(tempfile.gettempdir()) / f"teq-devices-{os.getuid()}"

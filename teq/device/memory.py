@@ -1,28 +1,22 @@
-"""Where memory goes in a training step: counted beforehand on tensors without contents, chosen to fit.
+"""Memory of a device: what may be used, how much tensors take, and what to do when it runs out."""
 
-The step itself is run on fake tensors (shapes and lifetimes, no numbers), on two and on three blocks; the
-difference is what every further block adds.
-"""
-
-import copy
+import contextlib
 import gc
 import logging
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from teq.device import host_memory
-from teq.models.arch import Arch
-from teq.spec import STRATEGIES, Runtime, UserError
+from teq.device.runtime import STRATEGIES, Runtime
+from teq.files.disk import one_line
+from teq.spec import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PretrainedConfig
 
-    from teq.models.checkpoint import LM
-    from teq.stage import Transform
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -30,18 +24,11 @@ UNITS = {"MB": 10**6, "GB": 10**9}
 RESERVE = 0.9  # of the free memory may be planned with: allocators round up and fragment
 
 
-@runtime_checkable
-class Rehearsable(Protocol):
-    """A stage that can do a piece of its work (a training step, a window) for what the piece needs alone."""
-
-    def rehearse(self, lm: "LM", strategy: str) -> None: ...
-
-
 def budget(memory: str, device: str) -> int:
-    """Return the bytes that may be used: `auto` is nine tenths of what is free on the device (on a CPU of
-    what the host has free and its cgroups leave).
+    """Return the bytes that may be used; `auto` is nine tenths of what is free on the device.
 
-    Raises UserError when `memory` is no amount.
+    On a CPU that is what the host has free and its cgroups leave. Raises UserError when `memory` is no
+    amount.
     """
     import torch
 
@@ -65,47 +52,13 @@ def _bytes(memory: str) -> int:
 
 
 def check(memory: str) -> None:
-    """Raises UserError where `memory` is neither a strategy, nor auto, nor an amount."""
+    """Raise UserError if `memory` is neither a strategy, nor auto, nor an amount."""
     if memory not in STRATEGIES and memory != "auto":
         _bytes(memory)
 
 
-def choose(
-    transform: "Transform",
-    dimensions: Callable[[], "PretrainedConfig"],
-    arch: Arch,
-    dtype: str,
-    runtime: Runtime,
-) -> str:
-    """The first strategy whose predicted peak fits into the budget; `runtime.memory` may also name one.
-
-    Raises UserError, naming the least that would do, when none fits.
-    """
-    if not isinstance(transform, Rehearsable):
-        return STRATEGIES[0]
-    if runtime.memory in STRATEGIES:
-        return runtime.memory
-    allowed, needed = budget(runtime.memory, runtime.device), {}
-    for strategy in possible(runtime.device):
-        needed[strategy] = need(transform, dimensions(), arch, dtype, strategy).bytes
-        if needed[strategy] <= allowed:
-            return strategy
-    name, least = min(needed.items(), key=lambda item: item[1])
-    raise UserError(
-        f"memory={runtime.memory} ({allowed / 1e9:.3g} GB on {runtime.device}) is too small to train the "
-        f"scales: the least that would do is memory={_amount(least)}, with {name}; shorten train.length, "
-        "lower train.batch, or choose a larger device"
-    )
-
-
-def _amount(size: int) -> str:
-    """So many bytes or a little more, as `memory` takes them."""
-    unit = "GB" if size >= UNITS["GB"] else "MB"
-    return f"{(size * 100 // UNITS[unit] + 1) / 100}{unit}"
-
-
 def fits(bytes_more: int, model: "nn.Module", runtime: Runtime) -> bool:
-    """Whether so many bytes may be made on the device beside a model that is there already.
+    """Return whether so many bytes may be allocated on the device, where a model is already.
 
     A CPU's own memory cannot be relieved by itself: there they always do.
     """
@@ -118,12 +71,26 @@ def fits(bytes_more: int, model: "nn.Module", runtime: Runtime) -> bool:
 
 
 def possible(device: str) -> tuple[str, ...]:
-    """The strategies that change anything on a device: a CPU's own memory cannot be relieved by itself."""
+    """Return the strategies that help on a device: a CPU's own memory cannot be relieved by itself."""
     return STRATEGIES if device.startswith("cuda") else STRATEGIES[:2]
 
 
+@contextlib.contextmanager
+def explained(doing: str, device: str) -> Iterator[None]:
+    """Context manager: turn a GPU's out-of-memory error in a whole-model stage into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if device == "cpu" or not exhausted(error):
+            raise
+        raise UserError(
+            f"the memory of {device} ran out while {doing}, which holds the whole model there: "
+            "what was finished is kept, the same command with device=cpu goes on from it"
+        ) from None
+
+
 def attempt(work: Callable[[str], T], strategy: str, device: str) -> T:
-    """`work(strategy)`, or once with the next strategy that helps on `device` where memory runs out.
+    """Return `work(strategy)`; where memory runs out, retry once with the next strategy that helps.
 
     Raises UserError when that does not do either.
     """
@@ -133,25 +100,23 @@ def attempt(work: Callable[[str], T], strategy: str, device: str) -> T:
     except RuntimeError as error:
         if not exhausted(error):
             raise
-        said = " ".join(str(error).split())
+        said = one_line(error)
     # not inside the handler: the error's traceback holds the very tensors that filled the memory
     if following:
-        log.warning(
-            "memory ran out with strategy %s (%s): going on with %s", strategy, said[:120], following[0]
-        )
+        log.warning("memory ran out with strategy %s (%s): going on with %s", strategy, said, following[0])
         try:
             return work(following[0])
         except RuntimeError as error:
             if not exhausted(error):
                 raise
     raise UserError(
-        f"memory ran out with strategy {(*following, strategy)[0]} ({said[:120]}): what was trained is kept; "
+        f"memory ran out with strategy {(*following, strategy)[0]} ({said}): what was trained is kept; "
         "give a smaller memory=<amount>, shorten train.length, or choose a larger device"
     )
 
 
 @dataclass(frozen=True)
-class Need:
+class Estimate:
     """What some work takes: peak bytes of live tensors on the device, weights included, and operations."""
 
     bytes: int
@@ -159,24 +124,8 @@ class Need:
     movable: int = 0  # of the bytes: what may wait in the host's memory instead
 
 
-def need(
-    stage: Rehearsable, config: "PretrainedConfig", arch: Arch, dtype: str, strategy: str, device: str = "cpu"
-) -> Need:
-    """What `stage` needs on a model of all its blocks, from rehearsals on models of two and of three.
-
-    The fake tensors are a CPU's, for which attention is one operator as on a GPU. On the `device` "meta" what
-    goes to the host's memory is told apart and not counted.
-    """
-    blocks = config.num_hidden_layers
-    if blocks <= 3:
-        return _counted(stage, config, arch, dtype, blocks, strategy, device)
-    two, three = (_counted(stage, config, arch, dtype, n, strategy, device) for n in (2, 3))
-    more = blocks - 2
-    return Need(two.bytes + more * (three.bytes - two.bytes), two.flops + more * (three.flops - two.flops))
-
-
 def exhausted(error: BaseException) -> bool:
-    """Whether this is a device's, or the CPU allocator's, way of saying that memory has run out."""
+    """Return whether this is a device's or the CPU allocator's out-of-memory error."""
     import torch
 
     said = str(error).lower()
@@ -198,41 +147,8 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _counted(
-    stage: Rehearsable,
-    config: "PretrainedConfig",
-    arch: Arch,
-    dtype: str,
-    blocks: int,
-    strategy: str,
-    device: str,
-) -> Need:
-    """What was there before the rehearsal on a fake model of so many blocks, and what the rehearsal made."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoModelForCausalLM
-
-    from teq.models.arch import blocks as blocks_of
-    from teq.models.arch import one_sequence_a_row
-    from teq.models.checkpoint import LM
-
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = blocks
-    with FakeTensorMode(), one_sequence_a_row():
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        model.eval().requires_grad_(False)
-        model.tie_weights()
-        present = {*model.parameters(), *model.buffers()}
-        if strategy == "offload":
-            present -= {p for block in blocks_of(model, arch).values() for p in block.parameters()}
-        with LiveBytes(None if device == "cpu" else device) as live:
-            stage.rehearse(LM(model, None, arch, "outline"), strategy)
-    return Need(sum(tensor.nbytes for tensor in present) + live.peak, live.flops)
-
-
 class LiveBytes:
-    """Within: counts the bytes of the tensors that operators make, for as long as they live. `peak` is kept.
+    """Context manager: counts the bytes of the tensors that operators make, while they live, and their peak.
 
     Works on fake tensors and on real ones; what a fused kernel allocates and frees inside itself is not seen.
     `flops` are the operations of the matrix products. Where a `device` is given, tensors elsewhere are not
@@ -288,7 +204,7 @@ class LiveBytes:
 
 
 def _usual(func: Any) -> Any:
-    """The operator by the name that PyTorch's table of operations has it under: not in place, not a CPU's."""
+    """Map in-place and CPU-specific operators to the one registered with PyTorch's FLOP counter."""
     import torch
 
     name = func.overloadpacket.__name__.replace("_for_cpu", "").removesuffix("_")
@@ -303,3 +219,17 @@ def _is_tensor(leaf: Any) -> bool:
 
 def _storage(tensor: "Tensor") -> Any:
     return tensor.untyped_storage()
+
+
+def on_host(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Return copies of fp32 tensors in host memory, made in one transfer: each one waits for the device."""
+    import torch
+
+    if not tensors:
+        return {}
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors.values()])
+    return {
+        name: part.view(tensor.shape).clone()
+        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
+    }

@@ -1,20 +1,17 @@
-"""Frozen blocks that live in the host's memory and visit the device, one ahead of use."""
+"""CPU offload of frozen blocks, with prefetch of the next block."""
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from teq.models.arch import Arch, blocks
 
-
-def place_around_blocks(model: nn.Module, arch: Arch, device: str) -> None:
-    """Move everything but the blocks (embeddings, last norm, head) to `device`."""
-    inside = {
-        id(t) for block in blocks(model, arch).values() for t in (*block.parameters(), *block.buffers())
-    }
+def place_around_blocks(model: nn.Module, blocks: Iterable[nn.Module], device: str) -> None:
+    """Move everything but the `blocks` (embeddings, last norm, head) to `device`."""
+    inside = {id(t) for block in blocks for t in (*block.parameters(), *block.buffers())}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in inside:
             tensor.data = tensor.data.to(device)
@@ -43,7 +40,7 @@ class Stream:
         self.ahead: dict[int, dict[str, Tensor]] = {}
 
     def run(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """The output of block `index`."""
+        """Return the output of block `index`."""
         return functional_call(self.shells[index], self._fetched(index), args, kwargs)
 
     def _fetched(self, index: int) -> dict[str, Tensor]:
@@ -59,15 +56,14 @@ class Stream:
         return present
 
     def _copied(self, index: int) -> dict[str, Tensor]:
-        """The block's parameters on the device; the copy runs beside the computation."""
-        beside = contextlib.nullcontext()
+        """Return the block's parameters on the device; the copy overlaps with the computation."""
+        overlapping = contextlib.nullcontext()
         if self.side is not None:
-            # the copy may take the memory of a block that is done with: whatever was to be computed with that
-            # one was asked for before, and is waited for here. So no copy needs memory of its own while the
-            # host runs ahead of the device
+            # the copy may reuse a finished block's memory, so it first waits for the kernels that read it;
+            # this also keeps the host from running ahead of the device
             self.side.wait_stream(torch.cuda.current_stream(self.device))
-            beside = torch.cuda.stream(self.side)
-        with beside, torch.no_grad():
+            overlapping = torch.cuda.stream(self.side)
+        with overlapping, torch.no_grad():
             return {
                 name: parameter.to(self.device, non_blocking=True, copy=True)
                 for name, parameter in self.shells[index].named_parameters()

@@ -7,38 +7,37 @@ through the one command, leaves a record, and the table that shows it is a layou
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from teq.evaluate.metric import Metric
-from teq.models import arch
-from teq.spec import Runtime, Settings
+from teq.device.runtime import Runtime
+from teq.models.arch import blocks, sites
+from teq.stage import Evaluation, Metric
 
 if TYPE_CHECKING:
     from teq.models.checkpoint import LM
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts(Settings):
+class Counts(Evaluation):
     """Reads shapes alone."""
 
     name = "counts"
 
-    def provenance(self) -> None:
-        """Reads no text."""
-
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
-        """Blocks, linears that a site's scale reaches, linears in all (with the output head), groups (sites),
-        trained numbers, and parameters, an output head that is tied to the embedding counted again.
+        """Count blocks, linears, sites and numbers.
+
+        `applicable_linears` are those that a site's scale reaches, `linears` all (with the output head),
+        `groups` the sites; in `total` an output head that is tied to the embedding is counted again.
         """
         from torch import nn
 
-        sites = arch.sites(lm.model, lm.arch)
+        found = sites(lm.model, lm.arch)
         total = sum(parameter.numel() for parameter in lm.model.parameters())
         head, embedding = lm.model.get_output_embeddings().weight, lm.model.get_input_embeddings().weight
         values: dict[str, Any] = {
-            "blocks": len(arch.blocks(lm.model, lm.arch)),
-            "applicable_linears": sum(len(site.targets) for site in sites),
+            "blocks": len(blocks(lm.model, lm.arch)),
+            "applicable_linears": sum(len(site.targets) for site in found),
             "linears": sum(isinstance(module, nn.Linear) for module in lm.model.modules()),
-            "groups": len(sites),
-            "trained": sum(site.width for site in sites),
+            "groups": len(found),
+            "trained": sum(site.width for site in found),
             "total": total + (head.numel() if head is embedding else 0),
         }
         return Metric(values)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from teq import data as corpora
+from teq import data
 from teq.data.embedded import python_docs
-from teq.evaluate.metric import Metric
-from teq.evaluate.tasks import dataset, harness, score
-from teq.spec import Runtime, Settings
+from teq.device.runtime import Runtime
+from teq.evaluate.tasks import dataset, import_lm_eval, score
+from teq.stage import Evaluation, Metric
 
 if TYPE_CHECKING:
     from teq.models.checkpoint import LM
@@ -35,7 +35,7 @@ NOT_PROSE = re.compile(r">>>|\||\+-|::=")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LastWord(Settings):
+class LastWord(Evaluation):
     """The whole task: it is small, so it takes no limit."""
 
     version = 1
@@ -43,16 +43,16 @@ class LastWord(Settings):
 
     @property
     def name(self) -> str:
-        """What records and tables call it."""
+        """Return what records and tables call it."""
         return NAME
 
     def provenance(self) -> dict[str, Any]:
-        """What identifies the items; enters the stage's key."""
-        return {**corpora.provenance(corpora.embedded.NAME), "lm_eval": metadata.version("lm_eval")}
+        """Return what identifies the items; enters the stage's key."""
+        return {**data.provenance(data.embedded.NAME), "lm_eval": metadata.version("lm_eval")}
 
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
-        """`acc` with its standard error; see `teq.evaluate.tasks.score`."""
-        harness()
+        """Return `acc` with its standard error; see `teq.evaluate.tasks.score`."""
+        import_lm_eval()
         import pyarrow
         from lm_eval.api.task import ConfigurableTask
 
@@ -75,7 +75,7 @@ class LastWord(Settings):
 
 @functools.cache
 def items() -> list[tuple[str, str]]:
-    """(context, last word) of every item: `ITEMS` of them, spread evenly over all that the text yields.
+    """Return (context, last word) of `ITEMS` items, spread evenly over all that the text yields.
 
     Contexts do not overlap and none stands in the text before `START` as well, for topics repeat one another.
     """
@@ -95,7 +95,7 @@ def items() -> list[tuple[str, str]]:
 
 
 def _passages(words: list[str]) -> list[tuple[str, str]]:
-    """The non-overlapping passages of one paragraph, each as long as it may be."""
+    """Return the non-overlapping passages of one paragraph, each as long as it may be."""
     found = []
     free = 0  # the first word that no passage has taken
     for i, word in enumerate(words):

@@ -9,8 +9,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from teq.evaluate.metric import Metric
-from teq.spec import Runtime, Settings, UserError, option
+from teq.device.runtime import Runtime
+from teq.files.disk import one_line
+from teq.spec import UserError, option
+from teq.stage import Evaluation, Metric
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Overhead(Settings):
+class Overhead(Evaluation):
     """`repeats` pairs of forward passes of `length` tokens, after one pair that is not counted."""
 
     group = "overhead"
@@ -28,12 +30,11 @@ class Overhead(Settings):
     length: int = option(128, at_least=1)
     repeats: int = option(30, at_least=2)
 
-    def provenance(self) -> None:
-        """Reads no text: the tokens are zeros."""
-
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
-        """Modules and parameters of the folded model and of the fresh one, `latency` (folded over fresh, the
-        median of the pairs' ratios) and each pair's `ratio`. Raises UserError when a parameter does not fit.
+        """Compare the folded model with a fresh one.
+
+        Gives modules and parameters of both, `latency` (folded over fresh, the median of the pairs' ratios)
+        and each pair's `ratio`. Raises UserError when a parameter does not fit.
         """
         import numpy as np
         import torch
@@ -43,8 +44,9 @@ class Overhead(Settings):
         try:
             fresh.load_state_dict(lm.model.state_dict())
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"the folded model is not of its original architecture: {reason}") from error
+            raise UserError(
+                f"the folded model is not of its original architecture: {one_line(error)}"
+            ) from error
         tokens = torch.zeros((1, self.length), dtype=torch.long, device=lm.device)
         ratios = []
         with torch.inference_mode():
@@ -63,7 +65,7 @@ class Overhead(Settings):
 
 
 def _seconds(model: "nn.Module", tokens: "torch.Tensor") -> float:
-    """One forward pass of `tokens [1, token]`, finished."""
+    """Return the seconds of a forward pass of `tokens [1, token]`."""
     import torch
 
     start = time.perf_counter()

@@ -4,12 +4,12 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from teq import data as corpora
-from teq import statistics
+from teq import data, statistics
 from teq.console import track
-from teq.evaluate.metric import Metric
+from teq.device.runtime import Runtime
 from teq.files.resume import Journal
-from teq.spec import Runtime, Settings, UserError, option
+from teq.spec import UserError, option
+from teq.stage import Evaluation, Metric
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perplexity(Settings):
+class Perplexity(Evaluation):
     """The first `limit` (all when null) windows of `context` tokens that the protocol `corpus` cuts."""
 
     group = "ppl"
-    corpus: str = option(among=corpora.PERPLEXITY)
+    corpus: str = option(among=data.PERPLEXITY)
     context: int = option(at_least=2)
     limit: int | None = option(None, at_least=1)
 
     @property
     def name(self) -> str:
-        """What records and tables call it."""
+        """Return what records and tables call it."""
         return self.corpus
 
     def provenance(self) -> dict[str, Any]:
-        """What identifies the text; enters the stage's key."""
-        return corpora.provenance(self.corpus)
+        """Return what identifies the text; enters the stage's key."""
+        return data.provenance(self.corpus)
 
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
-        """`ppl`, the per-window mean token losses `window_loss`, and the hash of the tokens they are of."""
+        """Return `ppl`, the mean token losses `window_loss` of the windows, and the hash of their tokens."""
         import numpy as np
         import torch
 
@@ -64,14 +64,14 @@ class Perplexity(Settings):
         )
 
     def check_text(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Raises UserError where the text does not give a single window."""
+        """Raise UserError if the text does not give a single window."""
         self._windows(tokenizer)
 
     def _windows(self, tokenizer: "PreTrainedTokenizerBase") -> tuple["Tensor", int]:
-        return corpora.windows(self.corpus, tokenizer, self.context, self.limit)
+        return data.windows(self.corpus, tokenizer, self.context, self.limit)
 
-    def rehearse(self, lm: "LM", strategy: str) -> None:
-        """One window on an outline of the model."""
+    def dry_run(self, lm: "LM", strategy: str) -> None:
+        """Run one window."""
         import torch
 
         with torch.no_grad():  # in inference mode a linear is one operator, whose operations nobody counts
@@ -79,10 +79,10 @@ class Perplexity(Settings):
 
 
 def window_loss(model: "nn.Module", window: "Tensor") -> "Tensor":
-    """The mean next-token cross-entropy of `window [1, token]`, in fp32 whatever the model's dtype."""
+    """Return the mean next-token cross-entropy of `window [1, token]`, always in fp32."""
     from torch.nn import functional
 
-    from teq.models.arch import one_sequence_a_row
+    from teq.models.blocks import one_sequence_a_row
 
     with one_sequence_a_row():
         logits = model(window, use_cache=False).logits  # [1, token, vocab]

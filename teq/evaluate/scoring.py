@@ -9,11 +9,8 @@ all its endings, in one pass, and only positions that are scored reach the outpu
 
 import contextlib
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -23,53 +20,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from teq.device.memory import exhausted
+from teq.evaluate import trees
+from teq.evaluate.trees import MIN_LENGTH, Row, attention_mask, batch_sizes, requests_of, rows_of
 from teq.files.resume import Journal
-from teq.models.arch import one_sequence_a_row
+from teq.models.blocks import check_head, one_sequence_a_row
 
 logger = logging.getLogger(__name__)
 
-# What a pass costs before it reads its first token, as a part of a full batch: weighed against padding.
-PASS_COST = 1 / 32
-# Shorter sequences share batches as large as if they had this length: tiny passes leave the machine idle.
-MIN_LENGTH = 64
 # Positions projected to the vocabulary at a time: bounds the logits' memory, yet fills the matrix product.
 HEAD_CHUNK = 256
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 Answer = tuple[float, bool]
-
-
-@dataclass
-class _Sequence:
-    """Tokens the model must read, and the requests that this reading answers: (request, continuation)."""
-
-    tokens: tuple[int, ...]
-    uses: list[tuple[int, list[int]]] = field(default_factory=list)
-
-
-@dataclass
-class _Row:
-    """Sequences that begin alike, as one tree of tokens."""
-
-    tokens: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)  # of each token in its own sequence
-    branches: list[list[int]] = field(
-        default_factory=list
-    )  # to each last token, the places from the first on
-    points: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # place -> (request, next token)
-
-    def add(self, sequence: _Sequence, common: int) -> None:
-        """Put in a sequence whose first `common` tokens are those of the last one."""
-        start, rest = len(self.tokens), sequence.tokens[common:]
-        path = [*(self.branches[-1][:common] if common else []), *range(start, start + len(rest))]
-        self.tokens += rest
-        self.positions += range(common, len(path))
-        if common and common == len(self.branches[-1]):  # the last one goes on: still one branch
-            self.branches.pop()
-        self.branches.append(path)
-        for request, continuation in sequence.uses:
-            for place, token in zip(path[-len(continuation) :], continuation, strict=True):
-                self.points.setdefault(place, []).append((request, token))
 
 
 class SharedContextLM(HFLM):
@@ -98,20 +61,7 @@ class SharedContextLM(HFLM):
         )
         self.truncated = 0
         self.partial, self.calls = partial, 0
-        self._check_projection()
-
-    @torch.no_grad()
-    def _check_projection(self) -> None:
-        """Refuse models that change the logits after the output projection: scoring would miss that."""
-        ids = torch.tensor([[self.prefix_token_id] * 2], device=self.device)
-        with one_sequence_a_row():
-            ours = self.model.get_output_embeddings()(
-                self.model.base_model(input_ids=ids, use_cache=False)[0]
-            )
-            stock = self.model(input_ids=ids, use_cache=False).logits
-        if not torch.allclose(ours.float(), stock.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
-            name = type(self.model).__name__
-            raise ValueError(f"{name}: its logits are not the output projection of its last hidden state")
+        check_head(model)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """Score `requests` in order; progress bars appear only where standard error is a terminal."""
@@ -137,7 +87,7 @@ class SharedContextLM(HFLM):
                     self.cache_hook.add_partial("loglikelihood", text, answer)
             bar.update(len(answered))
 
-        def left() -> list[list[_Row]]:
+        def left() -> list[list[Row]]:
             unanswered = [sequence for sequence in sequences if answers[sequence.uses[0][0]] is None]
             return self._batches(unanswered, longest)
 
@@ -146,37 +96,29 @@ class SharedContextLM(HFLM):
         alike = True  # the batches so far are those of the process before
         for entry in journal.entries:
             take({request: (total, hit) for request, total, hit in entry})
-            alike = alike and bool(batches) and _requests(batches[0]) == {request for request, *_ in entry}
+            alike = alike and bool(batches) and requests_of(batches[0]) == {request for request, *_ in entry}
             del batches[:1]
         if not alike:  # the batch size was another, or was halved
             batches = left()
         while batches:
             try:
                 answered = self._score(batches[0])
-            except torch.OutOfMemoryError:
-                if self.batch_size == 1:
+            except RuntimeError as error:
+                if not exhausted(error) or self.batch_size == 1:
                     raise
                 self.batch_size_per_gpu = self.batch_size // 2
                 logger.warning("out of memory: batch size halved to %d", self.batch_size)
                 batches = left()
                 continue
-            except RuntimeError as error:
-                if "can't allocate memory" not in str(error):
-                    raise
-                needed = re.search(r"allocate (\d+) bytes", str(error))
-                size = f"{int(needed[1]) / 2**30:.2f} GiB" if needed else "an allocation"
-                raise MemoryError(
-                    f"{size} for a batch of {self.batch_size} x {longest} tokens failed: lower batch_size"
-                ) from error
             take(answered)
             journal.append([[request, *answer] for request, answer in answered.items()])
             del batches[0]
         bar.close()
         return answers
 
-    def _sequences(self, requests: Sequence[Request]) -> list[_Sequence]:
-        """Distinct model inputs of `requests`, truncated as `HFLM` truncates them."""
-        sequences: dict[tuple[int, ...], _Sequence] = {}
+    def _sequences(self, requests: Sequence[Request]) -> list[trees.Sequence]:
+        """Return distinct model inputs of `requests`, truncated as `HFLM` truncates them."""
+        sequences: dict[tuple[int, ...], trees.Sequence] = {}
         truncated = 0
         for index, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
@@ -186,30 +128,30 @@ class SharedContextLM(HFLM):
                 )
             truncated += len(context) + len(continuation) > self.max_length + 1
             tokens = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
-            sequences.setdefault(tokens, _Sequence(tokens)).uses.append((index, continuation))
+            sequences.setdefault(tokens, trees.Sequence(tokens)).uses.append((index, continuation))
         if truncated:
             self.truncated += truncated
             logger.warning("%d of %d requests cut to %d tokens", truncated, len(requests), self.max_length)
         return list(sequences.values())
 
-    def _batches(self, sequences: list[_Sequence], longest: int) -> list[list[_Row]]:
-        """Rows to read in one pass: all of them trees, or all of them single sequences, which need no mask.
+    def _batches(self, sequences: list[trees.Sequence], longest: int) -> list[list[Row]]:
+        """Return rows to read in one pass: all trees, or all single sequences, which need no mask.
 
         Longest first: little padding, and the largest batches fail at once.
         """
         budget = self.batch_size * max(longest, MIN_LENGTH)
-        rows = _rows(sequences, self.model.config.hidden_size, budget)
+        rows = rows_of(sequences, self.model.config.hidden_size, budget)
         rows.sort(key=lambda row: -len(row.tokens))
         batches = []
         for alike in ([r for r in rows if len(r.branches) > 1], [r for r in rows if len(r.branches) == 1]):
-            sizes, start = _sizes([len(row.tokens) for row in alike], budget), 0
+            sizes, start = batch_sizes([len(row.tokens) for row in alike], budget), 0
             while start < len(alike):
                 batches.append(alike[start : start + sizes[start]])
                 start += sizes[start]
         return batches
 
     @torch.no_grad()
-    def _score(self, rows: list[_Row]) -> dict[int, Answer]:
+    def _score(self, rows: list[Row]) -> dict[int, Answer]:
         """Answer the requests of `rows`, which one pass reads."""
         ids = self._pad([row.tokens for row in rows], self.tokenizer.pad_token_id)  # [row, token]
         if len(rows[0].branches) == 1:  # a causal model never looks back at padding on the right: no mask
@@ -217,7 +159,7 @@ class SharedContextLM(HFLM):
                 hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
         else:
             positions = self._pad([row.positions for row in rows], 0)
-            mask = _mask(rows, ids.shape[1], self.model.dtype).to(ids.device)
+            mask = attention_mask(rows, ids.shape[1], self.model.dtype).to(ids.device)
             with _alibi_at(self.model.base_model, positions, 1 + max(max(row.positions) for row in rows)):
                 hidden = self.model.base_model(
                     input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
@@ -242,16 +184,14 @@ class SharedContextLM(HFLM):
         return answers
 
     def _pad(self, rows: list[list[int]], value: int) -> Tensor:
-        """Numbers of tokens as [row, longest], filled up on the right with `value`."""
+        """Return numbers of tokens as [row, longest], filled up on the right with `value`."""
         longest = max(map(len, rows))
         return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=self.device)
 
 
 @torch.no_grad()
-def rehearse(model: PreTrainedModel, tokens: int, scored: int) -> None:
-    """Do the work of a batch of one row of `tokens` tokens, of which `scored` are projected, on a model whose
-    tensors need no contents.
-    """
+def dry_run(model: PreTrainedModel, tokens: int, scored: int) -> None:
+    """Do the work of one row of `tokens` tokens, of which `scored` are projected, without contents."""
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
     mask = torch.zeros(1, 1, tokens, tokens, dtype=model.dtype, device=model.device)
     with _alibi_at(model.base_model, ids, tokens):
@@ -262,63 +202,11 @@ def rehearse(model: PreTrainedModel, tokens: int, scored: int) -> None:
         )
 
 
-def _requests(rows: list[_Row]) -> set[int]:
-    """The requests that a batch answers."""
-    return {request for row in rows for wants in row.points.values() for request, _ in wants}
-
-
-def _rows(sequences: list[_Sequence], width: int, most: int) -> list[_Row]:
-    """Put sequences that begin alike into one row, of at most `most` tokens, where that pays.
-
-    Sequences with a common beginning are neighbours in lexicographic order, so one sweep finds the rows. When
-    a row of T tokens takes n more, `common` fewer are read and 2 T n more pairs of tokens, masked ones, are
-    attended over; in a block of `width` w a token takes some 24 w^2 operations and a pair 4 w.
-    """
-    rows: list[_Row] = []
-    last: tuple[int, ...] = ()
-    for sequence in sorted(sequences, key=lambda s: s.tokens):
-        pairs = zip(last, sequence.tokens, strict=False)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        have, more = len(rows[-1].tokens) if rows else 0, len(sequence.tokens) - common
-        if common * 3 * width <= have * more or have + more > most:
-            rows.append(_Row())
-            common = 0
-        rows[-1].add(sequence, common)
-        last = sequence.tokens
-    return rows
-
-
-def _sizes(lengths: list[int], budget: int) -> list[int]:
-    """For each of `lengths` (descending), how many from it on to pad into one batch that it begins.
-
-    The sizes make for the cheapest way through the rest of `lengths`, in padded tokens and in passes, with at
-    most `budget` tokens a batch.
-    """
-    costs = [0.0] * (len(lengths) + 1)  # [start]: of everything from there on
-    sizes = [1] * len(lengths)
-    for start, length in reversed(list(enumerate(lengths))):
-        most = max(1, min(budget // length, len(lengths) - start))
-        cost, sizes[start] = min((n * length + costs[start + n], n) for n in range(1, most + 1))
-        costs[start] = cost + PASS_COST * budget
-    return sizes
-
-
-def _mask(rows: list[_Row], longest: int, dtype: torch.dtype) -> Tensor:
-    """What each token may not see, to be added to attention scores: [row, 1, token, token seen]."""
-    seen = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, not nothing
-    for row, allowed in zip(rows, seen, strict=True):
-        start = 0
-        for path in row.branches:
-            own = slice(start, start := path[-1] + 1)
-            allowed[own, [place for place in path if place < own.start]] = True
-            allowed[own, own] = torch.ones_like(allowed[own, own]).tril()
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
-
-
 @contextlib.contextmanager
 def _alibi_at(base: nn.Module, positions: Tensor, count: int) -> Iterator[None]:
-    """Within: BLOOM, whose position biases come from a mask of padding, takes `positions [row, token]`, all
-    below `count`.
+    """Context manager: BLOOM's position biases are those of `positions [row, token]`, all below `count`.
+
+    BLOOM makes them from a mask of padding otherwise.
     """
     original: Callable[..., Tensor] | None = getattr(base, "build_alibi_tensor", None)
     if original is None:

@@ -10,10 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teq import data as corpora
-from teq import statistics
-from teq.evaluate.metric import Metric
-from teq.spec import Runtime, Settings, UserError, option
+from teq import data, statistics
+from teq.device.runtime import Runtime
+from teq.spec import UserError, option
+from teq.stage import Evaluation, Metric
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +32,7 @@ FOLDERS = {  # where lm-eval keeps a task: indexing one folder takes millisecond
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(Settings):
+class Task(Evaluation):
     """A task that lm-eval knows, on `limit` documents drawn with `seed` (all when null).
 
     The draw does not follow the run's seed, so that all methods and seeds are compared on the same documents,
@@ -46,16 +46,16 @@ class Task(Settings):
 
     @property
     def name(self) -> str:
-        """What records and tables call it."""
+        """Return what records and tables call it."""
         return self.task
 
     def provenance(self) -> dict[str, Any]:
-        """What identifies the documents and what turns them into requests; enters the stage's key."""
-        return {**corpora.provenance(self.task), "lm_eval": metadata.version("lm_eval")}
+        """Return what identifies the documents and their requests; it enters the stage's key."""
+        return {**data.provenance(self.task), "lm_eval": metadata.version("lm_eval")}
 
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
-        """`acc` (and `acc_norm` where the task has it) with standard errors; see `score`."""
-        harness()
+        """Return `acc` (and `acc_norm` where the task has it) with standard errors; see `score`."""
+        import_lm_eval()
         import lm_eval.tasks
 
         folder = Path(lm_eval.tasks.__file__).parent / FOLDERS[self.task]
@@ -63,22 +63,20 @@ class Task(Settings):
         if self.task not in manager.all_subtasks:
             version = metadata.version("lm_eval")
             raise UserError(f"lm-eval {version} has no task {self.task} in {folder}: install lm-eval 0.4.13")
-        split = corpora.source(self.task).split
-        data = {"custom_dataset": functools.partial(_split, split, self.task), "training_split": None}
-        group = {"group": "teq", "task": [{"task": self.task, "num_fewshot": 0, **data}]}
+        split = data.source(self.task).split
+        where = {"custom_dataset": functools.partial(_split, split, self.task), "training_split": None}
+        group = {"group": "teq", "task": [{"task": self.task, "num_fewshot": 0, **where}]}
         task = manager.load([group])["tasks"][self.task]
-        if (
-            task.config.process_docs is not None
-        ):  # lm-eval would process all documents whenever it looks at them
+        if task.config.process_docs is not None:  # which lm-eval would repeat whenever it looks at documents
             task.config.process_docs = lambda _: task.task_docs
         return score(task, self.limit, self.seed, self.provenance(), lm, runtime)
 
 
-def harness() -> None:
+def import_lm_eval() -> None:
     """Import lm-eval (seconds) and keep its log and bars out of ours."""
     import lm_eval.api.task
 
-    corpora.hub.quiet()
+    data.hub.quiet()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = lambda items, **_: items  # it draws a bar for making requests, terminal or not
 
@@ -97,7 +95,7 @@ def score(
     from teq.evaluate.scoring import SharedContextLM
 
     name, total = task.config.task, len(task.task_docs)
-    documents = drawn(total, limit, seed)
+    documents = sample_documents(total, limit, seed)
     scorer = SharedContextLM(lm.model, lm.tokenizer, runtime.batch_size, partial=runtime.partial)
     found = evaluate(
         lm=scorer,
@@ -134,27 +132,27 @@ def score(
     return Metric(values=values, arrays=arrays, info={**info, **provenance})
 
 
-def drawn(total: int, limit: int | None, seed: int) -> list[int]:
-    """Ascending indices of `limit` of `total` documents (all when null): the first of a seeded shuffle."""
+def sample_documents(total: int, limit: int | None, seed: int) -> list[int]:
+    """Return ascending indices of `limit` of `total` documents (None: all), the first of a seeded shuffle."""
     order = list(range(total))
     random.Random(seed).shuffle(order)
     return sorted(order[:limit])
 
 
 def dataset(split: str, rows: "pyarrow.Table") -> dict[str, Any]:
-    """Documents as lm-eval wants to find them: a `datasets.Dataset` by split, in memory."""
+    """Return documents as lm-eval wants to find them: a `datasets.Dataset` by split, in memory."""
     import datasets
 
     return {split: datasets.Dataset(rows)}
 
 
 def _split(split: str, name: str, **_: Any) -> dict[str, Any]:
-    """What lm-eval's `custom_dataset` calls, with the task's metadata as further arguments."""
-    return dataset(split, corpora.task_rows(name))
+    """Return what lm-eval's `custom_dataset` asks for; the task's metadata come as further arguments."""
+    return dataset(split, data.task_rows(name))
 
 
 def _padded(rows: list[list[float]]) -> "np.ndarray":
-    """`[rows, longest]` fp32, NaN behind the end of a shorter row."""
+    """Return `[rows, longest]` fp32, NaN behind the end of a shorter row."""
     import numpy as np
 
     out = np.full((len(rows), max(map(len, rows))), np.nan, dtype=np.float32)
@@ -164,7 +162,7 @@ def _padded(rows: list[list[float]]) -> "np.ndarray":
 
 
 def _bos(scorer: "TemplateLM") -> str | None:
-    """The token that the tokenizer's own policy puts in front of every context, None where it puts none."""
+    """Return the token that the tokenizer itself puts in front of every context, or None."""
     with_special = scorer.tok_encode("a")
     plain = scorer.tok_encode("a", add_special_tokens=False)
     return None if with_special == plain else scorer.tokenizer.decode(with_special[:1])

@@ -4,14 +4,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from teq.device.memory import Need
+    from teq.device.memory import Estimate
     from teq.models.checkpoint import LM
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Documents of a whole set; mean tokens read (what requests share once) and positions scored of each;
-    tokens of the longest sequence. Counted with SmolLM2's tokenizer (49 152 entries) on the rows that
+    """How much a whole set has to be read, for one tokenizer.
+
+    `documents` of the set, mean `tokens` read (what requests share once) and positions `scored` of each,
+    tokens of the `longest` sequence. Counted with SmolLM2's tokenizer (49 152 entries) on the rows that
     `SharedContextLM` makes in batches of 8; another tokenizer gives other numbers.
     """
 
@@ -40,17 +42,17 @@ class Scoring:
 
     @property
     def batch(self) -> int:
-        """Tokens of the largest batch."""
-        from teq.evaluate.scoring import MIN_LENGTH
+        """Return the tokens of the largest batch."""
+        from teq.evaluate.trees import MIN_LENGTH
 
         return self.batch_size * max(self.work.longest, MIN_LENGTH)
 
-    def rehearse(self, lm: "LM", strategy: str) -> None:
-        """The largest batch on an outline of the model."""
-        from teq.evaluate.scoring import rehearse
+    def dry_run(self, lm: "LM", strategy: str) -> None:
+        """Run the largest batch."""
+        from teq.evaluate.scoring import dry_run
 
-        rehearse(lm.model, self.batch, round(self.batch * self.work.scored / self.work.tokens))
+        dry_run(lm.model, self.batch, round(self.batch * self.work.scored / self.work.tokens))
 
-    def flops(self, batch: "Need") -> int:
-        """Operations of all documents, from those of the largest batch."""
+    def flops(self, batch: "Estimate") -> int:
+        """Return the operations of all documents, from those of the largest batch."""
         return int(batch.flops * self.documents * self.work.tokens / self.batch)

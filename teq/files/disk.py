@@ -31,8 +31,13 @@ def user_cache() -> Path:
     return Path(platformdirs.user_cache_dir("teq"))
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message in one line, shortened."""
+    return " ".join((str(error) or type(error).__name__).split())[:200]
+
+
 def sha256(file: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
+    """Return the SHA-256 of a file's content, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -84,8 +89,9 @@ def save_tensors(file: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str
 
 
 def read_tensors(file: Path, otherwise: str) -> "tuple[dict[str, Tensor], dict[str, str]] | None":
-    """What `write_tensors` wrote; None where nothing is, or where it is damaged: logged, with what happens
-    `otherwise`.
+    """Read what `write_tensors` wrote; None if there is no file.
+
+    A damaged file gives None too, and a log line that says what happens `otherwise`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -101,12 +107,12 @@ def read_tensors(file: Path, otherwise: str) -> "tuple[dict[str, Tensor], dict[s
 
 
 def unique_beside(file: Path) -> Path:
-    """A name beside `file` that no other process on any machine takes."""
+    """Return a name next to `file` that no other process on any machine takes."""
     return file.with_name(f"{file.name}.{os.uname().nodename}-{os.getpid()}-{os.urandom(4).hex()}.part")
 
 
 def umask() -> int:
-    """The process's umask."""
+    """Return the process's umask."""
     found = os.umask(0)
     os.umask(found)
     return found

@@ -1,4 +1,4 @@
-"""State of unfinished work in a stage's folder, `Runtime.partial`: the next process goes on from it.
+"""State of unfinished work in a stage's folder, `Runtime.partial`: the next process resumes from it.
 
 A disk that is full stops no work here: what cannot be written is a warning, once, and is tried again later.
 """
@@ -29,7 +29,7 @@ class Writer:
         self.what, self.warned = what, False
 
     def attempt(self, write: Callable[[], Any]) -> bool:
-        """Whether `write()` succeeded; the first OSError is logged."""
+        """Return whether `write()` succeeded; the first OSError is logged."""
         try:
             write()
         except OSError as error:
@@ -56,9 +56,7 @@ class ResumeFile:
         self.state: tuple[int, list[float], dict[str, Tensor], dict[str, Tensor]] | None = None
 
     def restore(self) -> "tuple[list[float], dict[str, Tensor]] | None":
-        """Put back what was saved; returns the losses so far and the best scales, or None without a usable
-        file.
-        """
+        """Put back what was saved; return the losses so far and the best scales, or None without a file."""
         import torch
 
         state = self._read()
@@ -121,7 +119,7 @@ class ResumeFile:
         }
 
     def _read(self) -> "dict[str, Tensor] | None":
-        """What was saved, when all of it is there."""
+        """Return what was saved, when all of it is there."""
         if self.file is None or (found := disk.read_tensors(self.file, "training starts anew")) is None:
             return None
         state, numbers = found[0], sum(parameter.numel() for parameter in self.free.values())
@@ -141,7 +139,7 @@ class BlockFiles:
         self.waiting: list[tuple[int, Mapping[str, Tensor], dict[str, Any]]] = []
 
     def read(self, index: int) -> "tuple[dict[str, Tensor], dict[str, Any]] | None":
-        """Tensors and report of block `index`, where it and all blocks before it are there."""
+        """Return tensors and report of block `index`, where it and all blocks before it are there."""
         found = None
         if self.folder is not None and self.read_count == index:
             found = disk.read_tensors(self._file(index), f"{self.what} begins at this block")

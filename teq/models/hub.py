@@ -8,33 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teq.files import disk
-from teq.files.disk import user_cache
-from teq.spec import Settings, UserError
+from teq.files.disk import one_line, user_cache
+from teq.models.folder import WEIGHTS, Saved
+from teq.spec import UserError
 
 log = logging.getLogger(__name__)
 ELSEWHERE = (
     "give a local folder with model.path=<folder>, or a mirror in the environment variable HF_ENDPOINT"
 )
-WEIGHTS = "*.safetensors"
 SHARD = r"-\d+-of-\d+\.safetensors$"
 BOT, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hub(Settings):
+class Hub(Saved):
     """A checkpoint of the Hugging Face hub, or of its local cache when offline."""
 
     repo: str
     revision: str = "main"
 
-    def identity(self) -> str:
-        """`repo@commit`: the revision resolved by the hub, or by the local cache where the hub is out of
-        reach.
-        """
+    def fingerprint(self, device: str = "cpu") -> str:
+        """Return `repo@commit`: the hub, or without a network its local cache, resolves the revision."""
         return f"{self.repo}@{self._commit()}"
 
     def folder(self) -> Path:
-        """The snapshot's folder, downloaded where it is missing."""
+        """Return the snapshot's folder, downloaded where it is missing."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
@@ -52,11 +50,11 @@ class Hub(Settings):
             raise self._gated() from None
         except Exception as error:  # the client raises many kinds; each means the same to the user
             raise UserError(
-                f"{self.repo}@{commit} could not be downloaded ({brief(error)}): {ELSEWHERE}"
+                f"{self.repo}@{commit} could not be downloaded ({one_line(error)}): {ELSEWHERE}"
             ) from error
 
     def _commit(self) -> str:
-        """The commit that the revision means, asked for once in a process, so that all keys name the same."""
+        """Return the revision's commit, asked for once per process, so that all keys name the same."""
         known = (self.repo, self.revision)
         if known not in _commits:
             _commits[known] = self._resolved()
@@ -65,7 +63,7 @@ class Hub(Settings):
         return _commits[known]
 
     def _note(self) -> Path:
-        """Where the commit is kept: the hub's cache knows no revision of what was downloaded by commit."""
+        """Return where the commit is noted: the hub's cache has no revision for downloads by commit."""
         name = f"{self.repo}@{self.revision}".replace("/", "--")
         return user_cache() / "revisions" / name
 
@@ -98,7 +96,7 @@ class Hub(Settings):
         except Exception as error:  # no route, no name, a proxy's refusal: the cache is what remains
             if cached is None:
                 raise UserError(
-                    f"{self.repo}@{self.revision}: the hub is out of reach ({brief(error)}) and the local "
+                    f"{self.repo}@{self.revision}: the hub is out of reach ({one_line(error)}) and the local "
                     f"cache {constants.HF_HUB_CACHE} does not hold it: {ELSEWHERE}"
                 ) from None
             log.warning("hub out of reach, using the cached %s@%s", self.repo, cached)
@@ -125,8 +123,9 @@ class Hub(Settings):
         return None
 
     def _converted_commit(self) -> str | None:
-        """The commit of the hub's own safetensors conversion of a repository without them: an open pull
-        request of its conversion bot. None where there is none.
+        """Return the commit of the hub's own safetensors conversion, or None.
+
+        It is an open pull request of the hub's conversion bot.
         """
         from huggingface_hub import get_repo_discussions, list_repo_commits
 
@@ -141,7 +140,7 @@ class Hub(Settings):
         except Exception as error:  # a mirror need not have the interface to pull requests
             raise UserError(
                 f"{self.repo}@{self.revision} has no safetensors, and whether the hub has converted it could "
-                f"not be found out ({brief(error)}): convert it once with save_pretrained and pass "
+                f"not be found out ({one_line(error)}): convert it once with save_pretrained and pass "
                 "model.path=<folder>"
             ) from error
         return None
@@ -151,16 +150,10 @@ _commits: dict[tuple[str, str], str] = {}
 
 
 def _complete(folder: Path) -> bool:
-    """Whether a snapshot holds its weights, all shards of them."""
+    """Return whether a snapshot holds its weights, all shards of them."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = set(json.loads(index.read_text())["weight_map"].values())
         return all((folder / shard).is_file() for shard in shards)
     found = [file.name for file in folder.glob(WEIGHTS) if file.is_file()]
     return any(re.search(SHARD, name) is None for name in found)  # of how many shards only the index tells
-
-
-def brief(error: BaseException) -> str:
-    """An error in one line."""
-    lines = (str(error) or type(error).__name__).splitlines()
-    return " ".join(line.strip() for line in lines if line.strip())[:200]

@@ -1,24 +1,104 @@
 """Models made in memory: architectures, seeded random weights, and a byte-level tokenizer."""
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from teq.models.checkpoint import Random, Synthetic
+from teq.spec import Settings, option
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InMemory(Settings):
+    """A source of models that are made in memory from the dimensions `config`: nothing to fetch."""
+
+    at_hand: ClassVar[bool] = True
+    config: dict[str, Any]
+
+    def dimensions(self) -> "PretrainedConfig":
+        """Return the dimensions of the architecture."""
+        from transformers import AutoConfig
+
+        values = dict(self.config)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    def tokenizer(self) -> "PreTrainedTokenizerFast | None":
+        """Return the byte tokenizer."""
+        return byte_tokenizer(bos=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(_InMemory):
+    """A small model with seeded random weights, the same on every machine."""
+
+    seed: int = option(0, at_least=0)
+    bos: bool = True
+
+    def fingerprint(self, device: str = "cpu") -> str:
+        """Return the settings' key: they determine the weights."""
+        return f"random:{self.key()}"
+
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """Return the byte tokenizer, with or without a token at the beginning."""
+        return byte_tokenizer(bos=self.bos)
+
+    def model(self, dtype: str, device: str, drawn_on: str) -> "PreTrainedModel":
+        """Draw the weights on the CPU in fp32."""
+        import torch
+
+        return build(self).to(getattr(torch, dtype)).to(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic(_InMemory):
+    """An architecture of true size with seeded random weights (see `fill`), to measure time and memory.
+
+    Never quality. A CPU's weights differ from a GPU's, and so do their fingerprints.
+    """
+
+    version = 1
+    seed: int = option(0, at_least=0)
+
+    def fingerprint(self, device: str = "cpu") -> str:
+        """Return the settings' key, with the type of the device that the weights are drawn on if a GPU."""
+        kind = device.partition(":")[0]
+        return f"synthetic:{self.key()}" + ("" if kind == "cpu" else f".{kind}")
+
+    def model(self, dtype: str, device: str, drawn_on: str) -> "PreTrainedModel":
+        """Fill the weights on `device` with numbers from the device `drawn_on`."""
+        import torch
+
+        return filled(self, getattr(torch, dtype), device, drawn_on)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline(_InMemory):
+    """An architecture on PyTorch's meta device, for counting: no weights, no tokenizer, no computation."""
+
+    def fingerprint(self, device: str = "cpu") -> str:
+        """Return the settings' key."""
+        return f"outline:{self.key()}"
+
+    def tokenizer(self) -> None:
+        """Return None: there is no tokenizer."""
+
+    def model(self, dtype: str, device: str, drawn_on: str) -> "PreTrainedModel":
+        """Make the modules; nothing is allocated, whatever the size."""
+        import torch
+
+        with torch.device("meta"):
+            return architecture(self.dimensions())
 
 
 def build(settings: Random) -> "PreTrainedModel":
-    """A causal LM of `settings.config` in fp32 with random norms and non-zero biases, the same for the
-    same seed.
-    """
+    """Return a causal LM in fp32 with random norms and non-zero biases, the same for the same seed."""
     import torch
 
-    model = architecture(settings.config)
+    model = architecture(settings.dimensions())
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -38,14 +118,15 @@ OUTLIER = 4.0  # how many times larger it is
 
 
 def filled(settings: Synthetic, dtype: "torch.dtype", device: str, drawn_on: str) -> "PreTrainedModel":
-    """A causal LM of `settings.config` whose parameters are allocated on `device` in `dtype` and filled one
-    after another, so that nothing else of their size is held, with numbers from the device `drawn_on`.
+    """Return a causal LM on `device` in `dtype`, filled with numbers from the device `drawn_on`.
+
+    Parameters are filled one after another, so that nothing else of their size is held.
     """
     import torch
     from transformers.initialization import no_init_weights
 
     with torch.device(device), no_init_weights():
-        model = architecture(settings.config, dtype)
+        model = architecture(settings.dimensions(), dtype)
     model.tie_weights()
     generator = torch.Generator(drawn_on).manual_seed(settings.seed)
     with torch.no_grad():
@@ -57,7 +138,7 @@ def filled(settings: Synthetic, dtype: "torch.dtype", device: str, drawn_on: str
 
 
 def fill(parameter: "Tensor", bias: bool, generator: "torch.Generator") -> None:
-    """Random values in place, on the parameter's device and in its dtype.
+    """Fill a parameter with random values, on its device and in its dtype.
 
     A matrix `[out, in]` is `in ** -0.5 * a * b * n`: n standard normal for every weight, a for every row and
     b for every input channel log-normal with `SPREAD`, b of one channel in `OUTLIERS` (at least one)
@@ -85,18 +166,15 @@ def fill(parameter: "Tensor", bias: bool, generator: "torch.Generator") -> None:
         parameter.mul_(b.to(parameter.dtype)).mul_(sizes(len(parameter))[:, None].to(parameter.dtype))
 
 
-def architecture(config: Mapping[str, Any], dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
-    """The causal LM of `model_type` and its dimensions as transformers makes it, on the default device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def architecture(dimensions: "PretrainedConfig", dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
+    """Return the causal LM of these dimensions as transformers makes it, on the default device."""
+    from transformers import AutoModelForCausalLM
 
-    values = dict(config)
-    return AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(values.pop("model_type"), **values), dtype=dtype
-    )
+    return AutoModelForCausalLM.from_config(dimensions, dtype=dtype)
 
 
 def byte_tokenizer(bos: bool) -> "PreTrainedTokenizerFast":
-    """One token per byte (ids 2 to 257), `<s>` 0 in front of every text where `bos`, `</s>` 1."""
+    """Return a tokenizer of one token per byte (ids 2 to 257), `<s>` 0 first where `bos`, `</s>` 1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

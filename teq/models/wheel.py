@@ -7,18 +7,37 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from teq.files import disk, in_use
 from teq.files.digests import file_digests
 from teq.files.disk import user_cache
-from teq.models.checkpoint import Wheel
+from teq.models.folder import Saved
 from teq.spec import UserError
 
 log = logging.getLogger(__name__)
 MANIFEST = "teq-conversion.json"
 CONVERTERS = ("transformers", "gguf", "torch")  # whose versions could change the weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheel(Saved):
+    """A GGUF checkpoint inside a wheel of the Python package index: a real model where no hub is reached."""
+
+    version = 1
+    requirement: str
+    member: str
+    sha256: str
+
+    def fingerprint(self, device: str = "cpu") -> str:
+        """Return the GGUF file's digest and the version of its conversion."""
+        return f"gguf:{self.sha256}.{self.version}"
+
+    def folder(self) -> Path:
+        """Return the converted checkpoint in the user's cache, fetched and converted once."""
+        return converted(self)
 
 
 def converted(wheel: Wheel) -> Path:
@@ -77,7 +96,7 @@ def _intact(folder: Path) -> bool:
 
 
 def fetch(requirement: str, into: Path) -> Path:
-    """The wheel file of `requirement`, without its dependencies, by pip as the user configured it."""
+    """Download the wheel of `requirement`, without dependencies, by pip as the user configured it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run(
         [*command, "--no-deps", "--only-binary=:all:", "--dest", str(into), "--", requirement],
@@ -95,7 +114,7 @@ def fetch(requirement: str, into: Path) -> Path:
 
 
 def extract(archive: Path, wheel: Wheel, into: Path) -> Path:
-    """The GGUF member of a wheel, refused when its digest is not the expected one."""
+    """Extract the GGUF member of a wheel; refuse it when its digest is not the expected one."""
     with zipfile.ZipFile(archive) as opened:
         names = [name for name in opened.namelist() if name.endswith(wheel.member)]
         if not names:

@@ -51,7 +51,7 @@ class _Sources(MetaPathFinder):
         return None
 
     def digest(self) -> str:
-        """Of all sources of the package: as they were imported, and the others as they lie there now."""
+        """Return the digest of all sources of the package: as imported, and the others as they are now."""
         found = {str(file.relative_to(PACKAGE)): file for file in sorted(PACKAGE.rglob("*.py"))}
         return digest({name: self.imported.get(name) or sha256(file) for name, file in found.items()})
 
@@ -63,8 +63,9 @@ class _Sources(MetaPathFinder):
 
 @contextlib.contextmanager
 def cost(device: str) -> Iterator[dict[str, Any]]:
-    """Context manager: fills the dict that it gives at its end: seconds, peak_bytes (of the device, or of the
-    process on a CPU), machine, and the code that did it.
+    """Context manager: yields a dict that is filled at the end with what the work cost.
+
+    Seconds, peak_bytes (of the device, or of the process on a CPU), machine, and the code that did it.
     """
     found: dict[str, Any] = {}
     code()  # the commit is that of now
@@ -79,7 +80,7 @@ def cost(device: str) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def uncounted() -> Iterator[None]:
-    """Time that no stage is charged for: loading a checkpoint takes what the disk and the network take."""
+    """Context manager: exclude the enclosed time (downloads, loading) from the stage's seconds."""
     start = time.perf_counter()
     try:
         yield
@@ -92,7 +93,7 @@ class _Uncounted:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The device, its name, the processor count and the versions of everything that could change a number."""
+    """Return the device, its name, processors, and the versions of what could change a number."""
     name = _processor()
     torch = sys.modules.get("torch")
     if device.startswith("cuda") and torch is not None:
@@ -109,7 +110,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the libraries that matter, without importing them."""
+    """Return installed versions of the libraries that matter, without importing them."""
     found = {}
     for name in LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -118,8 +119,10 @@ def versions() -> dict[str, str]:
 
 
 def code() -> dict[str, Any]:
-    """The code that runs: digest of the sources as imported, the commit when the process first asked, and
-    whether the sources had changes then or have others now. Commit and dirty are null outside a git checkout.
+    """Return the running code: a digest of the sources as imported, commit and dirty flag.
+
+    The commit is that of the first call: later commits are not the running code. `dirty` says whether the
+    sources had changes then or have others now. Both are null outside a git checkout.
     """
     commit, dirty, first = _checkout()
     sources = _SOURCES.digest()
@@ -132,7 +135,7 @@ def code() -> dict[str, Any]:
 
 @functools.cache
 def _checkout() -> tuple[str | None, bool | None, str]:
-    """Commit, whether the tree has uncommitted changes, and the digest of the sources, at the first call."""
+    """Return commit, dirty flag and the digest of the sources, as at the first call."""
 
     def git(*args: str) -> str | None:
         command = ["git", "-C", str(PACKAGE), *args]
@@ -147,7 +150,7 @@ def _checkout() -> tuple[str | None, bool | None, str]:
 
 
 def flags(device: str) -> dict[str, Any]:
-    """Switches of PyTorch and versions of the device's libraries that can move a result."""
+    """Return switches of PyTorch and versions of the device's libraries that can move a result."""
     import torch
 
     found: dict[str, Any] = {
@@ -170,7 +173,7 @@ def flags(device: str) -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    """Version of NVIDIA's driver, None where the system does not say: PyTorch has no call for it."""
+    """Return the version of NVIDIA's driver, or None; PyTorch has no call for it."""
     with contextlib.suppress(OSError):
         found = re.search(
             r"Kernel Module.*?\s(\d+(?:\.\d+)+)", Path("/proc/driver/nvidia/version").read_text()

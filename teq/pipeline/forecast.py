@@ -5,23 +5,23 @@ products over the rate at which `calibrate` did those of a small model's trainin
 kept next to the records, one for each device and dtype.
 """
 
-import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from teq.device import memory
 from teq.device.locks import CUDA
+from teq.device.runtime import STRATEGIES, resolve
 from teq.evaluate.workload import WORKLOADS, Scoring
 from teq.files import disk
 from teq.models.arch import Arch
-from teq.models.checkpoint import LM, Checkpoint, Folder, Outline, Synthetic
-from teq.pipeline import cost
-from teq.pipeline.run import Run, resolve_device
-from teq.spec import STRATEGIES, UserError
+from teq.models.checkpoint import LM, Checkpoint, Outline, Synthetic
+from teq.pipeline import cost, estimate
+from teq.pipeline.settings import Run
+from teq.spec import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,15 +38,6 @@ CALIBRATION = {  # a model whose matrix products dominate its step, as they do i
 }
 # on a GPU the small model would be launch-bound
 WIDER = {"hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32}
-
-
-@runtime_checkable
-class Estimate(Protocol):
-    """A stage that computes its need from the model's shapes: it cannot run on fake tensors."""
-
-    def expected(self, lm: LM) -> memory.Need:
-        """Return bytes and operations of the stage."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -77,12 +68,12 @@ def target(device: str, allowed: str) -> Target:
     """
     memory.check(allowed)
     if allowed in STRATEGIES or allowed == "auto" or device == "cpu":
-        here = resolve_device(device)
+        here = resolve(device)
         budget = memory.budget("auto" if allowed in STRATEGIES else allowed, here)
         return Target(here.partition(":")[0], here, budget, here)
     if device != "auto" and not CUDA.fullmatch(device):
-        resolve_device(device)  # raises an error that says what is wrong with it
-    here, budget = resolve_device("auto"), memory.budget(allowed, "cuda")
+        resolve(device)  # raises an error that says what is wrong with it
+    here, budget = resolve("auto"), memory.budget(allowed, "cuda")
     return Target("cuda", f"a GPU of {allowed}", budget, here if here.startswith("cuda") else None)
 
 
@@ -91,30 +82,30 @@ def stages(
 ) -> Iterator[Stage]:
     """Yield what each stage of a run needs; the scales once for each strategy, the picked one marked."""
 
-    def needed(stage: Any, strategy: str = "keep", device: str = "cpu") -> memory.Need:
-        return memory.need(stage, sizes, run.model.arch, run.dtype, strategy, device)
+    def needed(stage: Any, strategy: str = "keep", device: str = "cpu") -> memory.Estimate:
+        return estimate.estimate(stage, sizes, run.model.arch, run.dtype, strategy, device)
 
-    if isinstance(run.transform, memory.Rehearsable):
+    if run.transform.dry_run is not None:
         given = (allowed,) if allowed in STRATEGIES else ()
         tried = dict.fromkeys([*memory.possible(target.kind), *given])
         found = {strategy: needed(run.transform, strategy) for strategy in tried}
         fitting = (strategy for strategy, one in found.items() if one.bytes <= target.budget)
         picked = next(iter(given or fitting), None)
         for strategy, one in found.items():
-            flops = one.flops // 2 * run.transform.steps  # a rehearsal is two steps
+            flops = one.flops // 2 * run.transform.steps  # a dry run is two steps
             mark = " (picked)" if strategy == picked else ""
             yield Stage("scales", one.bytes, flops, strategy + mark)
-    if isinstance(run.quantizer, memory.Rehearsable):
+    if run.quantizer.dry_run is not None:
         on = "meta" if target.kind == "cuda" else "cpu"  # from a GPU the packed codes go to the host's memory
         yield Stage("weights", needed(run.quantizer, device=on).bytes)  # its time is no matrix products'
-    elif isinstance(run.quantizer, Estimate):
-        one = run.quantizer.expected(outline(sizes, run.dtype, run.model.arch))
+    elif run.quantizer.estimate is not None:
+        one = run.quantizer.estimate(outline(sizes, run.dtype, run.model.arch))
         moved = one.movable if target.kind == "cuda" and one.bytes > target.budget else 0
         yield Stage("weights", one.bytes - moved, one.flops, "hidden states on the host" if moved else "")
     else:
         yield Stage("weights", None)
     for evaluation in run.evals:
-        if isinstance(evaluation, memory.Rehearsable):
+        if evaluation.dry_run is not None:
             one = needed(evaluation)
             yield Stage(evaluation.name, one.bytes, one.flops * (evaluation.limit or 0) or None)
         elif (work := WORKLOADS.get(evaluation.name)) is not None:
@@ -133,12 +124,12 @@ def calibrate(home: Path, transform: Any, arch: Arch, device: str, dtype: str) -
     source = Synthetic(config=CALIBRATION | (WIDER if device.startswith("cuda") else {}))
     checkpoint = Checkpoint(name="calibration", source=source, arch=arch)
     # counted on fake tensors: a compiler declines for good what it first sees under a counter
-    operations = memory.need(transform, checkpoint.config(), arch, dtype, "keep").flops
+    operations = estimate.estimate(transform, checkpoint.source.dimensions(), arch, dtype, "keep").flops
     lm = checkpoint.load(dtype, device)
     spent = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
-        transform.rehearse(lm, "keep")
+        transform.dry_run(lm, "keep")
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
         spent.append(time.perf_counter() - start)
@@ -166,9 +157,8 @@ def rate_name(device: str, dtype: str) -> str:
 
 def dimensions(model: Checkpoint, given: Mapping[str, Any] | None) -> "PretrainedConfig":
     """Return the architecture's dimensions: of a local folder, else the `given` ones of conf/model."""
-    if given and not isinstance(model.source, Folder):
-        model = dataclasses.replace(model, source=Outline(config=dict(given)))
-    return model.config()
+    source = Outline(config=dict(given)) if given and not model.source.at_hand else model.source
+    return source.dimensions()
 
 
 def outline(dimensions: "PretrainedConfig", dtype: str, arch: Arch) -> LM:

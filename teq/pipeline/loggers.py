@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from teq.models.hub import brief
+from teq.files.disk import one_line
 from teq.spec import Settings, option
 
 if TYPE_CHECKING:
@@ -21,23 +21,23 @@ class Silent(Settings):
     """Reports nothing."""
 
     def start(self, title: str, run: dict[str, Any], folder: str, group: str | None = None) -> "Silent":
-        """Nothing to start."""
+        """Return nothing to start."""
         return self
 
     def __enter__(self) -> "Silent":
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Nothing to end."""
+        """Return nothing to end."""
 
     def table(self, rows: Sequence[Sequence[str]], picture: bytes | None) -> None:
-        """Nothing."""
+        """Return nothing."""
 
     def step(self, step: int, loss: float) -> None:
-        """Nothing."""
+        """Return nothing."""
 
     def finish(self, finished: "Record") -> None:
-        """Nothing."""
+        """Return nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Wandb(Settings):
                 settings=settings,
             )
         except Exception as error:  # whatever goes wrong in there, the experiment matters more
-            log.warning("wandb could not start (%s): this run is not logged there", brief(error))
+            log.warning("wandb could not start (%s): this run is not logged there", one_line(error))
             return Silent()
         return WandbRun(opened)
 
@@ -88,13 +88,13 @@ class WandbRun:
             self.run.finish(exit_code=0 if kind is None else 1)
 
     def step(self, step: int, loss: float) -> None:
-        """The training loss of a step, as it happens."""
+        """Log the training loss of a step."""
         self.steps.add(step)
         with contextlib.suppress(Exception):
             self.run.log({"train/loss": loss, "train/step": step})
 
     def table(self, rows: Sequence[Sequence[str]], picture: bytes | None) -> None:
-        """An experiment's table, its header first, and its figure as a PNG."""
+        """Log an experiment's table, its header first, and its figure as a PNG."""
         import wandb
 
         try:
@@ -104,10 +104,10 @@ class WandbRun:
 
                 self.run.log({"figure": wandb.Image(Image.open(io.BytesIO(picture)))})
         except Exception as error:
-            log.warning("wandb could not take the table (%s)", brief(error))
+            log.warning("wandb could not take the table (%s)", one_line(error))
 
     def finish(self, finished: "Record") -> None:
-        """What came of the loss curve from the cache, the metrics, and the scales' histogram."""
+        """Log what came from the cache of the loss curve, the metrics, and the scales' histograms."""
         import numpy as np
         import wandb
 
@@ -124,4 +124,4 @@ class WandbRun:
                 self.run.log({f"scales/{site}": histogram})
             self.run.summary["record"] = finished.file.name
         except Exception as error:
-            log.warning("wandb could not take the results (%s): the record has them", brief(error))
+            log.warning("wandb could not take the results (%s): the record has them", one_line(error))

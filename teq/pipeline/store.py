@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from teq.files import disk, in_use
 from teq.files.disk import save_tensors, sha256
-from teq.pipeline import cost as measure
+from teq.pipeline.cost import cost
 from teq.spec import UserError, digest
+from teq.stage import Made
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-Made = tuple[Mapping[str, "Tensor"], dict[str, Any]]
 INFO, DATA, MANIFEST = "info.json", "data.safetensors", "manifest.json"
 DAMAGED = "damaged-"
 UNSTORABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -38,8 +38,10 @@ TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 @dataclass(frozen=True)
 class Artefact:
-    """A stage's stored result. `cost` is what making it took, even when this call found it made; `digest`
-    identifies the result: two computations that agree to the bit have the same one.
+    """A stage's stored result.
+
+    `cost` is what making it took, also when it was found in the cache; `digest` identifies the result: two
+    computations that agree to the bit have the same one.
     """
 
     key: str
@@ -50,7 +52,7 @@ class Artefact:
     cached: bool
 
     def tensors(self, device: str = "cpu") -> dict[str, "Tensor"]:
-        """The stored tensors by name. Raises an error where they were deleted meanwhile."""
+        """Return the stored tensors by name. Raises an error where they were deleted meanwhile."""
         from safetensors.torch import load_file
 
         there = DATA in _manifest(self.folder)["files"]
@@ -72,7 +74,7 @@ class Stage:
 
     @property
     def key(self) -> str:
-        """The stage's cache key."""
+        """Return the stage's cache key."""
         return digest({"stage": self.name, **self.settings})
 
 
@@ -96,7 +98,7 @@ class Store:
             log.warning("the cache %s cannot be written: it serves what it holds", self.root)
 
     def get(self, stage: Stage, device: str, content: bool = False) -> Artefact:
-        """The result of `stage`, made unless it is there already; with `content` its tensors are as well.
+        """Return the result of `stage`, made unless it is stored; with `content` its tensors are as well.
 
         An artefact whose files do not match their digests is moved aside and made again, and so is one that
         was made from other results than those that all stages before it have now. Raises UserError where the
@@ -128,7 +130,7 @@ class Store:
         return False
 
     def peek(self, stage: Stage) -> str | None:
-        """The digest of the result that is there for `stage`, or None."""
+        """Return the digest of the result that is there for `stage`, or None."""
         manifest = self._peeked(stage)
         return None if manifest is None else str(manifest["result"])
 
@@ -148,7 +150,7 @@ class Store:
             results = {name: artefact.digest for name, artefact in read.items()}
             state = partial / digest(results)  # work on other results is not gone on with
             resumed = state.is_dir()
-            with measure.cost(device) as spent:
+            with cost(device) as spent:
                 tensors, info = stage.make(state, **read)
             if resumed:  # the seconds are those of the last process alone
                 spent["resumed"] = True
@@ -183,7 +185,7 @@ class Store:
             ) from error
 
     def partial(self, stage: Stage) -> Path:
-        """The folder for the state of unfinished work on `stage`."""
+        """Return the folder for the state of unfinished work on `stage`."""
         return self.root.parent / "partial" / f"{stage.name}-{stage.key}"
 
     def _write(
@@ -206,7 +208,7 @@ class Store:
         return str(manifest["result"])
 
     def _open(self, folder: Path, stage: Stage, content: bool, repair: bool = False) -> Artefact | None:
-        """The artefact in `folder`, or None; `repair` (under the lock) moves aside what cannot be used."""
+        """Return the artefact in `folder`, or None; `repair` (under the lock) moves unusable ones aside."""
         if not folder.is_dir():
             return None
         pruned = False
@@ -252,7 +254,7 @@ class Store:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an artefact's folder. Raises ValueError where it is damaged or missing."""
+    """Return the manifest of an artefact's folder. Raises ValueError where it is damaged or missing."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:

@@ -1,38 +1,30 @@
-"""The quantizer that keeps floating point: the baseline, or a transform's folded model as it is."""
+"""The unquantized model: the floating-point baseline, or a transform's folded model as it is."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from teq.models.arch import Folding, blocks, linears, sites
-from teq.spec import Runtime, Settings
-from teq.stage import Load
+from teq.device.runtime import Runtime
+from teq.models.fold import FoldedModel
+from teq.stage import Load, Made, Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep(Settings):
+class Keep(Quantizer):
     """No grid."""
 
     grid: None = None
 
-    def corpus(self) -> None:
-        """Reads no text."""
-
-    def quantize(
-        self, load: Load, scales: Mapping[str, "Tensor"], runtime: Runtime
-    ) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-        """Every parameter that folding changes, in floating point; none without scales."""
+    def quantize(self, load: Load, scales: "Mapping[str, Tensor]", runtime: Runtime) -> Made:
+        """Return every parameter that folding changes, in floating point; none without scales."""
         if not scales:
             return {}, {}
-        lm = load()
-        found = sites(lm.model, lm.arch)
-        folding, changed = Folding.of(found, scales), {}
-        for site in found:
-            changed |= folding.divided(site.name, site.source)
-        for block_name, block in blocks(lm.model, lm.arch).items():
-            for name, linear in linears(block_name, block).items():
-                changed[f"{name}.weight"] = folding.weight(name, linear).to(linear.weight.dtype)
+        lm, changed = load(), {}
+        for block in FoldedModel(lm.model, lm.arch, scales).blocks():
+            changed |= block.changed
+            for name, linear in block.linears.items():
+                changed[f"{name}.weight"] = block.exact_weight(name).to(linear.weight.dtype)
         return {f"param/{name}": value for name, value in changed.items()}, {}

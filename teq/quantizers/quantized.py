@@ -1,18 +1,15 @@
-"""Quantizers: from a model and scales to integer codes, and back from what was stored to a model.
+"""Quantized linears, their stored form, and the model restored from it.
 
-A quantizer is frozen settings with `quantize(load, scales, runtime) -> (tensors, info)`; the model that
-`load()` gives may be used up. The stored form is complete: `<linear>/codes` (bit-packed), `/scale` and
-`/zero` `[out, groups]`, `/g_idx [in]` under act-order, and `param/<name>` for every other parameter that
-folding changed. What is evaluated is what `restore` makes of it.
+The stored form is complete: `<linear>/codes` (bit-packed), `/scale` and `/zero` `[out, groups]`, `/g_idx
+[in]` under act-order, and `param/<name>` for every other parameter that folding changed. What is evaluated is
+what `restore` makes of it.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from teq.grid import Grid, decode, pack, spread, unpack
-from teq.spec import Runtime
-from teq.stage import Load
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,9 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quantized:
-    """One linear on the grid: codes `[out, in]` uint8, scale and zero `[out, groups]` fp32, g_idx `[in]`
-    or None.
-    """
+    """A linear on the grid: codes `[out, in]` uint8, scale and zero `[out, groups]` fp32, g_idx `[in]`."""
 
     codes: "Tensor"
     scale: "Tensor"
@@ -30,7 +25,7 @@ class Quantized:
     g_idx: "Tensor | None" = None
 
     def dequantize(self, grid: Grid) -> "Tensor":
-        """The weight `[out, in]` in fp32 that these codes stand for."""
+        """Return the weight `[out, in]` in fp32 that these codes stand for."""
         codes, columns, groups = self.codes.float(), self.codes.shape[1], self.scale.shape[1]
         if self.g_idx is None and columns == groups * (columns if groups == 1 else grid.group_size):
             return decode(
@@ -40,23 +35,10 @@ class Quantized:
         return decode(codes, scale, spread(self.zero, grid, columns, self.g_idx))
 
 
-class Quantizer(Protocol):
-    """What the pipeline asks of a quantizer."""
-
-    def plain(self) -> dict[str, Any]: ...
-
-    def corpus(self) -> str | None:
-        """The name of the calibration text it reads, or None."""
-
-    def quantize(
-        self, load: Load, scales: Mapping[str, "Tensor"], runtime: Runtime
-    ) -> tuple[dict[str, "Tensor"], dict[str, Any]]: ...
-
-
 def stored(
     quantized: Mapping[str, Quantized], changed: Mapping[str, "Tensor"], grid: Grid
 ) -> dict[str, "Tensor"]:
-    """The tensors of an artefact: quantized linears by name, and the parameters that folding changed."""
+    """Return an artefact's tensors: quantized linears by name, parameters that folding changed."""
     import torch
 
     tensors = {f"param/{name}": value for name, value in changed.items()}
@@ -70,7 +52,7 @@ def stored(
 
 
 def linear_from(tensors: Mapping[str, "Tensor"], name: str, grid: Grid, shape: tuple[int, ...]) -> Quantized:
-    """The linear `name` of `shape` [out, in] out of an artefact's tensors."""
+    """Return the linear `name` of `shape` [out, in] out of an artefact's tensors."""
     return Quantized(
         codes=unpack(tensors[f"{name}/codes"], grid.bits, shape),
         scale=tensors[f"{name}/scale"],

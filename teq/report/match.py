@@ -14,7 +14,7 @@ from teq.record import Record
 from teq.spec import UserError
 
 if TYPE_CHECKING:
-    from teq.pipeline.run import Run
+    from teq.pipeline.settings import Run
 
 MISSING = "nothing"
 
@@ -96,7 +96,7 @@ class Library:
         """Return the identity of a local folder's present weights; None for other sources or no folder."""
         if isinstance(source, Folder) and source.path not in self._folders:
             with contextlib.suppress(UserError, OSError):
-                self._folders[source.path] = source.identity()
+                self._folders[source.path] = source.fingerprint()
         return self._folders.get(source.path) if isinstance(source, Folder) else None
 
 

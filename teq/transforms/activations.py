@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from teq.console import track
-from teq.models.arch import Site, blocks, check_equivalence, first_inputs, linears, run_block, sites
-
-if TYPE_CHECKING:
-    from teq.models.checkpoint import LM
+from teq.models.arch import Arch, Site, blocks, linears, sites
+from teq.models.blocks import first_inputs, run_block
+from teq.models.fold import check_equivalence
 
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]  # module, args, keywords, output
 
@@ -28,17 +27,21 @@ class Block:
 
 @torch.no_grad()
 def watched_blocks(
-    lm: "LM", windows: Tensor, watch: Callable[[Block], list[tuple[nn.Module, Hook]]], what: str
+    model: nn.Module,
+    arch: Arch,
+    windows: Tensor,
+    watch: Callable[[Block], list[tuple[nn.Module, Hook]]],
+    what: str,
 ) -> Iterator[Block]:
-    """Each block of the float model once it has run on all `windows [sample, token]`.
+    """Yield each block of the float model once it has run on all `windows [sample, token]`.
 
     While it runs, one sample at a time, the hooks of `watch(block)` see the calls of their modules; `what`
     names the work to the user. Raises UserError where folding a site would change the function.
     """
-    check_equivalence(lm.model, lm.arch)
-    found = sites(lm.model, lm.arch)
-    hidden, kwargs = first_inputs(lm.model, lm.arch, windows)
-    for index, (name, module) in enumerate(track(blocks(lm.model, lm.arch).items(), what)):
+    check_equivalence(model, arch)
+    found = sites(model, arch)
+    hidden, kwargs = first_inputs(model, arch, windows)
+    for index, (name, module) in enumerate(track(blocks(model, arch).items(), what)):
         here = [site for site in found if site.block == index]
         block = Block(name, module, here, linears(name, module))
         handles = [at.register_forward_hook(hook, with_kwargs=True) for at, hook in watch(block)]
@@ -52,10 +55,10 @@ def watched_blocks(
 
 
 def reader(site: Site) -> nn.Linear:
-    """A linear whose input is the site's: its first target."""
+    """Return a linear whose input is the site's: its first target."""
     return next(iter(site.targets.values()))
 
 
 def from_ones(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scales by site, with the ones that they started from beside them."""
+    """Return the scales by site, and the ones that they started from as `start/<site>`."""
     return {**scales, **{f"start/{name}": torch.ones_like(s) for name, s in scales.items()}}

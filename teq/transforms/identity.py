@@ -1,24 +1,15 @@
 """The transform that does nothing: plain RTN, plain GPTQ, the floating-point baseline."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-from teq.spec import Runtime, Settings
-from teq.stage import Load, OnStep
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from teq.device.runtime import Runtime
+from teq.stage import Load, Made, OnStep, Transform
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identity(Settings):
+class Identity(Transform):
     """No scales."""
 
-    def corpus(self) -> None:
-        """Reads no text."""
-
-    def fit(
-        self, load: Load, runtime: Runtime, on_step: OnStep
-    ) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-        """No scales, and no need to load the model for them."""
+    def fit(self, load: Load, runtime: Runtime, on_step: OnStep) -> Made:
+        """Return no scales; the model is not loaded for them."""
         return {}, {}

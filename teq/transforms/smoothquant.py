@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from teq.data.texts import Calibration
+from teq.device.runtime import Runtime
 from teq.models.arch import Site
-from teq.spec import Runtime, Settings, option
-from teq.stage import Load, OnStep, on_host
+from teq.spec import option
+from teq.stage import Load, Made, OnStep, Transform
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmoothQuant(Settings):
+class SmoothQuant(Transform):
     """`alpha` is the share of the activations' range that the weights take over."""
 
     group = "smoothquant"
@@ -24,19 +25,13 @@ class SmoothQuant(Settings):
     length: int = option(at_least=2)
     alpha: float = option(0.5, at_least=0, at_most=1)
 
-    def corpus(self) -> str:
-        """The calibration text."""
-        return self.calib.corpus
-
-    def fit(
-        self, load: Load, runtime: Runtime, on_step: OnStep
-    ) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-        """The closed form, from the largest magnitude of each channel on the calibration windows."""
-        from teq import data as corpora
+    def fit(self, load: Load, runtime: Runtime, on_step: OnStep) -> Made:
+        """Compute the scales from each channel's largest magnitude on the calibration windows."""
+        from teq.device.memory import on_host
         from teq.transforms.activations import from_ones, reader, watched_blocks
 
         lm, largest, scales = load(), {}, {}
-        windows = corpora.calibration(self.calib, lm.tokenizer, self.samples, self.length)
+        windows = self.windows(lm.tokenizer)
 
         def note(site: Site) -> "Hook":
             def hook(_: "nn.Module", args: tuple["Tensor", ...], *__: Any) -> None:
@@ -48,12 +43,12 @@ class SmoothQuant(Settings):
         def watch(block: "Block") -> "list[tuple[nn.Module, Hook]]":
             return [(reader(site), note(site)) for site in block.sites]
 
-        for block in watched_blocks(lm, windows, watch, "activation ranges"):
+        for block in watched_blocks(lm.model, lm.arch, windows, watch, "activation ranges"):
             scales |= {site.name: self.scale(largest[site.name], site.largest()) for site in block.sites}
         return on_host(from_ones(scales)), {"sites": list(scales)}
 
     def scale(self, x: "Tensor", w: "Tensor") -> "Tensor":
-        """`s = max|X|^alpha / max|W|^(1 - alpha)` of each channel, `[in]`, fp32.
+        """Return `s = max|X|^alpha / max|W|^(1 - alpha)` of each channel, `[in]`, fp32.
 
         X is divided by s and W multiplied, as everywhere here. A channel whose maxima tell nothing, because
         one of them is 0, keeps 1; the official code clamps it to 1e-5, which would round its weights away.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from teq.stage import site_scales
+from teq.models.fold import site_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,12 +13,13 @@ NEAR = (0.75, 1.25)  # the range around the start in which the paper finds most 
 
 
 def summaries(tensors: Mapping[str, "Tensor"]) -> dict[str, Any]:
-    """By site: histograms of s and of s / s0 (lowest, highest, counts), and the share of s / s0 within
-    `NEAR`.
+    """Return by site histograms of s and of s / s0, and the share of s / s0 within `NEAR`.
+
+    A histogram has lowest, highest and counts.
     """
     found = {}
     for name, s in site_scales(tensors).items():
-        moved = s / tensors[f"start/{name}"]
+        moved = s / tensors.get(f"start/{name}", 1.0)
         near = ((moved >= NEAR[0]) & (moved <= NEAR[1])).float().mean()
         found[name] = {
             "s": _histogram(s),

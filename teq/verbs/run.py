@@ -16,9 +16,9 @@ from teq import config, record
 from teq.config import Job, sweeper
 from teq.console import print_errors
 from teq.device import locks, memory
+from teq.device.runtime import resolve
 from teq.files import disk
-from teq.models.checkpoint import Hub, Wheel
-from teq.pipeline import forecast
+from teq.pipeline import forecast, settings
 from teq.pipeline import run as pipeline
 from teq.pipeline.loggers import Silent
 from teq.pipeline.store import Store
@@ -97,9 +97,9 @@ def checked_jobs(argv: list[str]) -> list[Job]:
     for options, launcher in dict.fromkeys((job.options, job.launcher) for job in found):
         # a CUDA device that a launcher finds elsewhere is checked where the job runs
         if launcher == "basic" or not locks.CUDA.fullmatch(options.device):
-            pipeline.resolve_device(options.device)
+            resolve(options.device)
         memory.check(options.memory)
-    for stage in zip(*(pipeline.checks(job.run) for job in found), strict=True):
+    for stage in zip(*(settings.checks(job.run) for job in found), strict=True):
         problems, passed = [], set()
         for job, checks in zip(found, stage, strict=True):
             for name, check in checks.items():
@@ -137,7 +137,7 @@ def make_output(jobs: int) -> None:
 
 def _too_long(job: Job) -> Iterator[str]:
     """Yield a line for each window of the run that is longer than its model's positions reach."""
-    if job.dimensions is None and isinstance(job.run.model.source, Hub | Wheel):
+    if job.dimensions is None and not job.run.model.source.at_hand:
         return  # its configuration would have to be fetched
     positions = getattr(forecast.dimensions(job.run.model, job.dimensions), "max_position_embeddings", None)
     for stage in (job.run.transform, job.run.quantizer, *job.run.evals):
@@ -160,7 +160,7 @@ def run_job(job: Job) -> None:
             locks.taken(job.options.device) as device,
             job.logger.start(job.run.title(), settings, str(home), job.experiment) as logger,
         ):
-            runtime = replace(job.options, device=pipeline.resolve_device(device))
+            runtime = replace(job.options, device=resolve(device))
             finished = pipeline.run(job.run, Store(home / "store"), home, runtime, logger)
         _note(job, {"record": str(finished.file)})
     except Exception as error:  # the other jobs run all the same

@@ -1,27 +1,33 @@
-"""GPTQ: round column by column and let the columns that follow make up for the error."""
+"""GPTQ: round column by column and let the columns that follow compensate for the error."""
 
+import dataclasses
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from teq.data.texts import Calibration
+from teq.data import Calibration
+from teq.device import memory
+from teq.device.memory import Estimate, LiveBytes
+from teq.device.runtime import Runtime
 from teq.grid import Grid
-from teq.spec import Runtime, Settings, option
-from teq.stage import Load
+from teq.spec import option
+from teq.stage import Load, Made, Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
-    from teq.device.memory import Need
     from teq.models.checkpoint import LM
+    from teq.quantizers.gptq.solver import Solution
 
 log = logging.getLogger(__name__)
+SMALL = 128  # columns of the matrix that a solution's memory is counted on
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq(Settings):
+class Gptq(Quantizer):
     """GPTQ as its official code runs it; the defaults of the options are that code's."""
 
     version = 2
@@ -36,27 +42,21 @@ class Gptq(Settings):
     static_groups: bool = False
     true_sequential: bool = False
 
-    def corpus(self) -> str:
-        """The calibration text."""
-        return self.calib.corpus
-
-    def quantize(
-        self, load: Load, scales: Mapping[str, "Tensor"], runtime: Runtime
-    ) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-        """Quantize block by block on calibration windows; see
-        `teq.quantizers.gptq.blocks.quantize_blocks`.
-        """
-        import torch
-
-        from teq.device import memory
-        from teq.quantizers.gptq.blocks import quantize_blocks, waiting_bytes
+    def quantize(self, load: Load, scales: "Mapping[str, Tensor]", runtime: Runtime) -> Made:
+        """Quantize on calibration windows; hidden states wait in host memory if the device lacks room."""
+        from teq.quantizers.gptq.blocks import waiting_bytes
 
         lm = load()
-        windows = self._windows(lm.tokenizer)
-        beside = self.expected(lm).bytes - sum(p.nbytes for p in lm.model.parameters())
-        if memory.fits(beside, lm.model, runtime):
+        work = functools.partial(
+            self.quantize_on,
+            scales=scales,
+            windows=self.windows(lm.tokenizer),
+            partial=runtime.partial,
+        )
+        more = self.estimate(lm).bytes - sum(p.nbytes for p in lm.model.parameters())
+        if memory.fits(more, lm.model, runtime):
             try:
-                return quantize_blocks(self, lm, scales, windows, partial=runtime.partial)
+                return work(lm)
             except RuntimeError as error:
                 if runtime.device == "cpu" or not memory.exhausted(error):
                     raise
@@ -65,20 +65,66 @@ class Gptq(Settings):
             del lm
             memory.release(runtime.device)
             lm = load()
-        log.info("%.3g GB of hidden states wait in the host's memory", waiting_bytes(self, lm) / 1e9)
-        return quantize_blocks(self, lm, scales, windows, torch.device("cpu"), runtime.partial)
+        size = waiting_bytes(lm, self.samples * self.length)
+        log.info("%.3g GB of hidden states wait in the host's memory", size / 1e9)
+        return work(lm, waiting="cpu")
 
-    def check_text(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Raises UserError where the calibration text gives too few windows."""
-        self._windows(tokenizer)
+    def quantize_on(
+        self,
+        lm: "LM",
+        scales: "Mapping[str, Tensor]",
+        windows: "Tensor",
+        waiting: str | None = None,
+        partial: Path | None = None,
+    ) -> Made:
+        """Quantize on `windows [sample, token]`; see `teq.quantizers.gptq.blocks.quantize_blocks`."""
+        from teq.quantizers.gptq.blocks import quantize_blocks
 
-    def _windows(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
-        from teq import data as corpora
+        tensors, info = quantize_blocks(
+            lm.model,
+            lm.arch,
+            scales,
+            windows,
+            self.grid,
+            self.solve,
+            true_sequential=self.true_sequential,
+            waiting=waiting,
+            partial=partial,
+        )
+        report = info["gptq"].values()
+        if raised := sum(entry["damping"] > self.damping for entry in report):
+            log.warning("the damping had to be raised for %d of %d linears", raised, len(report))
+        return tensors, info
 
-        return corpora.calibration(self.calib, tokenizer, self.samples, self.length)
+    def solve(self, problems: "Sequence[tuple[Tensor, Tensor]]") -> "list[Solution]":
+        """Quantize each weight under its Hessian; see `teq.quantizers.gptq.solver.solve`."""
+        from teq.quantizers.gptq import solver
 
-    def expected(self, lm: "LM") -> "Need":
-        """What quantizing an outline of the model needs; see `teq.quantizers.gptq.blocks.expected`."""
-        from teq.quantizers.gptq.blocks import expected
+        options = solver.Options(self.block_size, self.act_order, self.static_groups)
+        return solver.solve(problems, self.grid, self.damping, options)
 
-        return expected(self, lm)
+    def estimate(self, lm: "LM") -> Estimate:
+        """Predict memory and operations; see `teq.quantizers.gptq.blocks.estimate`."""
+        from teq.quantizers.gptq.blocks import estimate
+
+        return estimate(lm, self.samples, self.length, self._solution_bytes)
+
+    def _solution_bytes(self, rows: int, columns: int) -> int:
+        """Return the peak bytes of one solution, counted on a small matrix of the same proportions.
+
+        They grow with the square of the width when the proportions stay.
+        """
+        import torch
+
+        small, size = min(columns, SMALL), self.grid.group_size
+        few = dataclasses.replace(
+            self,
+            grid=dataclasses.replace(
+                self.grid, group_size=-1 if size == -1 else max(1, size * small // columns)
+            ),
+            block_size=max(1, self.block_size * small // columns),
+        )
+        weight = torch.ones(max(1, rows * small // columns), small).cumsum(0)
+        with LiveBytes() as live, torch.no_grad():
+            few.solve([(torch.cat([weight]), torch.eye(small))])  # the copy is the tall matrix of a block
+        return int(live.peak * (columns / small) ** 2)

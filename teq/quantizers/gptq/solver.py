@@ -1,5 +1,4 @@
-"""The GPTQ algorithm for linears that read the same input: one Hessian, one Cholesky, one pass over the
-columns.
+"""The GPTQ algorithm for linears of one input: a Hessian, its Cholesky factor, a pass over the columns.
 
 Numerically the official code (IST-DASLab/gptq, gptq.py and quant.py): codes are equal on the golden tensors
 in the tests. Rows do not interact, so linears with the same input are solved together as one tall matrix.
@@ -7,17 +6,13 @@ in the tests. Rows do not interact, so linears with the same input are solved to
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from teq.grid import group_params, qparams
+from teq.grid import Grid, group_params, qparams
 from teq.quantizers.quantized import Quantized
 from teq.spec import UserError
-
-if TYPE_CHECKING:
-    from teq.quantizers.gptq.settings import Gptq
 
 LADDER = 3  # times the damping is raised tenfold when the Hessian is not positive definite
 STRIP = 16  # columns inside a block that correct each other one by one
@@ -44,7 +39,7 @@ class Hessian:
         self.sequences += inputs.shape[0]
 
     def mean(self) -> Tensor:
-        """The Hessian `[in, in]`; the accumulator is used up."""
+        """Return the Hessian `[in, in]`; the accumulator is used up."""
         for start, stop in self.bands:
             self.total[stop:, start:stop] = self.total[start:stop, stop:].T
         return self.total.mul_(2 / self.sequences)
@@ -60,52 +55,66 @@ class Solution:
     error: Tensor  # tr(E H E^T), E the weight error; fp64
 
 
-def solve(problems: Sequence[tuple[Tensor, Tensor]], settings: "Gptq") -> list[Solution]:
+@dataclass(frozen=True)
+class Options:
+    """What the official code takes, with its defaults; columns in blocks of `block_size`."""
+
+    block_size: int = 128
+    act_order: bool = False
+    static_groups: bool = False
+
+
+DEFAULT = Options()
+
+
+def solve(
+    problems: Sequence[tuple[Tensor, Tensor]], grid: Grid, damping: float = 0.01, options: Options = DEFAULT
+) -> list[Solution]:
     """Quantize each `weight [out, in]` (fp32) under its `hessian [in, in]` (fp32), both left as they are.
 
-    `settings.damping` times the mean of the Hessian's diagonal is added to it, ten times as much where that
-    does not make it positive definite. One result is read back for all problems. Raises UserError when a
-    Hessian stays indefinite after the damping was raised tenfold three times.
+    `damping` times the mean of the Hessian's diagonal is added to it, ten times as much where that does not
+    make it positive definite. One result is read back for all problems. Raises UserError when a Hessian stays
+    indefinite after the damping was raised tenfold three times.
     """
-    solutions = [_solve(*problem, settings, settings.damping) for problem in problems]
+    solutions = [_solve(*problem, grid, damping, options) for problem in problems]
     for step in range(1, LADDER + 1):
         failed = torch.stack([solution.failed for solution in solutions]).tolist()
         if not any(failed):
             return solutions
-        damping = settings.damping * 10**step
+        raised = damping * 10**step
         solutions = [
-            _solve(*problem, settings, damping) if again else solution
+            _solve(*problem, grid, raised, options) if again else solution
             for problem, solution, again in zip(problems, solutions, failed, strict=True)
         ]
     if torch.stack([solution.failed for solution in solutions]).any():
         raise UserError(
-            f"the Hessian is not positive definite even with gptq.damping={settings.damping * 10**LADDER:g}: "
+            f"the Hessian is not positive definite even with gptq.damping={damping * 10**LADDER:g}: "
             "raise gptq.damping or gptq.samples"
         )
     return solutions
 
 
-def _solve(weight: Tensor, hessian: Tensor, settings: "Gptq", damping: float) -> Solution:
+def _solve(weight: Tensor, hessian: Tensor, grid: Grid, damping: float, options: Options) -> Solution:
     """Quantize under the Hessian with `damping`; nothing is read back, so that the host runs ahead."""
-    grid, columns = settings.grid, weight.shape[1]
+    columns = weight.shape[1]
     original, size = weight, columns if grid.group_size == -1 else grid.group_size
     diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
     weight = weight.masked_fill(dead, 0)
     fixed = None  # the grid of each group where it is known before the first column
-    if grid.group_size == -1 or settings.static_groups:
+    if grid.group_size == -1 or options.static_groups:
         fixed = group_params(original if grid.group_size == -1 else weight, grid)
     order = group_of = torch.arange(columns, device=weight.device)
     alive = diagonal.masked_fill(dead, 1)
-    if settings.act_order:
+    if options.act_order:
         order = torch.argsort(alive, descending=True, stable=True)
         weight = weight[:, order]
     group_of = (order if fixed is not None else group_of) // size
     added = damping * alive.mean()
-    inverse, failed = _inverse_factor(hessian, alive + added, order if settings.act_order else None)
-    codes, scale, zero, errors = _columns(weight, inverse, fixed, group_of, settings)
+    inverse, failed = _inverse_factor(hessian, alive + added, order if options.act_order else None)
+    codes, scale, zero, errors = _columns(weight, inverse, fixed, group_of, grid, options.block_size)
     g_idx = None
-    if settings.act_order:
+    if options.act_order:
         back = torch.argsort(order)
         codes = codes[:, back]
         g_idx = group_of[back] if grid.group_size != -1 else None
@@ -116,8 +125,9 @@ def _solve(weight: Tensor, hessian: Tensor, settings: "Gptq", damping: float) ->
 
 
 def _inverse_factor(hessian: Tensor, diagonal: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Upper Cholesky factor of the inverse of the Hessian with another `diagonal [in]`, its rows and columns
-    in `order`; and whether it has none (bool).
+    """Return the upper Cholesky factor of the damped Hessian's inverse, and whether it has none (bool).
+
+    `diagonal [in]` replaces the Hessian's; rows and columns are in `order`.
 
     Cholesky, inverse, Cholesky in fp32, as in the official code. A factor in fp64 gives the same codes on the
     golden tensors and perplexities of the same mean and spread (benchmarks/results/gptq_draws.json).
@@ -132,17 +142,23 @@ def _inverse_factor(hessian: Tensor, diagonal: Tensor, order: Tensor | None) -> 
 
 
 def _columns(
-    weight: Tensor, inverse: Tensor, fixed: tuple[Tensor, Tensor] | None, group_of: Tensor, settings: "Gptq"
+    weight: Tensor,
+    inverse: Tensor,
+    fixed: tuple[Tensor, Tensor] | None,
+    group_of: Tensor,
+    grid: Grid,
+    block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes `[out, in]`, scale and zero `[out, groups]`, and the sum of the squared errors that were passed
-    on; columns are in processing order.
+    """Return codes `[out, in]`, scale and zero `[out, groups]`, and the sum of the squared errors passed on.
+
+    Columns are in processing order.
 
     A group's grid is taken from `weight` when its first column is reached, as updated so far by whole blocks
     only: the present block's own corrections live in `block` until it ends. That is what the official code
     does. Inside a block, corrections reach the next few columns one by one and the others a strip at a time.
     Until a block ends its codes count from the zero of their group, which saves two operations a column.
     """
-    grid, columns = settings.grid, weight.shape[1]
+    columns = weight.shape[1]
     size = columns if grid.group_size == -1 else grid.group_size
     rows = weight.T.contiguous()  # [in, out]: a column of the weight is contiguous here
     codes = torch.empty_like(rows)
@@ -152,8 +168,8 @@ def _columns(
         scale, zero = (params.T.contiguous() for params in fixed)
     passed_on = torch.zeros((), dtype=torch.float64, device=weight.device)
     rounded, lowest, highest = torch.empty_like(rows[0]), zero.neg(), grid.levels - zero
-    for start in range(0, columns, settings.block_size):
-        stop = min(start + settings.block_size, columns)
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
         block, errors = rows[start:stop].clone(), torch.empty_like(rows[start:stop])
         factor = inverse[start:stop, start:stop]
         steps = factor.diagonal().reciprocal().neg_()[:, None]

@@ -1,28 +1,26 @@
 """AWQ's two searches: a ratio for each site, then bounds for the weights of each linear.
 
 The formulas and constants are those of the official code (mit-han-lab/llm-awq, awq/quantize/auto_scale.py and
-auto_clip.py). Everything is measured on the float model, and no search sees another's result, but for the
-bounds, which are those of the scaled weights.
+auto_clip.py). Everything is measured on the float model, and no search sees another's result; only the
+bounds are those of the scaled weights.
 """
 
 import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from teq.device.memory import on_host
 from teq.grid import Grid, fake_quant, spread
-from teq.models.arch import CLIP, Folding, Site
-from teq.stage import NothingDone, on_host
+from teq.models.arch import Arch, Site
+from teq.models.fold import CLIP, Folding
+from teq.stage import NothingDone
 from teq.transforms.activations import Block, Hook, from_ones, reader, watched_blocks
-
-if TYPE_CHECKING:
-    from teq.models.checkpoint import LM
-    from teq.transforms.awq.settings import Awq
 
 SMALLEST = 1e-4  # of mean|x| ** ratio
 SHRINKS = [1 - step / 20 for step in range(10)]  # of a group's largest weight, to find its bound
@@ -47,7 +45,7 @@ class Seen:
         self.calls.append(call)
 
     def error(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Mean squared difference between the module's outputs with `weights` by full name and its own."""
+        """Return the mean squared change of the module's outputs under `weights` (by full name)."""
         inside = {f"{name}.weight".removeprefix(f"{self.name}."): w for name, w in weights.items()}
         lost = [
             (_first(functional_call(self.module, inside, args, kwargs)).float() - _first(output).float())
@@ -75,8 +73,10 @@ class Gram:
 
 
 @torch.no_grad()
-def search(settings: "Awq", lm: "LM", windows: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Scales of every site by name, `start/<site>`, and with clipping `clip/<linear>`; `lm` stays as it is.
+def search(
+    model: nn.Module, arch: Arch, windows: Tensor, *, grid: Grid, ratios: int, clip: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return scales of every site, `start/<site>`, and with `clip` the bounds `clip/<linear>`.
 
     The info holds for each site the chosen ratio and the module's output error without scales and with them.
     Raises NothingDone when no site is better off with scales.
@@ -90,56 +90,59 @@ def search(settings: "Awq", lm: "LM", windows: Tensor) -> tuple[dict[str, Tensor
         hooks: list[tuple[nn.Module, Hook]] = []
         for site in block.sites:
             name = _around(block, site)
-            seen[site.name] = Seen(name, lm.model.get_submodule(name))
+            seen[site.name] = Seen(name, model.get_submodule(name))
             hooks.append((reader(site), seen[site.name].note_input))
             hooks.append((seen[site.name].module, seen[site.name].note_call))
-        if settings.clip:
+        if clip:
             for name, linear in block.linears.items():
                 if not any(part in name.rpartition(".")[2] for part in UNCLIPPED):
-                    grams[name] = Gram(settings.grid.spans(linear.in_features))
+                    grams[name] = Gram(grid.spans(linear.in_features))
                     hooks.append((linear, grams[name].note_input))
         return hooks
 
     scales: dict[str, Tensor] = {}
     bounds: dict[str, Tensor] = {}
-    ratios: dict[str, float] = {}
+    chosen: dict[str, float] = {}
     errors: dict[str, tuple[float, float]] = {}
-    for block in watched_blocks(lm, windows, watch, "searching scales"):
+    for block in watched_blocks(model, arch, windows, watch, "searching scales"):
         # read back at once: every read waits for the device
-        tried = torch.stack([search_site(settings, site, seen[site.name]) for site in block.sites]).tolist()
+        tried = torch.stack(
+            [search_site(site, seen[site.name], grid, ratios) for site in block.sites]
+        ).tolist()
         for site, lost in zip(block.sites, tried, strict=True):
             best = lost.index(min(lost))  # the first of equal ones
-            ratios[site.name] = best / settings.ratios
+            chosen[site.name] = best / ratios
             errors[site.name] = (lost[0], lost[best])
-            scales[site.name] = scale(seen[site.name].magnitudes, ratios[site.name])
+            scales[site.name] = scale(seen[site.name].magnitudes, chosen[site.name])
         folding = Folding.of(block.sites, scales)
         for name, gram in grams.items():
             weight = folding.weight(name, block.linears[name]).float()
             s = folding.columns.get(name, weight.new_ones(weight.shape[1]))
-            bounds[CLIP + name] = search_bounds(weight, s, gram, settings.grid)
-    if settings.ratios > 1 and not settings.clip and not any(ratios.values()):
+            bounds[CLIP + name] = search_bounds(weight, s, gram, grid)
+    if ratios > 1 and not clip and not any(chosen.values()):
         raise NothingDone(
             "AWQ left every scale at 1: the result would be plain rounding under another name; "
             "raise awq.samples or awq.ratios"
         )
-    return on_host(from_ones(scales) | bounds), {"sites": list(scales), "ratios": ratios, "errors": errors}
+    return on_host(from_ones(scales) | bounds), {"sites": list(scales), "ratios": chosen, "errors": errors}
 
 
 def scale(magnitudes: list[Tensor], ratio: float) -> Tensor:
-    """`s = mean|x| ** ratio`, at least 1e-4, over sqrt(max s * min s), `[in]`; mean|x| is given by sample."""
+    """Return `s = mean|x| ** ratio`, at least 1e-4, over sqrt(max s * min s), `[in]`."""
     s = torch.stack(magnitudes).mean(0).pow(ratio).clamp_(min=SMALLEST)
     return s / (s.max() * s.min()).sqrt()
 
 
-def search_site(settings: "Awq", site: Site, seen: Seen) -> Tensor:
-    """The output error of the module around the site with `FakeQuant(W diag(s)) diag(1 / s)` in it, for each
-    exponent k / ratios: `[ratios]`, on the device.
+def search_site(site: Site, seen: Seen, grid: Grid, ratios: int) -> Tensor:
+    """Return the output error of the module around the site for each exponent k / ratios, `[ratios]`.
+
+    `FakeQuant(W diag(s)) diag(1 / s)` replaces W; the errors stay on the device.
     """
     found = []
-    for k in range(settings.ratios):
-        s = scale(seen.magnitudes, k / settings.ratios)
+    for k in range(ratios):
+        s = scale(seen.magnitudes, k / ratios)
         weights = {
-            name: (fake_quant(target.weight * s, settings.grid) / s).to(target.weight.dtype)
+            name: (fake_quant(target.weight * s, grid) / s).to(target.weight.dtype)
             for name, target in site.targets.items()
         }
         found.append(seen.error(weights))
@@ -147,7 +150,7 @@ def search_site(settings: "Awq", site: Site, seen: Seen) -> Tensor:
 
 
 def search_bounds(weight: Tensor, s: Tensor, gram: Gram, grid: Grid) -> Tensor:
-    """The largest magnitude `[out, parts]` that each part of the scaled `weight [out, in]` may keep.
+    """Return the bounds `[out, parts]` of the parts of the scaled `weight [out, in]`.
 
     Per row and group, of `SHRINKS` times its largest weight the bound with the least squared error of the
     group's share of the output: the sum over tokens of `(x / s . (FakeQuant(clamp(w)) - w))^2`, which is
@@ -170,8 +173,9 @@ def search_bounds(weight: Tensor, s: Tensor, gram: Gram, grid: Grid) -> Tensor:
 
 
 def _around(block: Block, site: Site) -> str:
-    """The full name of the module that contains a site's targets (attention, feed-forward part); where that
-    is the whole block, as for OPT's fc1 and fc2, a single target by itself.
+    """Return the full name of the module that contains a site's targets: attention, feed-forward part.
+
+    Where that is the whole block, as for OPT's fc1 and fc2, it is a single target by itself.
     """
     paths = zip(*(name.split(".")[:-1] for name in site.targets), strict=False)
     common = ".".join(parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, paths))

@@ -1,19 +1,16 @@
 """AWQ (arXiv 2306.00978): scales from activation magnitudes, searched for the smallest output error."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from teq.data.texts import Calibration
+from teq.device.runtime import Runtime
 from teq.grid import Grid
-from teq.spec import Runtime, Settings, option
-from teq.stage import Load, OnStep
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from teq.spec import option
+from teq.stage import Load, Made, OnStep, Transform
 
 
 @dataclass(frozen=True, kw_only=True)
-class Awq(Settings):
+class Awq(Transform):
     """AWQ as its official code (mit-han-lab/llm-awq) runs it, on our sites and our grid.
 
     `ratios` is how many exponents k / ratios are tried; `clip` also searches bounds for the folded weights.
@@ -27,17 +24,10 @@ class Awq(Settings):
     ratios: int = option(20, at_least=1)
     clip: bool = True
 
-    def corpus(self) -> str:
-        """The calibration text."""
-        return self.calib.corpus
-
-    def fit(
-        self, load: Load, runtime: Runtime, on_step: OnStep
-    ) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-        """Search; see `teq.transforms.awq.search.search`."""
-        from teq import data as corpora
+    def fit(self, load: Load, runtime: Runtime, on_step: OnStep) -> Made:
+        """Return search; see `teq.transforms.awq.search.search`."""
         from teq.transforms.awq.search import search
 
         lm = load()
-        windows = corpora.calibration(self.calib, lm.tokenizer, self.samples, self.length)
-        return search(self, lm, windows)
+        windows = self.windows(lm.tokenizer)
+        return search(lm.model, lm.arch, windows, grid=self.grid, ratios=self.ratios, clip=self.clip)

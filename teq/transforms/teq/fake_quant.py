@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from teq.files.disk import one_line
 from teq.grid import Grid, decode, encode, fake_quant, qparams
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class FakeQuant(Protocol):
     def __call__(self, weight: Tensor, s: Tensor | None) -> Tensor: ...
 
 
-class Plain:
+class Eager:
     """`FakeQuant` as eager operations."""
 
     name = "plain"
@@ -46,7 +47,7 @@ class Compiled:
     name = "compiled"
 
     def __init__(self, grid: Grid) -> None:
-        self.plain = Plain(grid)
+        self.eager = Eager(grid)
         self.made = torch.compile(functools.partial(_in_one_pass, grid), options=EXACT, **EACH_SHAPE)
 
     def __call__(self, weight: Tensor, s: Tensor | None) -> Tensor:
@@ -58,8 +59,10 @@ class Compiled:
                 with torch.no_grad():
                     return self.made(weight.detach(), None if s is None else s.detach())
             except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
-                self.give_up(f"the fake quantization is no longer compiled: {_brief(error)}")
-        return self.plain(weight, s)
+                self.give_up(
+                    f"the fake quantization is no longer compiled: {one_line(error.__cause__ or error)}"
+                )
+        return self.eager(weight, s)
 
     def give_up(self, why: str) -> None:
         """Compute plainly from now on."""
@@ -67,24 +70,26 @@ class Compiled:
         self.name = "plain"
 
 
-def chosen(grid: Grid, device: torch.device, dtype: torch.dtype) -> FakeQuant:
-    """The compiled pass where it helps and gives the same numbers, else the plain one.
+def select_fake_quant(grid: Grid, device: torch.device, dtype: torch.dtype) -> FakeQuant:
+    """Return the compiled pass where it helps and gives the same numbers, else the eager one.
 
     It helps on a GPU, where every pass over a weight is a trip to memory and every operator a launch. On a
     CPU a step is bound by its matrix products, and compiling takes longer than is saved (see
     benchmarks/NOTES.md).
     """
-    return compiled(grid, device, dtype) if device.type == "cuda" else Plain(grid)
+    return compiled(grid, device, dtype) if device.type == "cuda" else Eager(grid)
 
 
 @functools.cache
 def compiled(grid: Grid, device: torch.device, dtype: torch.dtype) -> FakeQuant:
-    """The compiled pass for weights of `dtype`, one in a process for equal arguments, so that a second
-    training compiles nothing again; the plain one with a log line when compiling fails or a bit differs.
+    """Return the compiled pass for weights of `dtype`, one per process and arguments.
+
+    A second training compiles nothing again. It is the eager one, with a log line, when compiling fails or a
+    bit differs.
     """
     from torch._dynamo.utils import counters
 
-    expected = Plain(grid)
+    expected = Eager(grid)
     generator = torch.Generator(device).manual_seed(0)
     size = 64 if grid.group_size == -1 else 3 * grid.group_size + 1  # with a shorter last group
     weight = torch.randn(96, size, device=device, generator=generator)
@@ -96,7 +101,7 @@ def compiled(grid: Grid, device: torch.device, dtype: torch.dtype) -> FakeQuant:
         made = Compiled(grid)
         same = all(torch.equal(made(weight, scale), expected(weight, scale)) for scale in (None, s))
     except Exception as error:  # whatever a compiler may raise: no compiler, no driver, an unsupported device
-        log.info("the fake quantization is not compiled: %s", _brief(error))
+        log.info("the fake quantization is not compiled: %s", one_line(error.__cause__ or error))
         return expected
     if not same:
         made.give_up("the compiled fake quantization differs from the plain one: it is not used")
@@ -105,12 +110,8 @@ def compiled(grid: Grid, device: torch.device, dtype: torch.dtype) -> FakeQuant:
     return made
 
 
-def _brief(error: Exception) -> str:
-    return " ".join(str(error.__cause__ or error).split())[:200]
-
-
 def _in_one_pass(grid: Grid, weight: Tensor, s: Tensor | None) -> Tensor:
-    """The definition itself, without the plain version's care for temporaries: the compiler fuses it."""
+    """Compute the definition itself, without the eager version's in-place passes: the compiler fuses it."""
     scaled = weight.float() if s is None else weight * s
     columns = scaled.shape[1]
     size = columns if grid.group_size == -1 else min(grid.group_size, columns)

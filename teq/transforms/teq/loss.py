@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teq.models.arch import one_sequence_a_row
-from teq.spec import UserError
+from teq.models.blocks import one_sequence_a_row
 
 CHUNK = 128  # tokens whose logits exist at once; fewer make the matrix products thin
 
@@ -21,7 +20,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        """hidden `[token, width]`, weight `[vocab, width]`, targets `[token]` -> the loss in fp32."""
+        """Return the loss in fp32 of hidden `[token, width]`, weight `[vocab, width]`, targets `[token]`."""
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), device=hidden.device)
         for part, target, slot in zip(
@@ -36,31 +35,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
-        """scale: the gradient of the loss, a number."""
+        """Return the gradient to `hidden`; `scale` is that of the loss, a number."""
         (gradient,) = ctx.saved_tensors
         return gradient * scale.to(gradient.dtype), None, None, None
 
 
 def causal_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean next-token cross-entropy of `tokens [batch, token]` in fp32: what `model(tokens, labels=tokens)`
-    computes.
+    """Return the mean next-token cross-entropy of `tokens [batch, token]` in fp32.
+
+    It is what `model(tokens, labels=tokens)` computes.
     """
     with one_sequence_a_row():
         hidden = model.base_model(tokens, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     head = model.get_output_embeddings()
     return ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, tokens[:, 1:].flatten())
-
-
-@torch.no_grad()
-def check_head(model: nn.Module) -> None:
-    """Refuse a model whose logits are more than its head applied to its last hidden states."""
-    device = model.get_input_embeddings().weight.device
-    tokens = torch.arange(8, device=device)[None]
-    with one_sequence_a_row():
-        expected = model(tokens, use_cache=False).logits
-        made = model.get_output_embeddings()(model.base_model(tokens, use_cache=False).last_hidden_state)
-    if not torch.allclose(made, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
-        raise UserError(
-            f"{type(model).__name__} does more to its logits than its output embeddings do: the training "
-            "loss cannot be made from its hidden states; it needs a loss of its own in teq/transforms/loss.py"
-        )

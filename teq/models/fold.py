@@ -1,0 +1,188 @@
+"""Folding: scales go into the weights, the float function stays the same, and a probe proves it."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from teq.models.arch import Arch, Site, blocks, linears, make_site, sites
+from teq.models.blocks import block_inputs, run_block
+from teq.spec import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CLIP = "clip/"  # before a linear's name: the bounds of its folded weight, among the scales of the sites
+
+
+def site_scales(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """Return the scale vectors of a fitted transform by site, without what was kept with them."""
+    return {name: tensor for name, tensor in tensors.items() if "/" not in name}
+
+
+def folded_tensors(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """Return what a quantizer takes of a fitted transform: scale vectors by site, and weight bounds."""
+    return site_scales(tensors) | {name: t for name, t in tensors.items() if name.startswith(CLIP)}
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What a set of scales does to each parameter: fp32 tensors by full linear or norm name."""
+
+    columns: dict[str, "Tensor"]  # linear -> s [in]: weight columns are multiplied
+    rows: dict[str, "Tensor"]  # source -> s [out]: weight rows (or a norm's weight) and bias are divided
+    bounds: dict[str, "Tensor"] = field(default_factory=dict)  # linear -> [out, parts]: see `weight`
+
+    @classmethod
+    def of(cls, sites: list[Site], scales: Mapping[str, "Tensor"]) -> "Folding":
+        """Return the folding of `scales`; sites without one stay, `clip/<linear>` bounds a weight."""
+        scaled = [site for site in sites if site.name in scales]
+        return cls(
+            columns={target: scales[site.name] for site in scaled for target in site.targets},
+            rows={site.name: scales[site.name] for site in scaled},
+            bounds={name.removeprefix(CLIP): b for name, b in scales.items() if name.startswith(CLIP)},
+        )
+
+    def weight(self, name: str, linear: "nn.Linear") -> "Tensor":
+        """Return a folded copy of a linear's weight `[out, in]`, in fp32, or fp64 where the model is.
+
+        Where it has bounds `[out, parts]`, each of that many equal parts of a row is clamped to its own.
+        """
+        import torch
+
+        exact = torch.promote_types(linear.weight.dtype, torch.float32)
+        weight = linear.weight.detach().to(exact, copy=True)
+        if name in self.columns:
+            weight.mul_(self.columns[name].to(weight))
+        if name in self.rows:
+            weight.div_(self.rows[name].to(weight)[:, None])
+        if name in self.bounds:
+            bound = self.bounds[name].to(weight)[..., None]  # [out, parts, 1]
+            weight.unflatten(1, (bound.shape[1], -1)).clamp_(-bound, bound)
+        return weight
+
+    def divided(self, name: str, module: "nn.Module") -> dict[str, "Tensor"]:
+        """Return a source's one-dimensional parameters (norm weight, biases) over s, in their own dtype."""
+        import torch
+
+        out = {}
+        for key, value in module.named_parameters(recurse=False):
+            if value.ndim == 1 and name in self.rows:
+                exact = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+                out[f"{name}.{key}"] = (exact / self.rows[name].to(exact)).to(value.dtype)
+        return out
+
+
+@dataclass(frozen=True)
+class FoldedBlock:
+    """A decoder block of a `FoldedModel`; its module is as it was loaded.
+
+    `changed` are the one-dimensional parameters that folding changes, by full name.
+    """
+
+    name: str
+    module: "nn.Module"
+    linears: "dict[str, nn.Linear]"
+    changed: "dict[str, Tensor]"
+    folding: Folding
+
+    def weight(self, name: str) -> "Tensor":
+        """Return the folded weight `[out, in]` of a linear in fp32, a copy."""
+        return self.exact_weight(name).float()
+
+    def exact_weight(self, name: str) -> "Tensor":
+        """Return it in fp32, or in fp64 where the model is."""
+        return self.folding.weight(name, self.linears[name])
+
+
+class FoldedModel:
+    """A model with scales folded into it, block by block; the model itself is not changed."""
+
+    def __init__(self, model: "nn.Module", arch: Arch, scales: "Mapping[str, Tensor]") -> None:
+        self.model, self.arch, self.sites = model, arch, sites(model, arch)
+        self.folding = Folding.of(self.sites, scales)
+
+    def blocks(self) -> "list[FoldedBlock]":
+        """Return the blocks, first to last."""
+        return [
+            FoldedBlock(name, module, linears(name, module), self._changed(index), self.folding)
+            for index, (name, module) in enumerate(blocks(self.model, self.arch).items())
+        ]
+
+    def _changed(self, block: int) -> "dict[str, Tensor]":
+        parts = [self.folding.divided(site.name, site.source) for site in self.sites if site.block == block]
+        return {name: value for part in parts for name, value in part.items()}
+
+
+def fold(sites: list[Site], scales: Mapping[str, "Tensor"]) -> None:
+    """Multiply targets and divide sources in place; the model's float function is unchanged."""
+    import torch
+
+    folding = Folding.of(sites, scales)
+    touched = {site.name: site.source for site in sites} | {
+        n: m for site in sites for n, m in site.targets.items()
+    }
+    new = {}
+    for name, module in touched.items():
+        new |= {
+            (module, key.rpartition(".")[2]): value for key, value in folding.divided(name, module).items()
+        }
+        if isinstance(module, torch.nn.Linear):
+            new[module, "weight"] = folding.weight(name, module)
+    with torch.no_grad():
+        for (module, key), value in new.items():
+            getattr(module, key).copy_(value)
+
+
+def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -> None:
+    """Fold random scales from 0.01 to 100 into each site of the first block and compare the block's output.
+
+    Works on a copy of the block in fp64 in the host's memory: the model is never touched, and a device that
+    it hardly fits need not hold the copy. Raises UserError with the name of the site whose folding changes
+    the function.
+    """
+    import torch
+
+    vocabulary = model.get_input_embeddings().num_embeddings
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (1, 16), generator=generator).to(device)
+    hidden, kwargs = block_inputs(model, arch, tokens)
+    hidden, kwargs = hidden.cpu().double(), _exact(kwargs)
+    name, original = next(iter(blocks(model, arch).items()))
+    here = {
+        id(t): t.detach().to("cpu", torch.float64 if t.is_floating_point() else t.dtype, copy=True)
+        for t in (*original.parameters(), *original.buffers())
+    }
+    for parameter in original.parameters():
+        here[id(parameter)] = torch.nn.Parameter(here[id(parameter)], requires_grad=False)
+    block = copy.deepcopy(original, here)  # which takes what `here` holds for what it finds
+    with torch.no_grad():
+        expected = run_block(block, hidden, kwargs)
+        for source, names in arch.sites.items():
+            targets = {f"{name}.{t}": block.get_submodule(t) for t in names}
+            site = make_site(f"{name}.{source}", 0, block.get_submodule(source), targets)
+            s = torch.empty(site.width, dtype=torch.float64).uniform_(-2, 2, generator=generator)
+            folded = [p for m in (site.source, *site.targets.values()) for p in m.parameters(recurse=False)]
+            kept = [parameter.clone() for parameter in folded]
+            fold([site], {site.name: 10**s})
+            change = (run_block(block, hidden, kwargs) - expected).norm() / expected.norm()
+            if not change <= tolerance:
+                raise UserError(
+                    f"site {source} -> {', '.join(names)} of arch={arch.name} is refused: folding random "
+                    f"positive scales into block 0 changes its output by {change:.1e} (relative), at most "
+                    f"{tolerance:.0e} is allowed; correct the site in conf/model/arch/{arch.name}.yaml"
+                )
+            for parameter, value in zip(folded, kept, strict=True):
+                parameter.copy_(value)
+
+
+def _exact(value: Any) -> Any:
+    """Return keyword arguments with their tensors in host memory, floating-point ones as fp64."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.cpu().double() if value.is_floating_point() else value.cpu()
+    if isinstance(value, tuple | list):
+        return type(value)(_exact(v) for v in value)
+    return {k: _exact(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,115 @@
+"""Checkpoints in folders, in the layout of `save_pretrained`."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from teq.files.digests import file_digests
+from teq.files.disk import one_line
+from teq.spec import Settings, UserError, digest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHTS = "*.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved(Settings):
+    """A source of models whose files lie in `folder()`; safetensors only, no remote code."""
+
+    at_hand: ClassVar[bool] = False  # whether its dimensions are known without fetching files
+
+    def folder(self) -> Path:
+        """Return the folder, fetched where it is missing."""
+        raise NotImplementedError
+
+    def dimensions(self) -> "PretrainedConfig":
+        """Return the dimensions of the architecture."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.folder(), local_files_only=True, trust_remote_code=False)
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Load the tokenizer. Raises UserError where its files cannot be read."""
+        from transformers import AutoTokenizer
+
+        folder = self.folder()
+        with _loading(folder):
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    def model(self, dtype: str, device: str, drawn_on: str) -> "PreTrainedModel":
+        """Load the model. Raises UserError where tensors are missing or files cannot be read."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        folder = self.folder()
+        with _loading(folder):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        if absent := sorted(loading["missing_keys"]):
+            raise UserError(
+                f"{folder} lacks {len(absent)} of the model's tensors, {absent[0]} first: transformers would "
+                "make them up; give a folder that save_pretrained wrote of the whole model"
+            )
+        return model.to(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder(Saved):
+    """A checkpoint in a local folder."""
+
+    at_hand = True
+    path: str
+
+    def plain(self) -> dict[str, Any]:
+        """Return the folder's own name alone: where it lies changes no result."""
+        return super().plain() | {"path": self.folder_path().name}
+
+    def folder_path(self) -> Path:
+        """Return the absolute path of the folder."""
+        return Path(self.path).expanduser().absolute()
+
+    def fingerprint(self, device: str = "cpu") -> str:
+        """Return a digest of configuration, tokenizer and weights, the same wherever the folder lies."""
+        folder = self.folder()
+        found = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".model", ".txt")]
+        return "sha256:" + digest(file_digests(folder, found))
+
+    def folder(self) -> Path:
+        """Return the folder itself. Raises UserError when it is missing or incomplete."""
+        folder = self.folder_path()
+        if not folder.is_dir():
+            raise UserError(f"model.path={self.path} is not a folder: give one that save_pretrained wrote")
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"model.path={self.path} holds no config.json: give a folder that save_pretrained wrote"
+            )
+        if not any(folder.glob(WEIGHTS)):
+            raise UserError(
+                f"model.path={self.path} holds no safetensors: save the model with save_pretrained "
+                "(no pickles are loaded)"
+            )
+        return folder
+
+
+@contextlib.contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Context manager: convert transformers' loading errors to UserError, keep its log and bars quiet."""
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"the model could not be loaded from {folder}: {one_line(error)}") from error

@@ -1,0 +1,48 @@
+"""A run as settings, and what can be checked before it starts."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from teq import data
+from teq.models.checkpoint import Checkpoint
+from teq.spec import Settings, digest, option
+from teq.stage import Evaluation, Quantizer, Transform
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Settings):
+    """One run, fully resolved. Its key is the id of its record."""
+
+    model: Checkpoint
+    dtype: str = option(among=("float32", "bfloat16", "float16", "float64"))
+    method: str = option(hashed=False)  # a display name: two names of one pair are one run
+    transform: Transform
+    quantizer: Quantizer
+    evals: tuple[Evaluation, ...]
+
+    def key(self) -> str:
+        """Return the content hash, which the order of the evaluations does not change."""
+        plain = self.plain()
+        return digest(plain | {"evals": sorted(plain["evals"], key=digest)})
+
+    def title(self) -> str:
+        """Return the run in a few words, for messages."""
+        grid = self.quantizer.grid
+        cut = "" if grid is None else f" bits={grid.bits} group_size={grid.group_size}"
+        return f"model={self.model.name} method={self.method}{cut}"
+
+
+def checks(spec: Run) -> list[dict[str, Callable[[], Any]]]:
+    """Return named calls that raise UserError for what is wrong before any heavy work, in two groups.
+
+    Models are checked before texts, so that without hub access there is one error per model. Checks are
+    deduplicated by name across a sweep.
+    """
+    names = filter(None, (spec.transform.corpus(), spec.quantizer.corpus()))
+    texts = {f"text {name}": functools.partial(data.provenance, name) for name in names}
+    return [
+        {repr(spec.model.source): spec.model.source.fingerprint},
+        texts | {evaluation.key(): evaluation.provenance for evaluation in spec.evals},
+    ]
