@@ -9,7 +9,9 @@ from omegaconf import DictConfig
 
 from teq import config
 from teq.config import sweeper
-from teq.verbs import run
+from teq.console import print_errors
+from teq.spec import UserError
+from teq.verbs import run, signals
 
 
 @hydra.main(config_path=str(config.folder("conf")), config_name="config", version_base="1.3")
@@ -24,7 +26,25 @@ def launch(cfg: DictConfig) -> None:
 
 def main(argv: list[str]) -> int:
     """Check every job, run them, sum up. Returns the exit status."""
-    return run.main(argv, launch)
+    if {"-h", "--help"} & set(argv):
+        print(run.help_text())
+        return 0
+    config.begin_run()
+    try:
+        with signals.terminable(sweeper.working()):
+            jobs = run.checked_jobs(argv)
+            run.make_output(len(jobs))
+            sys.argv[1:] = config.quoted(argv)
+            return max(sweeper.run(launch), run.summary(jobs))
+    except UserError as error:
+        print_errors(error)
+        return 2
+    except KeyboardInterrupt:
+        print(run.INTERRUPTED, file=sys.stderr)
+        return 130
+    except signals.Terminated:
+        print(run.TERMINATED, file=sys.stderr)
+        return 143
 
 
 if __name__ == "__main__":

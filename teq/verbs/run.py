@@ -5,16 +5,14 @@ import errno
 import json
 import logging
 import os
-import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from teq import config, record
-from teq.config import Job, sweeper
-from teq.console import print_errors
+from teq.config import Job
 from teq.device import locks, memory
 from teq.device.runtime import resolve
 from teq.files import disk
@@ -43,29 +41,6 @@ EXAMPLES = """\
   python run.py experiments=quickstart                  an experiment file
   python run.py model=opt-6.7b model.path=/models/opt   weights from a local folder
   python run.py -m method=rtn,teq hydra/launcher=joblib any Hydra launcher"""
-
-
-def main(argv: list[str], launch: Callable[[], Any]) -> int:
-    """Check every job, run them with `launch`, which is under `hydra.main`, sum up. Returns the status."""
-    if {"-h", "--help"} & set(argv):
-        print(help_text())
-        return 0
-    config.begin_run()
-    try:
-        with signals.terminable(sweeper.working()):
-            jobs = checked_jobs(argv)
-            make_output(len(jobs))
-            sys.argv[1:] = config.quoted(argv)
-            return max(sweeper.run(launch), summary(jobs))
-    except UserError as error:
-        print_errors(error)
-        return 2
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        return 130
-    except signals.Terminated:
-        print(TERMINATED, file=sys.stderr)
-        return 143
 
 
 def help_text() -> str:
