@@ -7,50 +7,44 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from teq.config import command_line as config
+from teq import config
 from teq.config import sweeper
+from teq.console import print_errors
 from teq.spec import UserError
-from teq.verbs import run as cli
-from teq.verbs import signals
+from teq.verbs import run, signals
 
 
-@hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")
+@hydra.main(config_path=str(config.folder("conf")), config_name="config", version_base="1.3")
 def launch(cfg: DictConfig) -> None:
-    """One job, in whatever process Hydra's launcher put it."""
+    """Run one job, in whatever process Hydra's launcher put it."""
     config.prepare_environment()
     logging.raiseExceptions = False  # no traceback where a log is on a full disk, wandb's among them
+    job = config.job(cfg, HydraConfig.get().runtime.choices)
     with sweeper.noted():
-        cli.run_job(config.job(cfg, HydraConfig.get().runtime.choices))
+        run.run_job(job)
 
 
 def main(argv: list[str]) -> int:
-    """Check every job, run them, say what came of each. Returns the exit status."""
+    """Check every job, run them, sum up. Returns the exit status."""
+    if {"-h", "--help"} & set(argv):
+        print(run.help_text())
+        return 0
     config.begin_run()
     try:
-        with signals.terminable(config.output() / cli.WORKING):
-            return _main(argv)
+        with signals.terminable(sweeper.working()):
+            jobs = run.checked_jobs(argv)
+            run.make_output(len(jobs))
+            sys.argv[1:] = config.quoted(argv)
+            return max(sweeper.run(launch), run.summary(jobs))
+    except UserError as error:
+        print_errors(error)
+        return 2
     except KeyboardInterrupt:
-        print(cli.INTERRUPTED, file=sys.stderr)
+        print(run.INTERRUPTED, file=sys.stderr)
         return 130
     except signals.Terminated:
-        print(cli.TERMINATED, file=sys.stderr)
+        print(run.TERMINATED, file=sys.stderr)
         return 143
-
-
-def _main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(cli.help_text())
-        return 0
-    config.prepare_environment()
-    try:
-        jobs = cli.checked_jobs(argv)
-        cli.make_output(len(jobs))
-        sys.argv[1:] = config.quoted(argv)
-        failed = sweeper.run(launch)
-    except UserError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    return max(failed, cli.summary(jobs))
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from torch import Tensor
 from benchmarks import measuring
 from benchmarks.gptq_port import Clock, floor, port
 from benchmarks.measuring import ratio, shown
+from teq import config
 from teq import data as corpora
-from teq.config import command_line as config
 from teq.device.runtime import resolve
 from teq.models import arch
 from teq.models.checkpoint import LM

@@ -23,7 +23,7 @@ from scipy import stats
 from torch import Tensor
 
 from benchmarks import gptq, measuring
-from teq.config import command_line as config
+from teq import config
 from teq.pipeline import cost
 from teq.quantizers.gptq import solver
 

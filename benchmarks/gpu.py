@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measuring
 from benchmarks.measuring import shown
-from teq import record
-from teq.config import command_line as config
+from teq import config, record
 from teq.pipeline import cost as measure
 from teq.spec import UserError
 

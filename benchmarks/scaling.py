@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import measuring
 from benchmarks.measuring import ratio, shown
 from benchmarks.worker import Spec, Worker, training
-from teq.config import command_line as config
+from teq import config
 from teq.device.runtime import resolve
 from teq.spec import UserError
 

@@ -34,7 +34,7 @@ from benchmarks import measuring
 from benchmarks.measuring import ratio, shown
 from benchmarks.steps import Contender
 from benchmarks.worker import Spec, Worker, memory_of, training
-from teq.config import command_line as config
+from teq import config
 from teq.device.memory import exhausted
 from teq.device.runtime import resolve
 from teq.pipeline import cost

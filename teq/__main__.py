@@ -1,9 +1,12 @@
-"""The verbs beside run.py: `python -m teq report|publish|plan|prefetch|cache ...`."""
+"""The other verbs than run.py: `python -m teq report|publish|plan|prefetch|cache ...`."""
 
+import importlib
 import logging
+import re
 import sys
 from collections.abc import Sequence
 
+from teq.console import print_errors
 from teq.spec import UserError
 
 USAGE = """\
@@ -23,32 +26,17 @@ def main(argv: Sequence[str]) -> int:
     if verb in ("-h", "--help", "help"):
         print(USAGE)
         return 0
+    verbs = re.findall(r"^  (\w+) ", USAGE, re.MULTILINE)
     try:
-        if verb in ("report", "publish"):
-            from teq.report import read as report
-
-            return report.report(rest) if verb == "report" else report.publish(rest)
-        if verb == "plan":
-            from teq.verbs import plan
-
-            return plan.main(rest)
-        if verb == "prefetch":
-            from teq.verbs import prefetch
-
-            return prefetch.main(rest)
-        if verb == "cache":
-            from teq.verbs import cache
-
-            return cache.main(rest)
+        if verb not in verbs:
+            raise UserError(f"there is no verb {verb!r}: it must be one of {', '.join(verbs)}")
+        return importlib.import_module(f"teq.verbs.{verb}").main(rest)
     except UserError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        print_errors(error)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    known = "report, publish, plan, prefetch, cache"
-    print(f"error: there is no verb {verb!r}: it must be one of {known}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

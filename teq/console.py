@@ -12,6 +12,11 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0
 
 
+def print_errors(error: Exception | str) -> None:
+    """Print each line of a message to standard error, marked as an error."""
+    print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+
+
 def track(items: Iterable[T], what: str) -> Iterator[T]:
     """Yield `items` while showing how many are done, the rate and the time left."""
     count = len(items) if isinstance(items, Sized) else None

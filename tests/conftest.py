@@ -33,7 +33,7 @@ def family(request):
 @pytest.fixture
 def tiny():
     """Make a tiny model: `tiny("opt", dtype="float64")` -> LM."""
-    from teq.config import command_line as config
+    from teq import config
 
     def make(family: str, dtype: str = "float32"):
         (job,) = config.jobs([f"model=tiny-{family}"])

@@ -1,6 +1,5 @@
 """Records written by hand for the runs of an experiment: no model, no torch."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -70,15 +69,12 @@ def made(folder: Path, job, *, evals=None, change=None, seconds=10.0, scales=Non
 
 
 def add_experiment(monkeypatch, root: Path, name: str, text: str) -> None:
-    """Let the project's experiments be `root`/experiments, with experiments/<name>.yaml among them."""
-    from teq.config import command_line as config
-    from teq.report import read as report
+    """Let `root` be the project, with experiments/<name>.yaml as an experiment and this clone's conf/."""
+    from teq import config
 
     file = root / "experiments" / f"{name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"# @package _global_\n{text}")
-    monkeypatch.setitem(config._composer()._folders, "experiments", file.parent)
-    monkeypatch.setattr(config, "ROOT", root)
-    monkeypatch.setattr(report, "RESULTS", root / "results")
-    monkeypatch.setattr(config, "_checked", set())
-    monkeypatch.setattr(config, "_experiment", functools.cache(config._experiment.__wrapped__))
+    if not (root / "conf").exists():
+        (root / "conf").symlink_to(config.ROOT / "conf")
+    monkeypatch.setenv("TEQ_ROOT", str(root))

@@ -12,7 +12,7 @@ import torch
 from made import made
 
 from teq import __main__ as verbs
-from teq.config import command_line as config
+from teq import config
 from teq.pipeline import inventory
 from teq.pipeline.store import DATA, INFO, MANIFEST, Stage, Store
 from teq.verbs import cache

@@ -11,7 +11,7 @@ import filelock
 import pytest
 import torch
 
-from teq.config import command_line as config
+from teq import config
 from teq.device import locks
 from teq.spec import UserError
 from teq.verbs import run as cli

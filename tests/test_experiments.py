@@ -6,12 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hydra import initialize_config_dir
 from made import add_experiment
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from teq.config import command_line as config
+from teq import config
 from teq.device.runtime import Runtime
 from teq.evaluate.counts import Counts
 from teq.evaluate.overhead import Overhead
@@ -27,12 +25,12 @@ from teq.report.read import experiments, read
 from teq.spec import UserError
 
 NOTHING = Library(config.ROOT / "no-such-folder")
-METHODS = set(config.options(config.CONF / "method"))
+METHODS = set(config.groups()["method"])
 
 
 def methods(name):
     """The methods that an experiment sweeps."""
-    return set(config._experiment(name)["hydra"]["sweeper"]["params"]["method"].split(","))
+    return set(config.experiment(name)["hydra"]["sweeper"]["params"]["method"].split(","))
 
 
 @pytest.mark.parametrize("name", experiments())
@@ -89,27 +87,6 @@ def test_act_order_methods_differ_from_gptq_in_that_alone():
     assert runs["gptq-ao"]["static_groups"] is False
 
 
-SAMPLES = [
-    ["experiments=table1", "model=opt-13b", "method=teq", "grid=w4", "recipe=paper"],
-    ["experiments=table9", "model=bloom-3b"],
-    ["experiments=smollm2", "method=teq+gptq", "grid=w3_g128", "tasks.limit=7"],
-    ["model=tiny-llama", "method=gptq-ao", "bits='4'", "group_size='-1'", "init=inv_sqrt", "logger=wandb"],
-    ["recipe=quick", "model=llama-7b", "evals=[ptb,c4-new]", "train.lr=1e-4", "seed=3"],
-    ["model/arch=opt", "model=tiny-opt", "+train.extra=1"],
-]
-
-
-@pytest.mark.parametrize("overrides", SAMPLES, ids=lambda overrides: overrides[0])
-def test_configurations_put_together_from_parts_are_hydras(overrides):
-    config.prepare_environment()
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
-        hydras = config._compose(list(overrides))
-        ours, choices = config._composer()(overrides)
-    expected = OmegaConf.to_container(hydras)
-    assert ours == {key: value for key, value in expected.items() if key not in ("hydra", config.LAYOUT)}
-    assert choices.items() <= dict(hydras.hydra.runtime.choices).items()
-
-
 @pytest.fixture(scope="module")
 def counted():
     """Table 9 by coordinates, its records made by counting."""
@@ -121,7 +98,7 @@ def counted():
 
 
 def test_table_9_equals_the_paper_but_for_two_counts_that_contradict_their_rows(counted):
-    layout = parse("table9", config._experiment("table9")["layout"])
+    layout = parse("table9", config.experiment("table9")["layout"])
     differing = {}
     for model, values in counted.items():
         for name, cell in layout.cells.items():
@@ -229,8 +206,7 @@ def test_a_folded_model_is_its_original_architecture_and_function(own_home, fami
     jobs = {method: config.jobs([*given, f"method={method}"])[0] for method in ("fp", "teq-fp")}
     finished = {}
     for method, job in jobs.items():
-        logger = job.logger.start("", {}, str(own_home))
-        finished[method] = pipeline.run(job.run, Store(own_home / "store"), own_home, Runtime(), logger)
+        finished[method] = pipeline.run(job.run, Store(own_home / "store"), own_home, Runtime(), None)
     weights = finished["teq-fp"].data["stages"]["weights"]["key"]
     changed = load_file(own_home / "store" / "weights" / weights / "data.safetensors")
     plain = jobs["fp"].run.model.load("float32", "cpu").model.state_dict()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from made import made
 
-from teq.config import command_line as config
+from teq import config
 from teq.report import figure
 from teq.report.layout import parse
 from teq.report.match import Library
@@ -38,7 +38,7 @@ def drawn(tmp_path):
         grid = job.run.quantizer.grid
         if (job.run.model.name, grid.bits, grid.group_size) in (("bloom-3b", 3, 128), ("tiny-opt", 4, -1)):
             made(tmp_path, job, evals={"wikitext2": [2.0, 2.1]}, scales=scales([0.5, 0.2, 0.1, 0.3]))
-    layout = parse("figure2", config._experiment("figure2")["layout"])
+    layout = parse("figure2", config.experiment("figure2")["layout"])
     return figure.fill("figure2", layout, jobs, Library(tmp_path))
 
 
@@ -70,7 +70,7 @@ def test_the_numbers_behind_a_panel(drawn):
 
 def test_a_start_is_never_taken_for_another(drawn, tmp_path):
     jobs = config.jobs(["experiments=figure3", "model=bloom-3b"])
-    layout = parse("figure3", config._experiment("figure3")["layout"])
+    layout = parse("figure3", config.experiment("figure3")["layout"])
     (panel,) = figure.fill("figure3", layout, jobs, Library(tmp_path)).panels
     assert panel.found is None
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from teq.config import command_line as config
+from teq import config
 from teq.grid import Grid, fake_quant
 from teq.transforms.teq import fake_quant as fused
 from teq.transforms.teq import linear

@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import torch
 
-from teq.config import command_line as config
+from teq import config
 from teq.device.runtime import Runtime
 from teq.models.fold import folded_tensors, site_scales
 from teq.pipeline import cost

@@ -12,8 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 import run as entry
-from teq import record
-from teq.config import command_line as config
+from teq import config, record
 from teq.device.runtime import STRATEGIES, Runtime
 from teq.grid import Grid, fake_quant, unpack
 from teq.models.arch import blocks

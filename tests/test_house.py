@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from teq.config import command_line as config
+from teq import config
 from teq.spec import digest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

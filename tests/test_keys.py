@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from teq.config import command_line as config
+from teq import config
 from teq.models.checkpoint import Checkpoint, Folder
 from teq.pipeline.settings import checks
 from teq.spec import Settings, option

@@ -7,9 +7,8 @@ import pytest
 from made import add_experiment
 
 import run as entry
-from teq import record
-from teq.config import command_line as config
-from teq.pipeline.loggers import Silent, Wandb
+from teq import config, record
+from teq.pipeline.loggers import Wandb
 from teq.verbs import run as cli
 
 TINY = ["model=tiny-llama", "train.steps=3", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
@@ -111,7 +110,8 @@ def test_a_failing_start_is_said_and_the_run_goes_on(monkeypatch, caplog, tmp_pa
         raise wandb.errors.CommError("no network\nat all")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    assert isinstance(Wandb(project="teq").start("run", {}, str(tmp_path)), Silent)
+    with Wandb(project="teq").start("run", {}, str(tmp_path)) as started:
+        assert started is None
     assert "no network" in caplog.text and "not logged" in caplog.text
 
 
@@ -141,5 +141,6 @@ def test_an_error_without_words_stops_no_run(monkeypatch, caplog, tmp_path):
         raise TimeoutError
 
     monkeypatch.setattr(wandb, "init", refuse)
-    assert isinstance(Wandb(project="teq").start("run", {}, str(tmp_path)), Silent)
+    with Wandb(project="teq").start("run", {}, str(tmp_path)) as started:
+        assert started is None
     assert "TimeoutError" in caplog.text

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from teq.config import command_line as config
+from teq import config
 from teq.spec import UserError
 from teq.transforms.teq import loss
 

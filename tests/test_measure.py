@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from teq.config import command_line as config
+from teq import config
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from teq.config import command_line as config
+from teq import config
 from teq.device import memory, offload
 from teq.device.runtime import Runtime
 from teq.models.arch import blocks
@@ -127,7 +127,7 @@ def test_a_small_budget_changes_the_strategy_and_no_result(own_home):
             store.Store(home / "store"),
             home,
             Runtime(memory=amount),
-            job.logger.start("", {}, str(home)),
+            None,
         )
         (folder,) = (f for f in (home / "store" / "scales").iterdir() if f.is_dir())
         results[name] = (folder / store.INFO).read_text(), (folder / store.DATA).read_bytes()
@@ -146,8 +146,7 @@ def test_memory_that_runs_out_is_met_once_and_nothing_trained_is_lost(own_home, 
         return plain(self, model, tokens)
 
     def result(home):
-        logger = job.logger.start("", {}, str(home))
-        return pipeline.run(job.run, store.Store(home / "store"), home, Runtime(memory="keep"), logger)
+        return pipeline.run(job.run, store.Store(home / "store"), home, Runtime(memory="keep"), None)
 
     undisturbed = result(own_home / "a").data["training"]
     monkeypatch.setattr(train.Trainer, "loss", loss)
@@ -306,7 +305,6 @@ def test_a_search_that_has_no_other_way_is_not_made_twice(own_home, monkeypatch)
         raise torch.OutOfMemoryError("2 GB")
 
     monkeypatch.setattr(type(job.run.transform), "fit", fit)
-    logger = job.logger.start("", {}, str(own_home))
     with pytest.raises(torch.OutOfMemoryError):
-        pipeline.run(job.run, store.Store(own_home / "store"), own_home, Runtime(), logger)
+        pipeline.run(job.run, store.Store(own_home / "store"), own_home, Runtime(), None)
     assert len(tried) == 1

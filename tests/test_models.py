@@ -11,8 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from teq import models
-from teq.config import command_line as config
+from teq import config, models
 from teq.models import hub, wheel
 from teq.models.checkpoint import Folder, Hub, Random, Synthetic, Wheel
 from teq.models.synthetic import build, byte_tokenizer, fill
@@ -576,5 +575,5 @@ def test_every_model_file_has_an_arch_whose_configuration_transformers_knows():
     from transformers import AutoConfig
 
     for name in config.groups()["model"]:
-        values = dict(OmegaConf.load(config.CONF / "model" / f"{name}.yaml").config)
+        values = dict(OmegaConf.load(config.folder("conf") / "model" / f"{name}.yaml").config)
         assert AutoConfig.for_model(values.pop("model_type"), **values).num_hidden_layers >= 2

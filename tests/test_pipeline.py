@@ -11,8 +11,7 @@ import sys
 import pytest
 import torch
 
-from teq import record
-from teq.config import command_line as config
+from teq import config, record
 from teq.data import texts as corpora
 from teq.device import memory
 from teq.device.runtime import Runtime, resolve
@@ -36,8 +35,7 @@ def run(home, *overrides, **changes):
     (job,) = config.jobs([*QUICK, *GPTQ, *overrides])
     spec = dataclasses.replace(job.run, **changes)
     store = Store(home / "store")
-    logger = job.logger.start("", {}, str(home))
-    return pipeline.run(spec, store, home, Runtime(device="cpu"), logger)
+    return pipeline.run(spec, store, home, Runtime(device="cpu"), None)
 
 
 def cached(finished):
@@ -400,20 +398,23 @@ def test_code_edited_under_a_run_is_not_what_its_record_names(own_home, tmp_path
     commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
     code = """
 import sys
-from teq.config import command_line as config
-from teq.pipeline import loggers, run as pipeline
+from teq import config
+from teq.pipeline import run as pipeline
 from teq.pipeline.store import Store
 from teq.device.runtime import Runtime
 solver = config.ROOT / "teq" / "quantizers" / "gptq" / "solver.py"
 
-def edit(self, step, loss):
-    assert "teq.quantizers.gptq.solver" not in sys.modules
-    solver.write_text(solver.read_text() + "# edited\\n")
+class Edit:
+    def step(self, step, loss):
+        assert "teq.quantizers.gptq.solver" not in sys.modules
+        solver.write_text(solver.read_text() + "# edited\\n")
 
-loggers.Silent.step = edit
+    def finish(self, finished):
+        pass
+
 (job,) = config.jobs(sys.argv[1:])
 home = config.home()
-print(pipeline.run(job.run, Store(home / "store"), home, Runtime(), job.logger.start("", {}, "")).file)
+print(pipeline.run(job.run, Store(home / "store"), home, Runtime(), Edit()).file)
 """
     environment = {
         **os.environ,

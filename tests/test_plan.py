@@ -7,15 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from teq import config
 from teq.__main__ import main
-from teq.config import command_line as config
 from teq.device import host_memory, memory
 from teq.device.runtime import Runtime
 from teq.evaluate import lastword, scoring
 from teq.evaluate.workload import WORKLOADS, Scoring, Workload
 from teq.models.checkpoint import LM, Checkpoint
-from teq.pipeline import estimate
-from teq.verbs import plan
+from teq.pipeline import estimate, forecast
 
 TINY = ["model=tiny-llama", "method=teq+gptq", "train.length=64", "train.steps=10", "gptq.samples=4"]
 TINY += ["gptq.length=64", "evals=[python-docs,lastword-python-docs]", "ppl.context=64", "ppl.limit=5"]
@@ -66,7 +65,7 @@ def test_a_model_of_the_hub_is_planned_without_the_hub(no_weights, capsys):
 def test_seconds_follow_from_a_rate(no_weights, own_home, monkeypatch, capsys):
     (job,) = config.jobs(TINY)
     own_home.mkdir()
-    (own_home / plan.RATES).write_text(json.dumps({plan._rate_name("cpu", "float32"): 1e6}))
+    (own_home / forecast.RATES).write_text(json.dumps({forecast.rate_name("cpu", "float32"): 1e6}))
     main(["plan", *TINY])
     found = rows(capsys.readouterr().out)
     two = estimate.estimate(
@@ -74,16 +73,16 @@ def test_seconds_follow_from_a_rate(no_weights, own_home, monkeypatch, capsys):
     )
     assert found["scales", "keep (picked)"][1] == f"{5 * two.flops / 1e6:.0f}"
     assert int(found["weights", ""][1]) > 0 and int(found["python-docs", ""][1]) > 0
-    (own_home / plan.RATES).write_text("{")
+    (own_home / forecast.RATES).write_text("{")
     assert main(["plan", *TINY]) == 2
     assert "is damaged: delete it and calibrate again" in capsys.readouterr().err
 
 
 def test_calibration_measures_and_keeps_a_rate(own_home, monkeypatch, capsys):
     small = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 300}
-    monkeypatch.setattr(plan, "CALIBRATION", plan.CALIBRATION | small)
+    monkeypatch.setattr(forecast, "CALIBRATION", forecast.CALIBRATION | small)
     assert main(["plan", "--calibrate", *TINY]) == 0
-    (rate,) = json.loads((own_home / plan.RATES).read_text()).values()
+    (rate,) = json.loads((own_home / forecast.RATES).read_text()).values()
     assert 1e6 < rate < 1e15
     assert "not known" not in rows(capsys.readouterr().out)["scales", "keep (picked)"]
 
@@ -191,7 +190,7 @@ def test_a_tasks_memory_and_operations_are_foreseen(family, monkeypatch):
 def test_a_tasks_limit_and_batch_size_count(no_weights, own_home, capsys):
     (job,) = config.jobs(["model=opt-125m", "method=fp", "evals=[piqa]"])
     own_home.mkdir()
-    (own_home / plan.RATES).write_text(json.dumps({plan._rate_name("cpu", job.run.dtype): 1e9}))
+    (own_home / forecast.RATES).write_text(json.dumps({forecast.rate_name("cpu", job.run.dtype): 1e9}))
     found = []
     for more in ([], ["tasks.limit=183"], ["tasks.batch_size=2"]):
         assert main(["plan", "model=opt-125m", "method=fp", "evals=[piqa]", *more]) == 0

@@ -9,9 +9,8 @@ from importlib import metadata
 import pytest
 import torch
 
+from teq import config, record
 from teq import data as corpora
-from teq import record
-from teq.config import command_line as config
 from teq.device.runtime import Runtime
 from teq.evaluate import perplexity
 from teq.quantizers.quantized import restore
@@ -48,14 +47,16 @@ def test_the_committed_tables_are_what_the_committed_records_give_without_torch(
     code = """
 import sys
 sys.modules["torch"] = None
+from teq import config
 from teq.report import read as report
-shown, problems = report.read_all(report.experiments(), (), report.Library(report.RESULTS / "records"))
+results = config.folder("results")
+shown, problems = report.read_all(report.experiments(), (), report.Library(results / "records"))
 assert not problems, problems
 for name, one in shown.items():
     module = report.text if isinstance(one.body, report.Table) else report.figure_text
     for ending, made in (("md", one.markdown()), ("tex", module.latex(one.body)),
                          ("csv", module.comma_separated(one.body))):
-        file = report.RESULTS / "tables" / f"{name}.{ending}"
+        file = results / "tables" / f"{name}.{ending}"
         assert file.read_bytes() == made.encode(), f"{file} is stale: python -m teq report all"
 print(len(shown), "experiments")
 """
@@ -73,14 +74,16 @@ def test_the_committed_page_and_figures_are_what_the_committed_records_give_with
     code = """
 import sys
 sys.modules["torch"] = None
+from teq import config
 from teq.report import read as report
-shown, problems = report.read_all(report.experiments(), (), report.Library(report.RESULTS / "records"))
+results = config.folder("results")
+shown, problems = report.read_all(report.experiments(), (), report.Library(results / "records"))
 files = {}
 for name, one in shown.items():
     files |= {f"figures/{name}.{kind}": content for kind, content in one.drawings.items()}
 files["report/index.html"] = report.page.render(shown, problems).encode()
 for name, content in files.items():
-    assert (report.RESULTS / name).read_bytes() == content, f"{name} is stale: python -m teq report all"
+    assert (results / name).read_bytes() == content, f"{name} is stale: python -m teq report all"
 print(*files)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True)
@@ -92,8 +95,10 @@ print(*files)
 def test_figures_are_the_same_bytes_from_process_to_process():
     code = """
 import hashlib
+from teq import config
 from teq.report import read as report
-shown, _ = report.read_all(["figure2"], (), report.Library(report.RESULTS / "records"))
+results = config.folder("results")
+shown, _ = report.read_all(["figure2"], (), report.Library(results / "records"))
 for kind, content in shown["figure2"].drawings.items():
     print(kind, hashlib.sha256(content).hexdigest())
 """

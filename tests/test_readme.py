@@ -7,7 +7,7 @@ import xml.etree.ElementTree
 
 import pytest
 
-from teq.config import command_line as config
+from teq import config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from made import made
 
-from teq import record
-from teq.config import command_line as config
+from teq import config, record
 from teq.spec import UserError
 
 

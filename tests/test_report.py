@@ -11,8 +11,7 @@ import pytest
 from made import add_experiment, made
 
 from teq import __main__ as verbs
-from teq import record
-from teq.config import command_line as config
+from teq import config, record
 from teq.report import read as report
 from teq.report.match import Library
 

@@ -10,15 +10,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
+from made import add_experiment
 
 import run as entry
-from teq import models, record
-from teq.config import command_line as config
+from teq import config, models, record
 from teq.files import disk as files
 from teq.pipeline import run as pipeline
-from teq.pipeline.loggers import Silent
+from teq.report import read as report
+from teq.report.match import Library
 from teq.spec import UserError
 from teq.verbs import run as cli
 from teq.verbs import signals
@@ -216,7 +218,7 @@ def test_a_home_that_cannot_be_written_serves_what_it_holds(read_only, own_home,
 def test_the_output_of_a_start_is_one_folder_for_all_its_processes(own_home, monkeypatch):
     config.begin_run()
     config.prepare_environment()
-    assert os.environ["TEQ_OUTPUT"] == str(config.output()) == f"{own_home}/hydra/{config.start_of_run()}"
+    assert os.environ["TEQ_OUTPUT"] == str(config.output()) == f"{own_home}/hydra/{os.environ['TEQ_START']}"
     first = config.output()
     config.begin_run()
     config.prepare_environment()
@@ -252,6 +254,26 @@ def test_the_summary_shows_one_row_a_run_and_none_of_a_failed_one(own_home, caps
     assert cli.summary(jobs) == 1
     out = capsys.readouterr().out
     assert cli.LOST in out and "records in" not in out
+
+
+def test_an_experiment_ends_with_its_own_table_as_the_report_prints_it(
+    own_home, tmp_path, monkeypatch, capsys
+):
+    text = """
+hydra: {mode: MULTIRUN, sweeper: {params: {model: tiny-llama, method: "fp,rtn", grid: w4}}}
+evals: [python-docs]
+ppl: {limit: 2, context: 64}
+layout:
+  {title: T, caption: C, rows: [grid, method], cells: {ppl: {label: perplexity, mean: [python-docs.ppl]}}}
+"""
+    add_experiment(monkeypatch, tmp_path, "small", text)
+    assert entry.main(["experiments=small"]) == 0
+    table = report.read("small", (), Library(own_home / "records")).markdown()
+    assert table.count("| w4 ") == 1 and "perplexity" in table
+    assert f"{table}\n2 records in {own_home}" in capsys.readouterr().out
+    (tmp_path / "experiments" / "small.yaml").write_text(f"# @package _global_{text.partition('layout')[0]}")
+    assert entry.main(["experiments=small"]) == 0  # what a table lacks stops nothing
+    assert "| model " in capsys.readouterr().out
 
 
 def test_a_failure_here_is_said_whatever_another_process_does(own_home, monkeypatch, capsys):
@@ -328,7 +350,15 @@ def test_flags_may_stand_anywhere():
 def test_help_lists_groups_options_experiments_and_examples(capsys):
     assert entry.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for part in ("opt-6.7b", "teq+gptq", "inv_sqrt", "quickstart", "train:", "python run.py -m", "TEQ_HOME"):
+    for part in (
+        "opt-6.7b",
+        "teq+gptq",
+        "inv_sqrt",
+        "quickstart",
+        "train.steps=null",
+        "python run.py -m",
+        "TEQ_HOME",
+    ):
         assert part in text
 
 
@@ -341,21 +371,12 @@ def test_every_group_option_composes():
 
 
 def test_unknown_key_in_an_experiment_file_is_named(tmp_path, monkeypatch):
-    for name in ("conf", "experiments"):
-        (tmp_path / name).symlink_to(ROOT / name) if name == "conf" else (tmp_path / name).mkdir()
-    (tmp_path / "experiments" / "odd.yaml").write_text(
-        "# @package _global_\ntrain: {stepz: 3}\n"
-        "hydra: {mode: MULTIRUN, sweeper: {params: {model: tiny-llama}}}\n"
-    )
-    monkeypatch.setattr(config, "ROOT", tmp_path)
-    config._composer.cache_clear()
-    try:
-        with pytest.raises(
-            UserError, match=r"experiments/odd\.yaml sets 'train\.stepz'.*did you mean train\.steps"
-        ):
-            config.jobs(["experiments=odd"])
-    finally:
-        config._composer.cache_clear()
+    text = "train: {stepz: 3}\nhydra: {mode: MULTIRUN, sweeper: {params: {model: tiny-llama}}}\n"
+    add_experiment(monkeypatch, tmp_path, "odd", text)
+    with pytest.raises(
+        UserError, match=r"experiments/odd\.yaml sets 'train\.stepz'.*did you mean train\.steps"
+    ):
+        config.jobs(["experiments=odd"])
 
 
 # --- what stops a run, and a disk that is full
@@ -372,13 +393,14 @@ def steps(monkeypatch):
     """Notes the steps of every training in this process."""
     made = Steps()
 
-    def step(self, number, loss):
+    def step(number, loss):
         made.append(number)
         if number == made.after:
             made.after = -1
             made.then()
 
-    monkeypatch.setattr(Silent, "step", step)
+    logger = types.SimpleNamespace(step=step, finish=lambda _: None)
+    monkeypatch.setattr(cli, "_started", lambda *_: contextlib.nullcontext(logger))
     return made
 
 

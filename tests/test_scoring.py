@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.eval_tasks import TASKS, load_requests
-from teq.config import command_line as config
+from teq import config
 from teq.evaluate.scoring import SharedContextLM
 from teq.spec import UserError
 

@@ -26,12 +26,16 @@ def test_a_second_signal_at_once_does_not_stop_the_saving(stop):
 
 def work(working, state):
     """A worker whose state takes a while to save."""
-    with signals.terminable(), signals.noted(working, "job"):
+    note = working / f"{os.getpid()}-0"
+    with signals.terminable():
+        working.mkdir()
+        note.touch()
         try:
             time.sleep(60)
         finally:
             time.sleep(0.5)
             state.write_text("saved")
+            note.unlink()
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
@@ -39,9 +43,9 @@ def test_a_launcher_is_stopped_when_its_workers_have_saved_their_state(tmp_path,
     working, state = tmp_path / "working", tmp_path / "state"
     worker = multiprocessing.get_context("spawn").Process(target=work, args=(working, state), daemon=True)
     worker.start()
-    while not list(working.glob("*-job")):
+    while not list(working.glob("*-0")):
         time.sleep(0.02)
-    (working / f"{os.getppid()}-job").touch()  # as of another host, whose processes are not this one's
+    (working / f"{os.getppid()}-1").touch()  # as of another host, whose processes are not this one's
     with pytest.raises((signals.Terminated, KeyboardInterrupt)), signals.terminable(working):
         os.kill(os.getpid(), stop)
     assert state.read_text() == "saved"

@@ -17,16 +17,16 @@ from teq.spec import UserError
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHORT = ["evals=[python-docs]", "ppl.limit=2", "ppl.context=64"]
 KILLER = """
-import os, signal
+import contextlib, os, signal
 from dataclasses import dataclass
-from teq.pipeline.loggers import Silent
+from teq.pipeline.loggers import Wandb
 
 @dataclass(frozen=True, kw_only=True)
-class Killer(Silent):
+class Killer(Wandb):
     def start(self, title, *rest):
         if "group_size=40" in title:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self
+        return contextlib.nullcontext()
 """
 
 
@@ -38,7 +38,7 @@ def test_a_worker_that_is_killed_costs_its_own_job_only(own_home, tmp_path):
     command = [sys.executable, str(ROOT / "run.py"), "-m", "model=tiny-llama", "method=rtn", *SHORT]
     command += ["group_size=24,40,128", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     done = subprocess.run(
-        [*command, "logger._target_=killer.Killer"],
+        [*command, "logger=wandb", "logger._target_=killer.Killer"],
         env={**os.environ, "PYTHONPATH": str(tmp_path), "TEQ_HOME": str(own_home)},
         cwd=tmp_path,
         capture_output=True,
@@ -64,14 +64,14 @@ class Pool:
         self.batches.append([job for (job,) in jobs])
         for at in range(0, len(jobs), self.width):
             now = range(at, min(at + self.width, len(jobs)))
-            notes = [sweeper._notes(self.folder, first + i) for i in now]
-            for begun, _ in notes:
+            notes = [self.folder / f"1-{first + i}" for i in now]
+            for begun in notes:
                 assert not begun.exists()  # no two launches share a number
                 begun.touch()
             if self.deadly & {jobs[i][0] for i in now}:
                 raise BrokenProcessPool("a worker was terminated")
-            for begun, ended in notes:
-                begun.rename(ended)
+            for begun in notes:
+                begun.rename(self.folder / f"{begun.name[2:]}.ended")
             self.done += [jobs[i][0] for i in now]
         return [job for (job,) in jobs]
 

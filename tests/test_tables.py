@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from made import add_experiment, made
 
-from teq import record
-from teq.config import command_line as config
+from teq import config, record
 from teq.report import claims, match
 from teq.report import table as tables
 from teq.report.cells import BETTER, DIFFERS, MATCH, NOT_RUN, OURS, PARTIAL, WORSE
@@ -197,14 +196,14 @@ def test_claims_from_published_numbers_and_ours(golden):
 
 @pytest.mark.parametrize(("name", "counts"), [("table1", [11, 6, 5, 8]), ("table4", [12, 8])])
 def test_the_papers_claims_hold_on_its_own_numbers(name, counts):
-    layouts = {n: parse(n, config._experiment(n)["layout"]) for n in ("table1", "table3", "table4")}
+    layouts = {n: parse(n, config.experiment(n)["layout"]) for n in ("table1", "table3", "table4")}
     found = _claims(name, layouts)
     assert [c.published for c in found] == [(count, 12) for count in counts]
     assert all(c.published == c.claimed for c in found)
 
 
 def test_a_changed_published_cell_changes_the_count():
-    raw = copy.deepcopy(config._experiment("table1")["layout"])
+    raw = copy.deepcopy(config.experiment("table1")["layout"])
     raw["published"]["numbers"]["w4"]["teq"][0] = 62.0  # opt-6.7b: below RTN's 62.99
     found = _claims("table1", {"table1": parse("table1", raw)})
     assert [c.published[0] for c in found] == [10, 5, 5, 8]

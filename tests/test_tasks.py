@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from teq.config import command_line as config
+from teq import config
 from teq.data import texts as corpora
 from teq.device.runtime import Runtime
 from teq.evaluate import lastword, tasks
@@ -183,7 +183,6 @@ def test_bad_settings_are_named():
 
 def test_an_interrupted_evaluation_keeps_the_tasks_that_were_finished(four_sets, own_home, monkeypatch):
     (job,) = config.jobs(["model=tiny-opt", "method=fp", "evals=[piqa,winogrande]"])
-    logger = job.logger.start("", {}, "")
 
     def stop(self, lm, runtime):
         if self.task == "winogrande":
@@ -193,9 +192,9 @@ def test_an_interrupted_evaluation_keeps_the_tasks_that_were_finished(four_sets,
     measure = Task.measure
     monkeypatch.setattr(Task, "measure", stop)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(job.run, Store(own_home / "store"), own_home, Runtime(), logger)
+        pipeline.run(job.run, Store(own_home / "store"), own_home, Runtime(), None)
     monkeypatch.setattr(Task, "measure", measure)
-    finished = pipeline.run(job.run, Store(own_home / "store"), own_home, Runtime(), logger)
+    finished = pipeline.run(job.run, Store(own_home / "store"), own_home, Runtime(), None)
     stages = finished.data["stages"]
     assert (stages["piqa"]["cached"], stages["winogrande"]["cached"]) == (True, False)
     assert finished.array("winogrande", "correct").shape == (12,)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from teq.config import command_line as config
+from teq import config
 from teq.data.texts import Calibration
 from teq.device.runtime import STRATEGIES, Runtime
 from teq.files import disk, resume

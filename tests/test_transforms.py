@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from teq.config import command_line as config
+from teq import config
 from teq.data.texts import Calibration, calibration
 from teq.device.runtime import Runtime
 from teq.grid import Grid, fake_quant
@@ -260,7 +260,6 @@ QUICK += [f"{group}.{key}" for group in ("awq", "smoothquant", "gptq") for key i
 
 
 def test_methods_run_end_to_end_and_are_not_their_quantizer_alone(family, own_home):
-    from teq.pipeline.loggers import Silent
     from teq.pipeline.run import run
     from teq.pipeline.store import Store
 
@@ -269,7 +268,7 @@ def test_methods_run_end_to_end_and_are_not_their_quantizer_alone(family, own_ho
         name, *unclipped = method.split()
         overrides = [f"method={name}", *(["awq.clip=false"] if unclipped else [])]
         (job,) = config.jobs([f"model=tiny-{family}", *overrides, *QUICK])
-        data = run(job.run, Store(own_home / "store"), own_home, Runtime(), Silent()).data
+        data = run(job.run, Store(own_home / "store"), own_home, Runtime(), None).data
         stages, summaries = data["stages"], data["training"]["scales"]
         weights[method] = load_file(
             own_home / "store" / "weights" / stages["weights"]["key"] / "data.safetensors"

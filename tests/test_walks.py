@@ -1,8 +1,8 @@
 """How far a value walks: the rooms of the package that are handed `bits`, trained scales, a perplexity.
 
 A room is a folder or a file at the top of teq/. It is entered when its function is called from another room
-with the value among its arguments, and passed as well when it returns the value to another room. A function that
-was handed down and is called back is no second entry.
+with the value among its arguments, and passed as well when it returns the value to another room. A function
+that was handed down and is called back is no second entry.
 """
 
 import dataclasses

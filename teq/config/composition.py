@@ -1,164 +1,85 @@
-"""Composing many configurations that differ in a few choices.
+"""Composition of the jobs of a sweep from our flat YAML files.
 
-Hydra composes one in 0.1 to 0.2 s, and a report expands hundreds. Here each option of a group is composed
-once, by Hydra, and a configuration is put together from those parts in the order of the defaults list:
-groups, then the experiment, then single values. What is not that simple (nested groups, additions, deletions,
-an experiment with defaults of its own) goes to Hydra as it is. A test holds both against each other.
+Hydra takes 0.1 s for a configuration, and a report expands hundreds. Here each file is read once, and a
+configuration is merged in the order of the defaults list: groups, then the experiment, then single values.
+Anything less simple (additions, deletions, nested groups, an experiment with defaults) is left to Hydra. A
+test compares both on every experiment.
 """
 
 import copy
 import functools
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.utils import get_class
-from omegaconf import DictConfig, OmegaConf
 
-from teq.spec import UserError
+from teq.config.options import LAYOUT, folder, read
 
-GLOBAL = "# @package _global_"
-REFERENCE = re.compile(r"\$\{([\w.]+)\}")
-Composed = tuple[dict[str, Any], dict[str, Any]]
+Composed = tuple[dict[str, Any], dict[str, Any]]  # the configuration, and the option of each group
 
 
-class Composer:
-    """Configurations under the folder `conf`, experiments under `experiments`; `compose` is Hydra's own way.
+class NeedsHydra(Exception):
+    """A configuration is not that simple."""
 
-    Hydra's own node, and that of an experiment's `layout`, are left out: no run reads them.
+
+def merged(overrides: Sequence[str]) -> Composed:
+    """Return the configuration of `overrides` without Hydra's node, interpolations unresolved.
+
+    Raises NeedsHydra where only Hydra can compose it, or can say what is wrong.
     """
-
-    def __init__(
-        self, compose: Callable[[list[str]], DictConfig], conf: Path, experiments: Path, layout: str
-    ) -> None:
-        self._hydra = compose
-        self._left_out = ("hydra", layout)
-        self._folders = {folder.name: folder for folder in conf.iterdir() if folder.is_dir()}
-        self._folders["experiments"] = experiments
-        self._parse = functools.cache(OverridesParser.create().parse_override)
-        self._file = functools.cache(_read)
-        self._option = functools.cache(self._composed_option)
-
-    def __call__(self, overrides: Sequence[str]) -> Composed:
-        """The configuration of `overrides` without Hydra's own node, interpolations unresolved, and the
-        choices.
-        """
-        parsed = [self._parse(line) for line in overrides]
-        if all(self._simple(override) for override in parsed):
-            chosen = {o.key_or_group: o.value() for o in parsed if o.key_or_group in self._folders}
-            values = {o.key_or_group: o.value() for o in parsed if o.key_or_group not in self._folders}
-            node = self._assembled(chosen)
-            if all(_assign(node, key.split("."), value) for key, value in values.items()):
-                return node, self._defaults[1] | chosen
-        return self._plain(list(overrides))
-
-    @functools.cached_property
-    def _defaults(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return self._plain([])
-
-    def _simple(self, override: Override) -> bool:
-        key = override.key_or_group
-        if override.type.name != "CHANGE" or override.package or override.is_sweep_override():
-            return False
-        if key not in self._folders:
-            return not key.startswith("hydra")
-        file = self._folders[key] / f"{override.value()}.yaml"
-        return key in self._defaults[1] and file.is_file() and not self._nests(file)
-
-    def _nests(self, file: Path) -> bool:
-        """Whether a file at the top chooses options of other groups."""
-        is_global, content = self._file(file)
-        return is_global and "defaults" in content
-
-    def _assembled(self, chosen: Mapping[str, str]) -> dict[str, Any]:
-        node = copy.deepcopy(self._defaults[0])
-        for group, name in (self._defaults[1] | chosen).items():
-            if name is None:
-                continue
-            is_global, content = self._file(self._folders[group] / f"{name}.yaml")
-            if is_global:
-                _merge(node, {key: value for key, value in content.items() if key not in self._left_out})
-            elif group in chosen:
-                node[group] = copy.deepcopy(self._option(group, name))
-        return node
-
-    def _composed_option(self, group: str, name: str) -> dict[str, Any]:
-        return self._plain([f"{group}={name!r}"])[0][group]
-
-    def _plain(self, overrides: list[str]) -> Composed:
-        """As Hydra composes it; choices in the order of the defaults list, which Hydra gives backwards."""
-        composed = self._hydra(overrides)
-        choices = list(OmegaConf.to_container(composed.hydra.runtime.choices).items())
-        kept = {key: value for key, value in reversed(choices) if key in self._folders}
-        return without(composed, self._left_out), kept
+    primary, values = read(folder("conf") / "config.yaml"), {}
+    choices = {
+        group: name
+        for default in primary["defaults"]
+        if isinstance(default, dict)
+        for group, name in default.items()
+        if not group.startswith("override ")
+    }
+    for override in map(_parsed, overrides):
+        key, value = override.key_or_group, override.value()
+        simple = override.type.name == "CHANGE" and not override.package and not override.is_sweep_override()
+        if not simple or (key in choices and not isinstance(value, str)):
+            raise NeedsHydra
+        (choices if key in choices else values)[key] = value
+    node = {key: copy.deepcopy(value) for key, value in primary.items() if key not in ("defaults", "hydra")}
+    for group, name in choices.items():
+        if name is not None:
+            _merge(node, _option(group, name))
+    for key, value in values.items():
+        _assign(node, key.split("."), value)
+    return node, choices
 
 
-def without(cfg: DictConfig, keys: Sequence[str]) -> dict[str, Any]:
-    """A configuration as plain data, interpolations unresolved, without some of its top keys."""
-    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key not in keys]))
+_parsed = functools.cache(OverridesParser.create().parse_override)
 
 
-def resolved(part: Any, root: dict[str, Any]) -> Any:
-    """`part` of the plain configuration `root` with its interpolations replaced.
-
-    A text that is one reference, such as `${train.steps}`, takes the value there; OmegaConf sees to anything
-    else.
-    """
-    if isinstance(part, dict):
-        return {key: resolved(value, root) for key, value in part.items()}
-    if isinstance(part, list):
-        return [resolved(value, root) for value in part]
-    if not isinstance(part, str) or "${" not in part:
-        return part
-    if (reference := REFERENCE.fullmatch(part)) is None:
-        return OmegaConf.to_container(OmegaConf.create({**root, "_part": part}), resolve=True)["_part"]
-    value: Any = root
-    for key in reference.group(1).split("."):
-        if not isinstance(value, dict) or key not in value:
-            raise UserError(f"{part} in conf/ refers to a key that is not there")
-        value = value[key]
-    return resolved(value, root)
+def _option(group: str, name: str) -> dict[str, Any]:
+    """Return what an option adds to the configuration."""
+    file = folder("" if group == "experiments" else "conf") / group / f"{name}.yaml"
+    if not file.is_file():
+        raise NeedsHydra
+    if "# @package _global_" not in file.read_text(encoding="utf-8"):
+        return {group: _expanded(file)}
+    content = read(file)
+    if "defaults" in content:
+        raise NeedsHydra
+    return {key: value for key, value in content.items() if key not in ("hydra", LAYOUT)}
 
 
-def is_hydras(override: str) -> bool:
-    """Whether an override is one of Hydra's own settings, which no run reads."""
-    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
-
-
-def key_of(addition: str) -> str:
-    """The key, without its group, of an override such as `++train.steps=3` or `+eval@extra=ptb`."""
-    return addition.lstrip("+").partition("=")[0].rpartition("@")[2]
-
-
-def unread(cfg: Mapping[str, Any], base: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of the leaves of `cfg` that are not in `base`, nor fields of the class that it names."""
-    fields = getattr(get_class(base["_target_"]), "__dataclass_fields__", {}) if "_target_" in base else {}
-    for key, value in cfg.items():
-        if key in base and isinstance(value, dict) and isinstance(base[key], dict):
-            yield from unread(value, base[key], f"{prefix}{key}.")
-        elif key not in base and key in fields:
+def _expanded(file: Path) -> dict[str, Any]:
+    """Return the content of a file merged over the options that its defaults list names."""
+    node: dict[str, Any] = {}
+    content = read(file)
+    for default in content.get("defaults", []):
+        if default == "_self_":  # comes last anyway
             continue
-        elif isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        elif key not in base:
-            yield f"{prefix}{key}"
-
-
-def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of a configuration's leaves."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def _read(file: Path) -> tuple[bool, dict[str, Any]]:
-    """Whether a file's content goes to the top, and the content."""
-    return GLOBAL in file.read_text(encoding="utf-8"), OmegaConf.to_container(OmegaConf.load(file))
+        ((key, name),) = default.items()
+        group, _, package = key.partition("@")
+        home = folder("conf") / group[1:] if group.startswith("/") else file.parent / group
+        _merge(node, {package or group: _expanded(home / f"{name}.yaml")})
+    _merge(node, {key: value for key, value in content.items() if key != "defaults"})
+    return node
 
 
 def _merge(node: dict[str, Any], content: Mapping[str, Any]) -> None:
@@ -169,13 +90,11 @@ def _merge(node: dict[str, Any], content: Mapping[str, Any]) -> None:
             node[key] = copy.deepcopy(value)
 
 
-def _assign(node: Any, path: Sequence[str], value: Any) -> bool:
-    """Set an existing leaf; False where there is none, so that Hydra says what it thinks of it."""
+def _assign(node: Any, path: Sequence[str], value: Any) -> None:
+    """Set an existing leaf."""
     for key in path[:-1]:
         node = node.get(key) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or path[-1] not in node or isinstance(node[path[-1]], dict):
-        return False
-    if isinstance(value, dict):
-        return False
+    leaf = isinstance(node, dict) and path[-1] in node and not isinstance(node[path[-1]], dict)
+    if not leaf or isinstance(value, dict):
+        raise NeedsHydra
     node[path[-1]] = value
-    return True

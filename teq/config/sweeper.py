@@ -16,64 +16,69 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from teq.config.options import output
+from teq.console import print_errors
 from teq.spec import UserError
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def run(launch: Callable[[], Any]) -> int:
-    """Run `launch`, a function under `hydra.main`; what the launcher raises is printed in one line.
+    """Run `launch`, a function under `hydra.main`; an error of the launcher is printed in one line.
 
     Returns 0, or 1 where jobs may be without their records. HYDRA_FULL_ERROR=1 gives the traceback.
     """
     wanted = os.environ.get(FULL_ERROR) == "1"
     try:
-        with env_override({FULL_ERROR: "1"}), _relaunching():  # Hydra raises, where else it prints and exits
+        with env_override({FULL_ERROR: "1"}), _relaunching():  # Hydra would print and exit
             launch()
     except Exception as error:
         if wanted:
             raise
         said = " ".join(str(error).split())
-        line = (
-            said if isinstance(error, UserError) else f"the launcher failed: {type(error).__name__}: {said}"
-        )
-        print(f"error: {line}", file=sys.stderr)
+        known = isinstance(error, UserError)
+        print_errors(said if known else f"the launcher failed: {type(error).__name__}: {said}")
         return 1
     return 0
 
 
+def working() -> Path:
+    """Return the folder of notes on the jobs of this start of run.py."""
+    return output() / "working"
+
+
 @contextlib.contextmanager
 def noted() -> Iterator[None]:
-    """Context manager: a file in the sweep's folder says that this job has begun, then that it has ended."""
+    """Context manager: the file <process id>-<number> says that a job runs, <number>.ended that it has ended.
+
+    A job that an exception stops leaves neither.
+    """
     hydra = HydraConfig.get()
-    if hydra.mode != RunMode.MULTIRUN:
-        yield
-        return
-    begun, ended = _notes(Path(hydra.sweep.dir), hydra.job.num)
+    number = hydra.job.num if hydra.mode == RunMode.MULTIRUN else 0
+    begun = working() / f"{os.getpid()}-{number}"
     with contextlib.suppress(OSError):  # a full disk is the job's to report
+        begun.parent.mkdir(parents=True, exist_ok=True)
         begun.touch()
-    yield
-    with contextlib.suppress(OSError):
-        begun.rename(ended)
-
-
-def _notes(folder: Path, number: int) -> tuple[Path, Path]:
-    return folder / f"{number}.begun", folder / f"{number}.ended"
+    try:
+        yield
+        with contextlib.suppress(OSError):
+            begun.rename(begun.with_name(f"{number}.ended"))
+    finally:
+        begun.unlink(missing_ok=True)
 
 
 class Relauncher:
-    """A launcher that launches again what another one left undone because a worker of its pool was killed."""
+    """A launcher that launches again what another one left undone when a worker of its pool was killed."""
 
     def __init__(self, launcher: Launcher, folder: Path) -> None:
         self.launcher = launcher
         self.folder = folder
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
-        """Return the results of the jobs' calls. Raises UserError, at the end, where a job's worker was
-        killed while it ran nothing else.
+        """Return the results of the jobs. Raises UserError at the end if a worker was killed by a lone job.
 
-        First come the jobs that had not begun; then, each by itself, those that had: any of them may be the
-        one that filled the memory.
+        First come the jobs that had not begun; then, each alone, those that had: any of them may be the one
+        that filled the memory.
         """
         batches, number = deque([list(job_overrides)]), initial_job_idx
         results: list[Any] = []
@@ -83,11 +88,9 @@ class Relauncher:
             try:
                 results += self.launcher.launch(batch, number)
             except BrokenExecutor:
-                notes = [_notes(self.folder, number + i) for i in range(len(batch))]
-                begun = [job for job, (begun, _) in zip(batch, notes, strict=True) if begun.exists()]
-                new = [
-                    job for job, (b, e) in zip(batch, notes, strict=True) if not (b.exists() or e.exists())
-                ]
+                jobs = dict(enumerate(batch, number))
+                begun = [n for n in jobs if any(self.folder.glob(f"*-{n}"))]
+                new = [n for n in jobs if n not in begun and not (self.folder / f"{n}.ended").exists()]
                 if not begun:  # the pool itself is at fault
                     raise
                 if len(batch) == 1:
@@ -97,8 +100,8 @@ class Relauncher:
                         f"a worker process was killed: {len(begun) + len(new)} jobs are run again",
                         file=sys.stderr,
                     )
-                    batches.extendleft([new] if new else [])
-                    batches.extend([job] for job in begun)
+                    batches.extendleft([[jobs[n] for n in new]] if new else [])
+                    batches.extend([jobs[n]] for n in begun)
             number += len(batch)
         if lost:
             raise UserError(
@@ -110,13 +113,14 @@ class Relauncher:
 
 @contextlib.contextmanager
 def _relaunching() -> Iterator[None]:
-    """Context manager: Hydra gives its sweeper every launcher in a `Relauncher`. A launcher class of our own
-    would have to stand in Hydra's packages.
+    """Context manager: Hydra wraps every launcher in a `Relauncher`.
+
+    A launcher class of our own would have to be in Hydra's packages.
     """
     plain = Plugins.instantiate_launcher
 
     def instantiate(self: Plugins, *, config: DictConfig, **given: Any) -> Relauncher:
-        return Relauncher(plain(self, config=config, **given), Path(config.hydra.sweep.dir))
+        return Relauncher(plain(self, config=config, **given), working())
 
     Plugins.instantiate_launcher = instantiate
     try:

@@ -10,12 +10,12 @@ STRATEGIES = ("keep", "checkpoint", "offload")  # of a training step: each takes
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime(Settings):
-    """Execution options that do not affect results and are therefore in no key; `device` is resolved."""
+    """Execution options: no result depends on them, so no key has them; a job's `device` may be `auto`."""
 
     device: str = "cpu"
     memory: str = "auto"  # what the strategy is chosen by
     strategy: str = option("keep", among=STRATEGIES)
-    batch_size: int = option(8, at_least=1)
+    batch_size: int = option(8, at_least=1, key="tasks.batch_size")
     partial: Path | None = None  # folder for the state of a stage that can be interrupted and resumed
 
 

@@ -170,13 +170,18 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def lives(name: str) -> bool | None:
+    """Return whether the process lives whose host and id end `name`; None if this is another host."""
+    here = re.fullmatch(rf".*(?:{MAKING}|_){re.escape(socket.gethostname())}-(\d+)-\w+", name)
+    return alive(int(here[1])) if here else None
+
+
 def abandoned(making: Path) -> bool:
     """Return whether nobody works in a folder named by `making_beside`.
 
     That is: its process ran on this machine and has ended, or the folder has not changed for a week.
     """
-    host, _, pid = making.name.rpartition(MAKING)[2].rpartition("-")[0].rpartition("-")
-    if host == socket.gethostname() and pid.isdecimal() and not alive(int(pid)):
+    if lives(making.name) is False:
         return True
     try:
         return time.time() - making.stat().st_mtime > ABANDONED

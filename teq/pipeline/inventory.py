@@ -2,18 +2,15 @@
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from teq import record
-from teq.config import command_line as config
 from teq.files import disk, in_use
 from teq.files.disk import user_cache
+from teq.pipeline.forecast import RATES
 from teq.pipeline.store import DATA, MANIFEST
-from teq.report import table
-from teq.verbs.plan import RATES
 
 TENSORS = ("scales", "weights")  # pruning deletes their tensors only: the costs stay known
 NOTES = ("digests", "revisions")  # small files of the user's cache
@@ -43,9 +40,9 @@ class Entry:
         return self.path / DATA if self.kind in TENSORS else self.path
 
 
-def entries() -> Iterator[Entry]:
-    """Yield the entries of TEQ_HOME and of the user's cache."""
-    home, store, user, named = config.home(), config.home() / "store", user_cache(), _named()
+def entries(home: Path) -> Iterator[Entry]:
+    """Yield the entries of the folder `home` (TEQ_HOME) and of the user's cache."""
+    store, user, named = home / "store", user_cache(), _named(home / "records")
     for path in sorted(store.glob("*/*/")):
         key, _, state = path.name.partition(".")
         kind = state.partition("-")[0] or path.parent.name
@@ -66,22 +63,10 @@ def entries() -> Iterator[Entry]:
             yield Entry("making" if making else "converted", user, path, user / f"{name}.lock", name)
 
 
-def shown(found: list[Entry]) -> str:
-    """Format entries as a table: one row per kind, model and method."""
-    rows = [["what", "model", "method", "number", "size", "last used"]]
-    for group in dict.fromkeys((e.kind, e.model, e.method) for e in found):
-        alike = [e for e in found if (e.kind, e.model, e.method) == group]
-        ages = [_age(time.time() - used) for used in sorted((e.used for e in alike), reverse=True)]
-        ago = " to ".join(dict.fromkeys([ages[0], ages[-1]]))
-        rows.append([*group, str(len(alike)), amount(sum(size(e.path) for e in alike)), f"{ago} ago"])
-    total = f"{config.home()} and {user_cache()}: {amount(sum(size(e.path) for e in found))}"
-    return f"{table.aligned(rows)}\n{total}" if found else total
-
-
-def _named() -> dict[str, tuple[str, str]]:
-    """Map each stage key to the model and the methods of the records that contain it."""
+def _named(records: Path) -> dict[str, tuple[str, str]]:
+    """Map each stage key to the model and the methods of the `records` that contain it."""
     found: dict[str, tuple[str, set[str]]] = {}
-    for one in record.load(config.home() / "records"):
+    for one in record.load(records):
         for stage in one.data["stages"].values():
             run = one.data["run"]
             found.setdefault(stage["key"], (run["model"]["name"], set()))[1].add(run["method"])
@@ -91,17 +76,6 @@ def _named() -> dict[str, tuple[str, str]]:
 def size(path: Path) -> int:
     """Return the bytes of a file or of all files in a folder; 0 if it does not exist."""
     return sum(state.st_size for state in _inside(path))
-
-
-def amount(bytes_: float) -> str:
-    """Format a number of bytes."""
-    power, unit = next((p for p in ((9, "GB"), (6, "MB"), (3, "kB")) if bytes_ >= 10 ** p[0]), (0, "B"))
-    return f"{bytes_ / 10**power:.{1 if power else 0}f} {unit}"
-
-
-def _age(seconds: float) -> str:
-    unit, length = next((u for u in (("d", 86400), ("h", 3600)) if seconds >= u[1]), ("min", 60))
-    return f"{max(0.0, seconds) / length:.0f} {unit}"
 
 
 def _inside(path: Path) -> list[os.stat_result]:

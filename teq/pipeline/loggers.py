@@ -1,4 +1,4 @@
-"""Where a run reports while it goes on: nowhere, or Weights & Biases."""
+"""Experiment logging to Weights & Biases; `logger: null` logs nothing."""
 
 import contextlib
 import io
@@ -17,30 +17,6 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Silent(Settings):
-    """Reports nothing."""
-
-    def start(self, title: str, run: dict[str, Any], folder: str, group: str | None = None) -> "Silent":
-        """Return nothing to start."""
-        return self
-
-    def __enter__(self) -> "Silent":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """Return nothing to end."""
-
-    def table(self, rows: Sequence[Sequence[str]], picture: bytes | None) -> None:
-        """Return nothing."""
-
-    def step(self, step: int, loss: float) -> None:
-        """Return nothing."""
-
-    def finish(self, finished: "Record") -> None:
-        """Return nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Wandb(Settings):
     """Reports to Weights & Biases; offline unless `mode` says otherwise. Its failures never stop a run."""
 
@@ -50,10 +26,8 @@ class Wandb(Settings):
 
     def start(
         self, title: str, run: dict[str, Any], folder: str, group: str | None = None
-    ) -> "WandbRun | Silent":
-        """Open a run, in the group of its experiment; where that fails (no login, no network) say so and go
-        on without.
-        """
+    ) -> "WandbRun | contextlib.nullcontext[None]":
+        """Open a run in the group of its experiment; without login or network, warn and log nothing."""
         import wandb
 
         try:
@@ -69,7 +43,7 @@ class Wandb(Settings):
             )
         except Exception as error:  # whatever goes wrong in there, the experiment matters more
             log.warning("wandb could not start (%s): this run is not logged there", one_line(error))
-            return Silent()
+            return contextlib.nullcontext()
         return WandbRun(opened)
 
 

@@ -1,4 +1,4 @@
-"""Uncertainty of cells: standard errors, intervals to the baseline, and the marks that need the whole table."""
+"""Uncertainty of cells: standard errors, intervals to the baseline, marks that need the whole table."""
 
 import dataclasses
 import math

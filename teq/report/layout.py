@@ -25,7 +25,7 @@ ANY = "any"  # the value of an axis that a run does not depend on
 
 @dataclass(frozen=True, kw_only=True)
 class Formula(Settings):
-    """What a cell computes from a record: one of `mean`, `sum`, `ratio` of metrics, or a `setting` of the run.
+    """What a cell computes from a record: `mean`, `sum` or `ratio` of metrics, or a `setting` of the run.
 
     A metric is `<evaluation>.<name>`, or `seconds.<stage>` and `peak_bytes.<stage>`. `best` says which end is
     good (null: neither, the cell is compared with the published number for equality).

@@ -21,7 +21,7 @@ MISSING = "nothing"
 
 @dataclass(frozen=True)
 class Match:
-    """A record for a run. `differences` maps a setting to (wanted, the record's); empty for an exact match."""
+    """A record for a run; `differences` maps settings to (wanted, the record's), empty if exact."""
 
     record: Record
     unpublished: bool

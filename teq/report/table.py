@@ -132,7 +132,7 @@ def _cell(
 
 
 def metric(record: Record, name: str, experiment: str, cell: str) -> float:
-    """Return a record's number by `<evaluation>.<metric>` or `<cost>.<stage>`. Raises UserError without one."""
+    """Return a record's number by `<evaluation>.<metric>` or `<cost>.<stage>`. Raises UserError."""
     part, _, key = name.rpartition(".")
     if part in COSTS:
         values = {stage: entry["cost"][part] for stage, entry in record.data["stages"].items()}
@@ -147,7 +147,7 @@ def metric(record: Record, name: str, experiment: str, cell: str) -> float:
 
 
 def _verdict(ours: float, published: Any, error: float | None, spread: float | None, formula: Formula) -> str:
-    """Return the verdict: a match is within 95 % of standard error and seed spread, and the printed digits."""
+    """Return the verdict: a match is within 95 % of standard error, seed spread and printed digits."""
     if published is None:
         return OURS
     band = statistics.Z * math.hypot(error or 0, spread or 0) + 0.5000001 * 10**-formula.digits

@@ -5,7 +5,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -14,10 +13,11 @@ from typing import NoReturn
 
 import filelock
 
-from teq.config import command_line as config
+from teq import config
+from teq.console import aligned
 from teq.files import disk, in_use
 from teq.files.disk import user_cache
-from teq.pipeline.inventory import TENSORS, Entry, amount, entries, shown, size
+from teq.pipeline.inventory import TENSORS, Entry, entries, size
 from teq.spec import UserError
 
 SECONDS = {"m": 60, "h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
@@ -48,9 +48,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"prune needs --stage <what>: some of {', '.join(known)}")
     kinds, before = (known if "all" in given.stage else given.stage), time.time() - _seconds(given.older)
     try:
-        there = list(entries())
+        there = list(entries(config.home()))
         if given.verb is None:
-            print(shown(there))
+            print(_table(there))
             return 0
         chosen = [e for e in there if e.kind in kinds and os.path.lexists(e.target) and e.used <= before]
         return _prune(chosen, given.yes)
@@ -63,8 +63,8 @@ def main(argv: list[str]) -> int:
 
 def _prune(found: list[Entry], sure: bool) -> int:
     if found:
-        print(shown(found))
-        total = amount(sum(size(e.target) for e in found))
+        print(_table(found))
+        total = _amount(sum(size(e.target) for e in found))
         if not sure and not sys.stdin.isatty():
             raise UserError(f"{total} would be deleted, and there is no terminal to ask on: add --yes")
         if not sure and not _agreed(f"delete {total} of this? [y/N] "):
@@ -72,11 +72,34 @@ def _prune(found: list[Entry], sure: bool) -> int:
             return 0
     sizes = {e.path: size(e.target) for e in found}
     kept = [e for e in found if not _deleted(e)]
-    freed = amount(sum(sizes.values()) - sum(sizes[e.path] for e in kept))
+    freed = _amount(sum(sizes.values()) - sum(sizes[e.path] for e in kept))
     left = f"; {len(kept)} left, which running processes use" if kept else ""
     print(f"freed {freed}: {len(found) - len(kept)} of {len(found)}{left}" if found else "nothing to prune")
     _delete_locks()
     return 0
+
+
+def _table(found: list[Entry]) -> str:
+    """Format entries as a table: one row per kind, model and method."""
+    rows = [["what", "model", "method", "number", "size", "last used"]]
+    for group in dict.fromkeys((e.kind, e.model, e.method) for e in found):
+        alike = [e for e in found if (e.kind, e.model, e.method) == group]
+        ages = [_age(time.time() - used) for used in sorted((e.used for e in alike), reverse=True)]
+        ago = " to ".join(dict.fromkeys([ages[0], ages[-1]]))
+        rows.append([*group, str(len(alike)), _amount(sum(size(e.path) for e in alike)), f"{ago} ago"])
+    total = f"{config.home()} and {user_cache()}: {_amount(sum(size(e.path) for e in found))}"
+    return f"{aligned(rows)}\n{total}" if found else total
+
+
+def _amount(bytes_: float) -> str:
+    """Format a number of bytes."""
+    power, unit = next((p for p in ((9, "GB"), (6, "MB"), (3, "kB")) if bytes_ >= 10 ** p[0]), (0, "B"))
+    return f"{bytes_ / 10**power:.{1 if power else 0}f} {unit}"
+
+
+def _age(seconds: float) -> str:
+    unit, length = next((u for u in (("d", 86400), ("h", 3600)) if seconds >= u[1]), ("min", 60))
+    return f"{max(0.0, seconds) / length:.0f} {unit}"
 
 
 def _agreed(question: str) -> bool:
@@ -90,9 +113,11 @@ def _deleted(entry: Entry) -> bool:
     with in_use.unchanging(entry.root), _free(entry.lock) as free:
         used = in_use.held(entry.root)
         name = str(entry.path.relative_to(entry.root)) if entry.path.is_relative_to(entry.root) else None
+        lives = disk.lives(entry.path.name)
+        fresh = time.time() - entry.used < disk.ABANDONED
         waits = (
             (entry.kind == "making" and not disk.abandoned(entry.path))
-            or (entry.kind == "hydra" and _runs(entry))
+            or (entry.kind == "hydra" and (fresh if lives is None else lives))
             or (entry.kind == "wandb" and used)  # its folders do not name their process
         )
         if not free or name in used or waits:
@@ -131,15 +156,6 @@ def _free(lock: Path | None) -> Iterator[bool]:
                 if isinstance(error, OSError) and error.errno not in disk.NO_LOCKS:
                     raise
         yield free
-
-
-def _runs(entry: Entry) -> bool:
-    """Return whether the run of an output folder may still be running."""
-    start, _, rest = entry.path.name.rpartition("_")
-    host, pid = [*rest.rsplit("-", 2), "", ""][:2]
-    if host == socket.gethostname() and start and pid.isdecimal():
-        return disk.alive(int(pid))
-    return time.time() - entry.used < disk.ABANDONED
 
 
 def _seconds(age: str) -> float:

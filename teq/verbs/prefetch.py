@@ -65,20 +65,15 @@ def fetch(name: str, folder: Path) -> str:
     if path.exists() and (locked["revision"], locked["sha256"]) == (found.commit, file_digest(path)):
         return f"{name}: {found.commit} is there already"
     rows = found.all_rows()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = disk.unique_beside(path)
-    try:
+    with disk.aside(path) as aside:
         pyarrow.parquet.write_table(rows, aside, compression="zstd")
         entry = {"name": name, "repo": wanted.repo, "revision": found.commit, "rows": len(rows)}
         _lock(folder, wanted.file, {**entry, "sha256": file_digest(aside)})
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
     return f"{name}: {len(rows)} rows of {wanted.repo}@{found.commit}"
 
 
 def _folder(given: str | None) -> Path:
-    """The mirror's folder, made where it is missing. Raises UserError."""
+    """Return the mirror's folder, made where it is missing. Raises UserError."""
     named = given or os.environ.get("TEQ_DATA")
     if not named:
         raise UserError("prefetch needs a folder: set TEQ_DATA, or pass --into <folder>")
@@ -91,7 +86,7 @@ def _folder(given: str | None) -> Path:
 
 
 def _lock(folder: Path, file: str, entry: dict[str, Any]) -> None:
-    """Add an entry to the lock file, while no other process does."""
+    """Add an entry to the lock file; other processes wait."""
     lock = folder / mirror.LOCK
     with disk.locked(lock.with_suffix(".json.lock"), f"{lock}: another process writes it, waiting"):
         entries = {**mirror.read_lock(folder), file: entry}

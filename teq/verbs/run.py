@@ -1,4 +1,4 @@
-"""What run.py says and does around a job: checking, running, summing up."""
+"""`python run.py`: check every job of a command line, run them, sum up."""
 
 import contextlib
 import errno
@@ -7,29 +7,31 @@ import logging
 import os
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from teq import record
-from teq.config import command_line as config
-from teq.config.command_line import Job
+from teq import config, record
+from teq.config import Job
 from teq.device import locks, memory
-from teq.device.runtime import Runtime, resolve
+from teq.device.runtime import resolve
 from teq.files import disk
+from teq.pipeline import forecast, settings
 from teq.pipeline import run as pipeline
-from teq.pipeline import settings
-from teq.pipeline.loggers import Silent
 from teq.pipeline.store import Store
 from teq.report import table
-from teq.report.match import Library
+from teq.report.match import RecordIndex
 from teq.spec import UserError
-from teq.verbs import plan, signals
+from teq.verbs import signals
+
+if TYPE_CHECKING:
+    from teq.report.read import Shown
 
 log = logging.getLogger(__name__)
 LOST = "it left no record: its process ended without a word, as one that was killed does"
 KEPT = "what was finished is kept, the same command goes on from there"
 INTERRUPTED, TERMINATED = f"interrupted: {KEPT}", f"terminated by SIGTERM: {KEPT}"
 FULL = (errno.ENOSPC, errno.EDQUOT)
-WORKING = "working"  # the folder, beside a start's logs, of notes on the jobs that are under way
 SPACE = 2**16  # bytes that a start of run.py writes at least: Hydra's copy of the configuration, logs
 EXAMPLES = """\
   python run.py                                         the defaults: TEQ at 3 bits on SmolLM2-135M, minutes
@@ -41,28 +43,28 @@ EXAMPLES = """\
 
 
 def help_text() -> str:
-    """Groups, options, experiments and examples."""
-    found = config.groups()
-    found["group_size"].append("any other number above 0")
-    groups = "\n".join(f"  {name:<12} {', '.join(names)}" for name, names in found.items())
-    values = (
-        (config.CONF / "config.yaml")
-        .read_text()
-        .partition("\nrecipe: auto")[2]
-        .partition("\n# what the groups")[0]
-    )
-    indented = "\n".join(f"  {line}" for line in f"recipe: auto{values}".strip().splitlines())
+    """Return groups with their options, values with their defaults, and examples."""
+    sentences, options = config.help_sentences(), config.groups()
+    options["group_size"].append("any other number above 0")
+    groups = [f"  {name:<12} {', '.join(names)}\n{'':15}{sentences[name]}" for name, names in options.items()]
+    values = [
+        f"  {f'{key}={json.dumps(value)}'.replace(chr(34), ''):<29} {sentences[key]}"
+        for key, value in config.values().items()
+        if key not in options
+    ]
     return (
         "Train equivalent transformations, quantize, evaluate; one record per run.\n\n"
-        f"usage: python run.py [-m] [group=option ...] [key=value ...]\n\ngroups\n{groups}\n\n"
-        f"values (null: the recipe decides)\n{indented}\n\nexamples\n{EXAMPLES}\n\n"
+        "usage: python run.py [-m] [group=option ...] [key=value ...]\n\ngroups\n"
+        + "\n".join([*groups, "\nvalues (null: the recipe decides)", *values])
+        + f"\n\nexamples\n{EXAMPLES}\n\n"
         f"Records and cache lie in {config.home()} (TEQ_HOME). Tables: python -m teq report <experiment>."
     )
 
 
 def checked_jobs(argv: list[str]) -> list[Job]:
-    """The jobs of a command line after every check that needs no heavy work. Raises UserError, a line for
-    each problem.
+    """Return the jobs of a command line after every check that needs no heavy work.
+
+    Raises UserError, a line for each problem.
     """
     found = config.jobs(argv)
     Store(config.home() / "store").check()
@@ -108,10 +110,10 @@ def make_output(jobs: int) -> None:
 
 
 def _too_long(job: Job) -> Iterator[str]:
-    """A line for each window of the run that is longer than its model's positions reach."""
+    """Yield a line for each window of the run that is longer than its model's positions reach."""
     if job.dimensions is None and not job.run.model.source.at_hand:
         return  # its configuration would have to be fetched
-    positions = getattr(plan.dimensions(job), "max_position_embeddings", None)
+    positions = getattr(forecast.dimensions(job.run.model, job.dimensions), "max_position_embeddings", None)
     for stage in (job.run.transform, job.run.quantizer, *job.run.evals):
         for name in ("length", "context"):
             length = getattr(stage, name, 0)
@@ -121,7 +123,7 @@ def _too_long(job: Job) -> Iterator[str]:
 
 
 def run_job(job: Job) -> None:
-    """Run one job; a failure is one line here, the traceback in the job's log. Notes either for `summary`."""
+    """Run one job; a failure is one line here, its traceback in the job's log. Leaves a note to `summary`."""
     home = config.home()
     log.info("— %s (%s)", job.run.title(), job.run.key())
     log.debug("settings: %s", json.dumps(job.run.plain()))
@@ -129,18 +131,13 @@ def run_job(job: Job) -> None:
         settings = job.run.plain() | {"method": job.run.method}
         with (
             signals.terminable(),
-            signals.noted(config.output() / WORKING, job.run.key()),
             locks.taken(job.options.device) as device,
-            job.logger.start(job.run.title(), settings, str(home), job.experiment) as logger,
+            _started(job, settings) as logger,
         ):
-            runtime = Runtime(
-                device=resolve(device),
-                memory=job.options.memory,
-                batch_size=job.options.batch_size,
-            )
+            runtime = replace(job.options, device=resolve(device))
             finished = pipeline.run(job.run, Store(home / "store"), home, runtime, logger)
         _note(job, {"record": str(finished.file)})
-    except Exception as error:  # the other jobs of a sweep go on; this one is reported at the end
+    except Exception as error:  # the other jobs run all the same
         line = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.errno in FULL:
             line = f"{error.strerror} ({error.filename}): free space there; {KEPT}"
@@ -151,54 +148,61 @@ def run_job(job: Job) -> None:
         _note(job, {"failed": line})
 
 
+def _started(job: Job, settings: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Return the job's logger, started; a context of None where nothing is logged."""
+    if job.logger is None:
+        return contextlib.nullcontext()
+    return job.logger.start(job.run.title(), settings, str(config.home()), job.experiment)
+
+
 def summary(jobs: list[Job]) -> int:
-    """Print the results of `jobs` as a table, where their records lie, and what failed. Returns the exit
-    status.
-    """
+    """Print the table of the experiment or of the jobs, and what failed. Returns the exit status."""
     outcomes = {job.run.key(): _outcome(job) for job in jobs}
     written = [Path(outcome["record"]) for outcome in outcomes.values() if "record" in outcome]
     found = [one for one in map(record.read, written) if one is not None]
+    shown = _shown(jobs)
     if found:
-        print(table.plain(found, {job.run.key(): job.run.method for job in jobs}))
+        names = {job.run.key(): job.run.method for job in jobs}
+        print(shown.markdown() if shown else table.plain(found, names))
         print(f"{len(found)} records in {config.home() / 'records'}")
-    _log_table(jobs)
+    if shown and (logger := jobs[0].logger) is not None:
+        settings = f"{shown.name}: table", {"experiment": shown.name}, str(config.home()), shown.name
+        with logger.start(*settings) as started:
+            if started is not None:
+                started.table(shown.sheet.data, shown.drawings.get("png"))
     failed = {job.run.key(): job for job in jobs if job.run.key() not in {one.id for one in found}}
     for key, job in failed.items():
         print(f"failed: {job.run.title()}: {outcomes[key].get('failed', LOST)}")
     return 1 if failed else 0
 
 
-def _log_table(jobs: list[Job]) -> None:
-    """Give the logger the table of the experiment that just ran; what is wrong with it stops nothing."""
-    name, logger, home = jobs[0].experiment, jobs[0].logger, config.home()
-    if name is None or isinstance(logger, Silent):
-        return
+def _shown(jobs: list[Job]) -> "Shown | None":
+    """Return the experiment that just ran as the report shows it; errors are logged, not raised."""
+    if (name := jobs[0].experiment) is None:
+        return None
     from teq.report import read as report
 
     try:
-        shown = report.of(name, jobs, Library(report.RESULTS / "records", home / "records"))
+        records = config.folder("results") / "records", config.home() / "records"
+        return report.of(name, jobs, RecordIndex(*records))
     except UserError as error:
-        log.warning("%s: its table is not logged: %s", name, error)
-        return
-    with logger.start(f"{name}: table", {"experiment": name}, str(home), name) as started:
-        started.table(shown.rows(), shown.drawings.get("png"))
+        log.warning("%s: its table is not shown: %s", name, error)
+        return None
 
 
 def _note(job: Job, outcome: dict[str, str]) -> None:
-    """Leave what came of a job to `summary`, which may be another process's."""
-    key = config.start_of_run(), job.run.key()
-    _outcomes[key] = outcome
+    """Leave the outcome of a job to `summary`, which may run in another process."""
+    _outcomes[config.output(), job.run.key()] = outcome
     with contextlib.suppress(OSError):  # a full disk: in this process it is known all the same
         disk.write_text(config.output() / "outcomes" / f"{job.run.key()}.json", json.dumps(outcome))
 
 
 def _outcome(job: Job) -> dict[str, str]:
-    """What came of a job in this run; empty where nobody said."""
-    key = config.start_of_run(), job.run.key()
+    """Return the outcome of a job in this start of run.py; empty where there is none."""
     try:
         return json.loads((config.output() / "outcomes" / f"{job.run.key()}.json").read_text())
     except (OSError, ValueError):
-        return _outcomes.get(key, {})
+        return _outcomes.get((config.output(), job.run.key()), {})
 
 
-_outcomes: dict[tuple[str, str], dict[str, str]] = {}  # by start of run.py and job
+_outcomes: dict[tuple[Path, str], dict[str, str]] = {}  # by output folder and job

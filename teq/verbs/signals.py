@@ -1,4 +1,4 @@
-"""SIGTERM as an exception: schedulers send it before they kill, and what is under way saves its state.
+"""SIGTERM as an exception: schedulers send it before they kill, and running jobs save their state.
 
 A launcher whose process is stopped kills its workers; so it is stopped only after they have saved theirs.
 """
@@ -18,15 +18,15 @@ PATIENCE = 20.0  # seconds that workers are given; SLURM kills 30 s after SIGTER
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. No Exception: nothing goes on to the next job after it."""
+    """SIGTERM arrived. It is no Exception, so that no next job starts."""
 
 
 @contextlib.contextmanager
 def terminable(working: Path | None = None) -> Iterator[None]:
-    """Context manager: SIGTERM raises Terminated, except where a launcher has a handler of its own.
+    """Context manager: SIGTERM raises Terminated, except where a launcher has set a handler.
 
-    SIGTERM and Ctrl-C first stop the child processes whose jobs are noted in the folder `working`, and wait
-    for them.
+    SIGTERM and Ctrl-C first stop the child processes whose jobs `sweeper.noted` names in the folder
+    `working`, and wait for them.
     """
     stopped = float("-inf")
 
@@ -54,21 +54,8 @@ def terminable(working: Path | None = None) -> Iterator[None]:
             signal.signal(each, default)
 
 
-@contextlib.contextmanager
-def noted(working: Path, job: str) -> Iterator[None]:
-    """Context manager: a file in the folder `working` says that this process has not ended a job."""
-    file = working / f"{os.getpid()}-{job}"
-    with contextlib.suppress(OSError):  # a full disk: then nobody waits for this process
-        working.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-
-
 def _stop_workers(working: Path) -> None:
-    """Stop the children of this process that are at a job, and wait until they have ended it."""
+    """Stop the children of this process that run a job, and wait until they have stopped."""
     children = {str(child.pid) for child in multiprocessing.active_children()}
     jobs = [file for file in working.glob("*-*") if file.name.partition("-")[0] in children]
     for file in jobs:

@@ -9,8 +9,8 @@ from hydra.core.config_store import ConfigStore
 from made import add_experiment
 
 import run as entry
+from teq import config
 from teq.__main__ import main
-from teq.config import command_line as config
 from teq.models import wheel
 from teq.spec import UserError
 from teq.verbs import run as cli
@@ -103,16 +103,12 @@ def test_a_number_without_a_file_is_a_group_size_like_those_with_one(tmp_path, m
     ours = config.jobs([*TINY, "group_size=96"])[0].run
     assert ours.quantizer.grid.group_size == 96 and keys[0] == ours.key() and keys[0] != keys[1]
     # the same as if there were a file
-    shutil.copytree(config.CONF, tmp_path / "conf")
+    shutil.copytree(config.folder("conf"), tmp_path / "conf")
     (tmp_path / "conf" / "group_size" / "96.yaml").write_text("# @package _global_\ngroup_size: 96\n")
     ConfigStore.instance().repo.pop("group_size")
-    monkeypatch.setattr(config, "CONF", tmp_path / "conf")
-    config._composer.cache_clear()
-    try:
-        assert config.jobs([*TINY, "group_size=96"])[0].run.key() == keys[0]
-        assert "group_size" not in ConfigStore.instance().repo
-    finally:
-        config._composer.cache_clear()
+    monkeypatch.setenv("TEQ_ROOT", str(tmp_path))
+    assert config.jobs([*TINY, "group_size=96"])[0].run.key() == keys[0]
+    assert "group_size" not in ConfigStore.instance().repo
 
 
 def test_group_sizes_of_an_experiment_file(tmp_path, monkeypatch):
@@ -123,6 +119,14 @@ def test_group_sizes_of_an_experiment_file(tmp_path, monkeypatch):
 
 def test_help_says_that_any_number_is_a_group_size():
     assert re.search(r"group_size +-1, 16, .*512, any other number above 0\n", cli.help_text())
+
+
+def test_every_group_and_value_has_one_sentence_of_help():
+    sentences, named = config.help_sentences(), set(config.groups()) | set(config.values())
+    assert set(sentences) == named
+    assert all(re.fullmatch(r"\S[^\n]*[^.]\.", sentence) for sentence in sentences.values())
+    text = cli.help_text()
+    assert all(sentence in text for sentence in sentences.values())
 
 
 def test_hydras_own_settings_say_where_jobs_run():

@@ -1,0 +1,91 @@
+"""Checks of composed configurations, and Hydra's errors, each in one line."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import get_class
+
+from teq.config.options import INTERNAL, flat, folder, groups, option_names, read
+from teq.spec import UserError
+
+LAUNCHERS = {  # that Hydra's documentation names, with what installs them
+    "joblib": "hydra-joblib-launcher",
+    "ray": "hydra-ray-launcher",
+    "ray_aws": "hydra-ray-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+}
+
+
+def one_line(error: Exception, overrides: Sequence[str], known: Sequence[str] = ()) -> str:
+    """Condense a Hydra error to one line with a suggestion out of the keys `known`."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        if group == "group_size":
+            return f"group_size={name} is not allowed: it must be -1 (whole rows) or a whole number above 0"
+        if group == "hydra/launcher" and name in LAUNCHERS:
+            return f"{group}={name} is not installed: pip install {LAUNCHERS[name]}"
+        options = error.options
+        if not group.startswith("hydra/"):
+            options = option_names(folder("" if group == "experiments" else "conf") / group)
+        return f"{group}={name} is not allowed: it must be one of {', '.join(options)}"
+    text = " ".join(str(error).split())
+    if isinstance(error, ConfigCompositionException) and "Could not override" in text:
+        key = text.split("'")[1]
+        close = difflib.get_close_matches(key, [*known, *groups()], 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"there is no option {key!r}: {hint}`python run.py --help` lists them all"
+    return f"{' '.join(overrides)}: {text}"
+
+
+def check_choices(cfg: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Reject bits or group_size next to grid, which would override them, and a value for a whole section."""
+    for section, values in read(folder("conf") / "config.yaml").items():
+        if section in cfg and isinstance(values, dict) and not isinstance(cfg[section], dict):
+            first = next(iter(values))
+            raise UserError(
+                f"{section}={cfg[section]} is not allowed: set its values, such as {section}.{first}"
+            )
+    for override in overrides:
+        if choices.get("grid") is not None and override.partition("=")[0] in ("bits", "group_size"):
+            raise UserError(
+                f"{override} has no effect beside grid={choices['grid']}, which sets bits and group_size: "
+                f"choose grid={', '.join(groups()['grid'])}"
+            )
+
+
+def check_keys(
+    cfg: Mapping[str, Any], base: Mapping[str, Any], added: Sequence[str], experiment: str | None
+) -> None:
+    """Reject keys of additions (`+key=value`) and experiment files that `base` lacks: nothing reads them."""
+    known = [*groups(), *(key for key, _ in flat(base, INTERNAL))]
+    problems = []
+    for key in _unread(cfg, base):
+        what = f"experiments/{experiment}.yaml sets {key!r}, which is no option"
+        if source := next((line for line in added if f"{key}.".startswith(f"{_key_of(line)}.")), ""):
+            key, what = _key_of(source), f"{source} is read by no run"
+        close = difflib.get_close_matches(key, known, 1, cutoff=0)
+        problems.append(f"{what}: did you mean {close[0]}? `python run.py --help` lists them all")
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+def _key_of(addition: str) -> str:
+    """Return the key, without its group, of an override such as `++train.steps=3` or `+eval@extra=ptb`."""
+    return addition.lstrip("+").partition("=")[0].rpartition("@")[2]
+
+
+def _unread(cfg: Mapping[str, Any], base: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the leaves of `cfg` that are neither in `base` nor fields of the class that it names."""
+    fields = getattr(get_class(base["_target_"]), "__dataclass_fields__", {}) if "_target_" in base else {}
+    for key, value in cfg.items():
+        if key in base and isinstance(value, dict) and isinstance(base[key], dict):
+            yield from _unread(value, base[key], f"{prefix}{key}.")
+        elif key not in base and key in fields:
+            continue
+        elif isinstance(value, dict) and value:
+            yield from (name for name, _ in flat(value, (), f"{prefix}{key}."))
+        elif key not in base:
+            yield f"{prefix}{key}"

@@ -1,0 +1,171 @@
+"""From one composed configuration to its job: settings resolved, recipe filled in, classes instantiated."""
+
+import contextlib
+import functools
+import json
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from teq.config.options import LAYOUT, experiment, folder, option_names, read
+from teq.device.runtime import Runtime
+from teq.evaluate.counts import Counts
+from teq.models.checkpoint import Checkpoint, Outline
+from teq.pipeline.settings import Run
+from teq.quantizers.keep import Keep
+from teq.spec import UserError
+from teq.transforms.identity import Identity
+
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+BASIC = "basic"  # Hydra's launcher that runs jobs in this process
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a command line: the overrides that give it, the run itself, and how it is to be done."""
+
+    overrides: list[str]
+    run: Run
+    options: Runtime
+    logger: Any
+    experiment: str | None
+    layout: Mapping[str, Any] | None
+    dimensions: Mapping[str, Any] | None  # of the architecture, as conf/model carries them
+    launcher: str = BASIC  # Hydra's: any other may run the job on another host
+
+
+def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides: Sequence[str] = ()) -> Job:
+    """Return the job of one composed configuration. `choices` are the options taken of Hydra's groups.
+
+    From here on a configuration is plain data, which is filled in place.
+    """
+    cfg = without(cfg, ("hydra", LAYOUT)) if isinstance(cfg, DictConfig) else cfg
+    name = str(choices["model"])
+    _fill_from_recipe(cfg, name)
+    run = Run(
+        model=Checkpoint(
+            name=name, source=_make(_source(cfg["model"]), cfg), arch=_make(cfg["model"]["arch"], cfg)
+        ),
+        dtype=cfg["dtype"],
+        method=str(choices["method"]),
+        transform=_make(cfg["method"]["transform"], cfg),
+        quantizer=_make(cfg["method"]["quantizer"], cfg),
+        evals=tuple(_make(read(folder("conf") / "eval" / f"{e}.yaml"), cfg) for e in _names(cfg["evals"])),
+    )
+    _check_weights(run)
+    options = Runtime(device=cfg["device"], memory=str(cfg["memory"]), batch_size=cfg["tasks"]["batch_size"])
+    named = choices.get("experiments")
+    layout = None if named is None else experiment(str(named)).get(LAYOUT)
+    logger = None if cfg["logger"] is None else _make(cfg["logger"], cfg)
+    dimensions = cfg["model"].get("config")
+    return Job(list(overrides), run, options, logger, named, layout, dimensions)
+
+
+def _source(model: Mapping[str, Any]) -> Any:
+    """Return the source of the weights: `model.weights` and `model.path` come before the model's own."""
+    made_up = {"synthetic": "teq.models.Synthetic", "none": "teq.models.Outline"}
+    if model["weights"] in made_up:
+        return {"_target_": made_up[model["weights"]], "config": model["config"]}
+    if model["weights"] is not None:
+        raise UserError(
+            f"model.weights={model['weights']} is not allowed: it must be null (the model's own), synthetic "
+            "(random ones of true size) or none (its architecture alone)"
+        )
+    return {"_target_": "teq.models.Folder", "path": model["path"]} if model["path"] else model["source"]
+
+
+def _check_weights(run: Run) -> None:
+    """Reject everything that needs weights where there are none: only counting does without."""
+    if not isinstance(run.model.source, Outline):
+        return
+    if not isinstance(run.transform, Identity) or not isinstance(run.quantizer, Keep):
+        raise UserError(f"method={run.method} needs weights: beside model.weights=none choose method=fp")
+    for evaluation in run.evals:
+        if not isinstance(evaluation, Counts):
+            raise UserError(
+                f"evals={evaluation.name} needs weights: beside model.weights=none choose evals=[counts]"
+            )
+
+
+def without(cfg: DictConfig, keys: Sequence[str]) -> dict[str, Any]:
+    """Return a configuration as plain data, interpolations unresolved, without some of its top keys."""
+    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key not in keys]))
+
+
+def _fill_from_recipe(cfg: dict[str, Any], model: str) -> None:
+    """Put the recipe's values where the user left null; the recipe's exceptions for this cell come first."""
+    recipe = cfg["recipe"]  # the content of conf/recipe/<name>.yaml, or a name
+    if not isinstance(recipe, dict):
+        name, known = (
+            cfg["model"]["recipe"] if recipe == "auto" else recipe,
+            option_names(folder("conf") / "recipe"),
+        )
+        if name not in known:
+            raise UserError(f"recipe={name} is not allowed: it must be one of {', '.join(known)}")
+        recipe = read(folder("conf") / "recipe" / f"{name}.yaml")
+    cell = {"model": model, "bits": cfg["bits"], "group_size": cfg["group_size"]}
+    for exception in recipe.get("exceptions", []):
+        if exception["when"] == cell:
+            _fill(cfg, {key: value for key, value in exception.items() if key != "when"})
+    _fill(cfg, {key: value for key, value in recipe.items() if key != "exceptions"})
+
+
+def _fill(node: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _fill(node[key], value)
+        elif node[key] is None:
+            node[key] = value
+
+
+def _names(evals: Any) -> list[str]:
+    names = [evals] if isinstance(evals, str) else list(evals or [])
+    known = option_names(folder("conf") / "eval")
+    for name in names:
+        if name not in known:
+            raise UserError(f"evals={name} is not allowed: it must be some of {', '.join(known)}")
+    if not names:
+        raise UserError(f"evals is empty: name at least one of {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def _make(node: Any, cfg: dict[str, Any]) -> Any:
+    """Return the settings object of a node with `_target_`; equal nodes give one object, which is frozen."""
+    try:
+        return _made(json.dumps(_resolved(node, cfg)))
+    except InstantiationException as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        raise cause or UserError(" ".join(str(error).split())) from None
+    except OmegaConfBaseException as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+@functools.cache
+def _made(text: str) -> Any:
+    return instantiate(json.loads(text), _convert_="all")
+
+
+def _resolved(part: Any, root: dict[str, Any]) -> Any:
+    """Return `part` of the plain configuration `root` with its interpolations replaced.
+
+    A text that is one reference, such as `${train.steps}`, takes the value there; OmegaConf does the rest.
+    """
+    if isinstance(part, dict):
+        return {key: _resolved(value, root) for key, value in part.items()}
+    if isinstance(part, list):
+        return [_resolved(value, root) for value in part]
+    if not isinstance(part, str) or "${" not in part:
+        return part
+    if reference := REFERENCE.fullmatch(part):
+        with contextlib.suppress(KeyError, TypeError):  # of which OmegaConf says what is wrong
+            return _resolved(functools.reduce(operator.getitem, reference[1].split("."), root), root)
+    return OmegaConf.to_container(OmegaConf.create({**root, "_part": part}), resolve=True)["_part"]

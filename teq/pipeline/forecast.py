@@ -1,0 +1,171 @@
+"""What each stage of a run would need: peak bytes, strategy and seconds; no weight is loaded.
+
+Memory is that of live tensors on the device (see `teq.device.memory`). Seconds are the operations of matrix
+products over the rate at which `calibrate` did those of a small model's training on a device; the rates are
+kept next to the records, one for each device and dtype.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teq.device import memory
+from teq.device.locks import CUDA
+from teq.device.runtime import STRATEGIES, resolve
+from teq.evaluate.workload import WORKLOADS, Scoring
+from teq.files import disk
+from teq.models.arch import Arch
+from teq.models.checkpoint import LM, Checkpoint, Outline, Synthetic
+from teq.pipeline import cost, estimate
+from teq.pipeline.settings import Run
+from teq.spec import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+REPEATS = 3
+RATES = "rates.json"
+CALIBRATION = {  # a model whose matrix products dominate its step, as they do in the ones that take long
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+}
+# on a GPU the small model would be launch-bound
+WIDER = {"hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device that a forecast is for."""
+
+    kind: str  # "cuda" or "cpu"
+    name: str  # in the output
+    budget: int  # bytes
+    here: str | None  # the device of this machine whose rate holds for it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage needs, with one strategy where it has several; None is not known."""
+
+    name: str
+    bytes: int | None
+    flops: int | None = None
+    strategy: str = ""
+    about: bool = False  # from the lengths that documents have for SmolLM2's tokenizer
+
+
+def target(device: str, allowed: str) -> Target:
+    """Return the device here; or a GPU of the size `allowed`, unless the device is the CPU by name.
+
+    Raises UserError where there is no such device, and none is named by its size.
+    """
+    memory.check(allowed)
+    if allowed in STRATEGIES or allowed == "auto" or device == "cpu":
+        here = resolve(device)
+        budget = memory.budget("auto" if allowed in STRATEGIES else allowed, here)
+        return Target(here.partition(":")[0], here, budget, here)
+    if device != "auto" and not CUDA.fullmatch(device):
+        resolve(device)  # raises an error that says what is wrong with it
+    here, budget = resolve("auto"), memory.budget(allowed, "cuda")
+    return Target("cuda", f"a GPU of {allowed}", budget, here if here.startswith("cuda") else None)
+
+
+def stages(
+    run: Run, sizes: "PretrainedConfig", target: Target, allowed: str, batch_size: int
+) -> Iterator[Stage]:
+    """Yield what each stage of a run needs; the scales once for each strategy, the picked one marked."""
+
+    def needed(stage: Any, strategy: str = "keep", device: str = "cpu") -> memory.Estimate:
+        return estimate.estimate(stage, sizes, run.model.arch, run.dtype, strategy, device)
+
+    if run.transform.dry_run is not None:
+        given = (allowed,) if allowed in STRATEGIES else ()
+        tried = dict.fromkeys([*memory.possible(target.kind), *given])
+        found = {strategy: needed(run.transform, strategy) for strategy in tried}
+        fitting = (strategy for strategy, one in found.items() if one.bytes <= target.budget)
+        picked = next(iter(given or fitting), None)
+        for strategy, one in found.items():
+            flops = one.flops // 2 * run.transform.steps  # a dry run is two steps
+            mark = " (picked)" if strategy == picked else ""
+            yield Stage("scales", one.bytes, flops, strategy + mark)
+    if run.quantizer.dry_run is not None:
+        on = "meta" if target.kind == "cuda" else "cpu"  # from a GPU the packed codes go to the host's memory
+        yield Stage("weights", needed(run.quantizer, device=on).bytes)  # its time is no matrix products'
+    elif run.quantizer.estimate is not None:
+        one = run.quantizer.estimate(outline(sizes, run.dtype, run.model.arch))
+        moved = one.movable if target.kind == "cuda" and one.bytes > target.budget else 0
+        yield Stage("weights", one.bytes - moved, one.flops, "hidden states on the host" if moved else "")
+    else:
+        yield Stage("weights", None)
+    for evaluation in run.evals:
+        if evaluation.dry_run is not None:
+            one = needed(evaluation)
+            yield Stage(evaluation.name, one.bytes, one.flops * (evaluation.limit or 0) or None)
+        elif (work := WORKLOADS.get(evaluation.name)) is not None:
+            documents = min(getattr(evaluation, "limit", None) or work.documents, work.documents)
+            scoring = Scoring(work, documents, batch_size)
+            one = needed(scoring)
+            yield Stage(evaluation.name, one.bytes, scoring.flops(one), about=True)
+        else:
+            yield Stage(evaluation.name, None)
+
+
+def calibrate(home: Path, transform: Any, arch: Arch, device: str, dtype: str) -> None:
+    """Measure the rate of a transform's training steps in operations per second on a small model; keep it."""
+    import torch
+
+    source = Synthetic(config=CALIBRATION | (WIDER if device.startswith("cuda") else {}))
+    checkpoint = Checkpoint(name="calibration", source=source, arch=arch)
+    # counted on fake tensors: a compiler declines for good what it first sees under a counter
+    operations = estimate.estimate(transform, checkpoint.source.dimensions(), arch, dtype, "keep").flops
+    lm = checkpoint.load(dtype, device)
+    spent = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        transform.dry_run(lm, "keep")
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        spent.append(time.perf_counter() - start)
+    measured = operations / min(spent[1:])  # the first warms up
+    disk.write_text(home / RATES, json.dumps(rates(home) | {rate_name(device, dtype): measured}, indent=1))
+
+
+def rates(home: Path) -> dict[str, float]:
+    """Return the measured operations per second, by `rate_name`. Raises UserError."""
+    try:
+        return json.loads((home / RATES).read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise UserError(f"{home / RATES} is damaged: delete it and calibrate again") from None
+
+
+def rate_name(device: str, dtype: str) -> str:
+    """Return the name of a device with its thread count, and of a dtype."""
+    import torch  # noqa: F401  (the machine's thread count is torch's)
+
+    found = cost.machine(device)
+    return f"{found['name']}, {found['threads']} threads, {dtype}"
+
+
+def dimensions(model: Checkpoint, given: Mapping[str, Any] | None) -> "PretrainedConfig":
+    """Return the architecture's dimensions: of a local folder, else the `given` ones of conf/model."""
+    source = Outline(config=dict(given)) if given and not model.source.at_hand else model.source
+    return source.dimensions()
+
+
+def outline(dimensions: "PretrainedConfig", dtype: str, arch: Arch) -> LM:
+    """Return the whole model on the meta device: names and shapes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dimensions, dtype=getattr(torch, dtype))
+    return LM(model, None, arch, "outline")
