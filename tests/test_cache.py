@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from made import made
+from record_factory import made
 
 from teq import __main__ as verbs
 from teq import config

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.config_store import ConfigStore
-from made import add_experiment
+from record_factory import add_experiment
 
 import run as entry
 from teq import config

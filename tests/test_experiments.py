@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from made import add_experiment
+from record_factory import add_experiment
 from safetensors.torch import load_file
 
 from teq import config
@@ -19,12 +19,13 @@ from teq.pipeline import run as pipeline
 from teq.pipeline.store import Store
 from teq.report import cells
 from teq.report.cells import Table
-from teq.report.layout import ANY, CELL, FULL, parse
-from teq.report.match import Library
+from teq.report.layout import ANY, CELL, FULL
+from teq.report.layout_checks import parse
+from teq.report.match import RecordIndex
 from teq.report.read import experiments, read
 from teq.spec import UserError
 
-NOTHING = Library(config.ROOT / "no-such-folder")
+NOTHING = RecordIndex(config.ROOT / "no-such-folder")
 METHODS = set(config.groups()["method"])
 
 
@@ -39,7 +40,7 @@ def test_every_experiment_expands_and_places_every_published_number(name):
     body = read(name, (), NOTHING).body
     if not isinstance(body, Table) or body.layout.published is None:
         return
-    shown = {(*row, *column): value.published for (row, column), value in body.values.items()}
+    shown = {(*row, *column): value.published for (row, column), value in body.cells.items()}
     numbers = [leaf for leaf in _leaves(body.layout.published.numbers) if leaf is not None]
     assert sorted(map(str, numbers)) == sorted(str(value) for value in shown.values() if value is not None)
 
@@ -56,7 +57,7 @@ def test_a_model_narrows_an_experiment():
     assert len(jobs) == 10
     other = read("table1", ["model=tiny-opt"], NOTHING).body
     assert other.constant == {"model": "tiny-opt"}
-    assert all(value.published is None for value in other.values.values())
+    assert all(value.published is None for value in other.cells.values())
 
 
 def test_methods_without_a_grid_run_once_and_show_one_row():
@@ -131,8 +132,8 @@ def test_run_py_writes_count_records_that_the_report_shows(own_home):
     command = [sys.executable, str(config.ROOT / "run.py"), "experiments=table9", "model=opt-6.7b,llama-7b"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    body = read("table9", ["model=opt-6.7b,llama-7b"], Library(own_home / "records")).body
-    verdicts = {place: value.verdict for place, value in body.values.items()}
+    body = read("table9", ["model=opt-6.7b,llama-7b"], RecordIndex(own_home / "records")).body
+    verdicts = {place: value.verdict for place, value in body.cells.items()}
     assert verdicts.pop((("opt-6.7b",), ("groups",))) == cells.DIFFERS
     assert set(verdicts.values()) == {cells.MATCH}
     assert len(verdicts) == 13
@@ -162,10 +163,10 @@ def test_an_experiment_with_an_unknown_key(monkeypatch, tmp_path):
 
 def test_table_8_is_what_the_recipe_resolves_to():
     body = read("table8", (), NOTHING).body
-    assert {value.verdict for value in body.values.values()} == {cells.MATCH}
+    assert {value.verdict for value in body.cells.values()} == {cells.MATCH}
     special = {
         (row[0], column[0]): value.ours
-        for (row, column), value in body.values.items()
+        for (row, column), value in body.cells.items()
         if value.ours not in ("ones", 1e-3)
     }
     assert special == {

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from made import made
+from record_factory import made
 
 from teq import config
 from teq.report import figure
-from teq.report.layout import parse
-from teq.report.match import Library
+from teq.report.layout_checks import parse
+from teq.report.match import RecordIndex
 from teq.report.read import read
-from teq.report.render import figure_text
+from teq.report.render import draw, formats, sheets
 
 
 def histogram(values):
@@ -39,11 +39,11 @@ def drawn(tmp_path):
         if (job.run.model.name, grid.bits, grid.group_size) in (("bloom-3b", 3, 128), ("tiny-opt", 4, -1)):
             made(tmp_path, job, evals={"wikitext2": [2.0, 2.1]}, scales=scales([0.5, 0.2, 0.1, 0.3]))
     layout = parse("figure2", config.experiment("figure2")["layout"])
-    return figure.fill("figure2", layout, jobs, Library(tmp_path))
+    return figure.fill("figure2", layout, jobs, RecordIndex(tmp_path))
 
 
 def test_a_panel_of_the_paper_has_its_grid_and_other_models_have_all(drawn):
-    places = [(panel.model, panel.grid, panel.found is not None) for panel in drawn.panels]
+    places = [(panel.model, panel.grid, panel.match is not None) for panel in drawn.panels]
     assert places == [
         ("bloom-3b", "w3_g128", True),
         ("opt-6.7b", "w4", False),
@@ -54,7 +54,9 @@ def test_a_panel_of_the_paper_has_its_grid_and_other_models_have_all(drawn):
 
 
 def test_the_numbers_behind_a_panel(drawn):
-    header, first, second = figure.numbers(drawn)[:3]
+    shown = sheets.of_figure(drawn)
+    header = shown.header
+    first, second = ([box.ours for box in row] for row in shown.rows[:2])
     panel = drawn.panels[0]
     # of scales spread evenly over [0.5, 1.5] half lie in [0.75, 1.25]; over [0.7, 1.3] five sixths
     assert [layer.near for layer in panel.layers] == pytest.approx([0.5, 1, 1, 5 / 6], abs=0.01)
@@ -71,21 +73,21 @@ def test_the_numbers_behind_a_panel(drawn):
 def test_a_start_is_never_taken_for_another(drawn, tmp_path):
     jobs = config.jobs(["experiments=figure3", "model=bloom-3b"])
     layout = parse("figure3", config.experiment("figure3")["layout"])
-    (panel,) = figure.fill("figure3", layout, jobs, Library(tmp_path)).panels
-    assert panel.found is None
+    (panel,) = figure.fill("figure3", layout, jobs, RecordIndex(tmp_path)).panels
+    assert panel.match is None
 
 
 def test_counts_in_other_bins():
     own = {"lowest": 0.0, "highest": 4.0, "counts": [4, 0, 2, 2]}
-    assert figure.rebinned(own, np.array([0, 0.5, 1, 3, 4.0])).tolist() == [2, 2, 2, 2]
-    assert figure.rebinned(own, np.linspace(-10, 10, 7)).sum() == 8
-    assert figure.rebinned(own, np.array([3.0, 4.0])).tolist() == [2]
+    assert draw.rebinned(own, np.array([0, 0.5, 1, 3, 4.0])).tolist() == [2, 2, 2, 2]
+    assert draw.rebinned(own, np.linspace(-10, 10, 7)).sum() == 8
+    assert draw.rebinned(own, np.array([3.0, 4.0])).tolist() == [2]
     one = {"lowest": 1.0, "highest": 1.0, "counts": [7, 0]}
-    assert figure.rebinned(one, np.array([0, 0.9, 1.1])).tolist() == [0, 7]
+    assert draw.rebinned(one, np.array([0, 0.9, 1.1])).tolist() == [0, 7]
 
 
 def test_the_same_records_draw_the_same_bytes(drawn):
-    first, second = figure.draw(drawn), figure.draw(drawn)
+    first, second = draw.draw(drawn), draw.draw(drawn)
     assert first == second
     assert set(first) == {"svg", "png"}
     assert b"bloom-3b w3_g128" in first["svg"]
@@ -94,16 +96,17 @@ def test_the_same_records_draw_the_same_bytes(drawn):
 
 
 def test_nothing_to_draw(tmp_path):
-    shown = read("figure2", ["model=opt-6.7b"], Library(tmp_path))
+    shown = read("figure2", ["model=opt-6.7b"], RecordIndex(tmp_path))
     assert shown.drawings == {}
     assert "python run.py model=opt-6.7b method=teq grid=w4" in shown.markdown()
 
 
 def test_text_of_a_figure(drawn):
-    markdown = figure_text.markdown(drawn)
+    latex = formats.latex(sheets.of_figure(drawn))
+    markdown = formats.markdown(sheets.of_figure(drawn))
     assert "(../figures/figure2.svg)" in markdown
     assert "not run: 3 of 5 panels; `python run.py model=opt-6.7b" in markdown
-    rows = figure_text.comma_separated(drawn).splitlines()
+    rows = formats.comma_separated(sheets.of_figure(drawn)).splitlines()
     assert len(rows) == 1 + 2 * 4
     assert rows[1].startswith("bloom-3b,w3_g128,0,800,0.5")
-    assert r"\includegraphics[width=\linewidth]{../figures/figure2.png}" in figure_text.latex(drawn)
+    assert r"\includegraphics[width=\linewidth]{../figures/figure2.png}" in latex

@@ -4,7 +4,7 @@ import json
 import struct
 
 import pytest
-from made import add_experiment
+from record_factory import add_experiment
 
 import run as entry
 from teq import config, record

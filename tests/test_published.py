@@ -50,12 +50,11 @@ sys.modules["torch"] = None
 from teq import config
 from teq.report import read as report
 results = config.folder("results")
-shown, problems = report.read_all(report.experiments(), (), report.Library(results / "records"))
+shown, problems = report.read_all(report.experiments(), (), report.RecordIndex(results / "records"))
 assert not problems, problems
 for name, one in shown.items():
-    module = report.text if isinstance(one.body, report.Table) else report.figure_text
-    for ending, made in (("md", one.markdown()), ("tex", module.latex(one.body)),
-                         ("csv", module.comma_separated(one.body))):
+    for ending, made in (("md", one.markdown()), ("tex", report.formats.latex(one.sheet)),
+                         ("csv", report.formats.comma_separated(one.sheet))):
         file = results / "tables" / f"{name}.{ending}"
         assert file.read_bytes() == made.encode(), f"{file} is stale: python -m teq report all"
 print(len(shown), "experiments")
@@ -77,7 +76,7 @@ sys.modules["torch"] = None
 from teq import config
 from teq.report import read as report
 results = config.folder("results")
-shown, problems = report.read_all(report.experiments(), (), report.Library(results / "records"))
+shown, problems = report.read_all(report.experiments(), (), report.RecordIndex(results / "records"))
 files = {}
 for name, one in shown.items():
     files |= {f"figures/{name}.{kind}": content for kind, content in one.drawings.items()}
@@ -98,7 +97,7 @@ import hashlib
 from teq import config
 from teq.report import read as report
 results = config.folder("results")
-shown, _ = report.read_all(["figure2"], (), report.Library(results / "records"))
+shown, _ = report.read_all(["figure2"], (), report.RecordIndex(results / "records"))
 for kind, content in shown["figure2"].drawings.items():
     print(kind, hashlib.sha256(content).hexdigest())
 """

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from made import made
+from record_factory import made
 
 from teq import config, record
 from teq.spec import UserError

@@ -5,15 +5,15 @@ import re
 import subprocess
 import sys
 
-import browser
+import chromium
 import numpy as np
 import pytest
-from made import add_experiment, made
+from record_factory import add_experiment, made
 
 from teq import __main__ as verbs
 from teq import config, record
 from teq.report import read as report
-from teq.report.match import Library
+from teq.report.match import RecordIndex
 
 TABLE = """\
 hydra:
@@ -169,7 +169,7 @@ def run_some_paper_records(folder):
 
 def test_the_page_needs_nothing_from_elsewhere(added, own_home):
     run_some(own_home / "records")
-    shown, problems = report.read_all(["added"], (), Library(own_home / "records"))
+    shown, problems = report.read_all(["added"], (), RecordIndex(own_home / "records"))
     page = report.page.render(shown, problems)
     assert not re.search(r'(?:src|href)="(?!#|data:)', page)
     assert "@import" not in page
@@ -180,12 +180,12 @@ def test_the_page_needs_nothing_from_elsewhere(added, own_home):
 
 @pytest.fixture
 def opened(added, own_home, tmp_path):
-    """The page of all in a browser."""
-    if browser.PROGRAM is None:
+    """The page of all in a chromium."""
+    if chromium.PROGRAM is None:
         pytest.skip("needs chromium (Debian: apt-get install chromium)")
     run_some(own_home / "records")
     assert verbs.main(["report", "all"]) == 0
-    one = browser.Browser(tmp_path / "profile")
+    one = chromium.Browser(tmp_path / "profile")
     try:
         yield one, own_home / "report" / "index.html"
     finally:
@@ -343,12 +343,12 @@ def test_a_report_after_an_edit_of_the_checkpoint_says_so(added, own_home, tmp_p
 
         made(own_home / "records", job, evals={"python-docs": np.full(6, 2.0)}, change=of_this_folder)
     (first, *_) = found
-    library = Library(own_home / "records")
+    library = RecordIndex(own_home / "records")
     assert library.find(first.run, {"python-docs"}).differences == {}
     before = Folder(path=str(folder)).fingerprint()
     (folder / "model.safetensors").write_text("[]")
     after = Folder(path=str(folder)).fingerprint()
-    library = Library(own_home / "records")
+    library = RecordIndex(own_home / "records")
     assert library.find(first.run, {"python-docs"}).differences == {"model.weights": (after, before)}
     assert verbs.main(["report", "added", "model=tiny-opt", "method=rtn", f"model.path={folder}"]) == 0
     out = capsys.readouterr().out
@@ -361,8 +361,8 @@ def test_a_report_after_an_edit_of_the_checkpoint_says_so(added, own_home, tmp_p
     exact = made(
         own_home / "records", first, evals={"python-docs": np.full(6, 3.0)}, change=of_the_new_weights
     )
-    answer = Library(own_home / "records").find(first.run, {"python-docs"})
+    answer = RecordIndex(own_home / "records").find(first.run, {"python-docs"})
     assert answer.differences == {} and answer.record.file == exact.file
     for file in folder.iterdir():
         file.unlink()  # what is not there cannot differ
-    assert Library(own_home / "records").find(first.run, {"python-docs"}).differences == {}
+    assert RecordIndex(own_home / "records").find(first.run, {"python-docs"}).differences == {}

@@ -13,14 +13,14 @@ import sys
 import types
 
 import pytest
-from made import add_experiment
+from record_factory import add_experiment
 
 import run as entry
 from teq import config, models, record
 from teq.files import disk as files
 from teq.pipeline import run as pipeline
 from teq.report import read as report
-from teq.report.match import Library
+from teq.report.match import RecordIndex
 from teq.spec import UserError
 from teq.verbs import run as cli
 from teq.verbs import signals
@@ -268,7 +268,7 @@ layout:
 """
     add_experiment(monkeypatch, tmp_path, "small", text)
     assert entry.main(["experiments=small"]) == 0
-    table = report.read("small", (), Library(own_home / "records")).markdown()
+    table = report.read("small", (), RecordIndex(own_home / "records")).markdown()
     assert table.count("| w4 ") == 1 and "perplexity" in table
     assert f"{table}\n2 records in {own_home}" in capsys.readouterr().out
     (tmp_path / "experiments" / "small.yaml").write_text(f"# @package _global_{text.partition('layout')[0]}")

@@ -6,15 +6,16 @@ import pathlib
 
 import numpy as np
 import pytest
-from made import add_experiment, made
+from record_factory import add_experiment, made
 
 from teq import config, record
 from teq.report import claims, match
 from teq.report import table as tables
 from teq.report.cells import BETTER, DIFFERS, MATCH, NOT_RUN, OURS, PARTIAL, WORSE
-from teq.report.layout import parse
-from teq.report.match import Library
-from teq.report.render import text
+from teq.report.layout import Formula
+from teq.report.layout_checks import parse
+from teq.report.match import RecordIndex
+from teq.report.render import formats, sheets, wording
 from teq.spec import UserError
 
 GOLDEN = """\
@@ -45,7 +46,12 @@ LOSSES = np.log(8) + np.array([0.01, -0.02, 0.03, -0.01, 0.0, 0.02, -0.03, 0.0])
 def filled(name, records, overrides=()):
     """The table of an experiment from the records of a folder."""
     jobs = config.jobs([f"experiments={name}", *overrides])
-    return tables.fill(name, parse(name, jobs[0].layout), jobs, Library(records))
+    return tables.fill(name, parse(name, jobs[0].layout), jobs, RecordIndex(records))
+
+
+def sheet(name, records):
+    """The sheet of an experiment's table."""
+    return sheets.of_table(filled(name, records))
 
 
 def of(jobs, model, method):
@@ -74,15 +80,15 @@ def golden(monkeypatch, tmp_path):
 
 
 def test_a_table_with_a_missing_a_partial_and_a_synthetic_cell_is_the_golden_one(golden):
-    shown = text.markdown(filled("golden", golden))
+    shown = formats.markdown(sheet("golden", golden))
     assert shown == (pathlib.Path(__file__).parent / "golden_table.md").read_text(encoding="utf-8")
 
 
 def test_synthetic_weights_never_enter_an_accuracy(golden):
     table = filled("golden", golden)
     row, column = ("w3_g64", "rtn"), ("tiny-llama",)
-    assert table.values[row, (*column, "ppl")].verdict == NOT_RUN
-    assert table.values[row, (*column, "seconds")].synthetic
+    assert table.cells[row, (*column, "ppl")].verdict == NOT_RUN
+    assert table.cells[row, (*column, "seconds")].synthetic
 
 
 def test_narrowed_by_overrides(golden):
@@ -105,7 +111,7 @@ def test_narrowed_by_overrides(golden):
     ],
 )
 def test_verdicts(ours, published, best, verdict):
-    formula = tables.Cell(label="x", mean=("a.ppl",), best=best)
+    formula = Formula(label="x", mean=("a.ppl",), best=best)
     assert tables._verdict(ours, published, 0.05, None, formula) == verdict
 
 
@@ -115,22 +121,22 @@ def test_a_spread_over_seeds_widens_the_noise_band(monkeypatch, tmp_path):
     teq = [j for j in jobs if j.run.method == "teq"]
     for job, shift in zip(teq, (0.0, 0.1, 0.2), strict=True):
         made(tmp_path / "records", job, evals={"python-docs": LOSSES + shift})
-    values = filled("three", tmp_path / "records").values
+    values = filled("three", tmp_path / "records").cells
     value = values[("w3_g64", "teq"), ("tiny-opt", "ppl")]
     numbers = 8 * np.exp([0.0, 0.1, 0.2])
     assert value.ours == pytest.approx(numbers.mean())
     assert value.spread == pytest.approx(numbers.std(ddof=1))
     assert value.verdict == MATCH  # 8.86 against 8.0: outside its own error, inside the spread
     made(tmp_path / "records", of(jobs, "tiny-opt", "rtn"), evals={"python-docs": LOSSES})
-    assert "sd 0.89 over 3 seeds" in text.markdown(filled("three", tmp_path / "records"))
+    assert "sd 0.89 over 3 seeds" in formats.markdown(sheet("three", tmp_path / "records"))
 
 
 def test_a_missing_seed_makes_the_cell_partial(monkeypatch, tmp_path):
     add_experiment(monkeypatch, tmp_path, "two", GOLDEN.replace("recipe: quick", 'seed: "0,1"'))
     (first, _) = [j for j in config.jobs(["experiments=two", "model=tiny-opt"]) if j.run.method == "teq"]
     made(tmp_path / "records", first, evals={"python-docs": LOSSES})
-    value = filled("two", tmp_path / "records").values[("w3_g64", "teq"), ("tiny-opt", "ppl")]
-    assert (value.verdict, text.difference_text(value)) == (PARTIAL, "1 of 2 seeds are missing")
+    value = filled("two", tmp_path / "records").cells[("w3_g64", "teq"), ("tiny-opt", "ppl")]
+    assert (value.verdict, wording.difference_text(value)) == (PARTIAL, "1 of 2 seeds are missing")
 
 
 def test_a_difference_to_rtn_within_chance_is_marked_and_only_on_the_same_tokens(golden):
@@ -141,7 +147,7 @@ def test_a_difference_to_rtn_within_chance_is_marked_and_only_on_the_same_tokens
     made(golden, of(jobs, "tiny-opt", "rtn"), evals={"python-docs": LOSSES})
     made(golden, of(jobs, "tiny-opt", "teq"), evals={"python-docs": LOSSES + noise})
     place = ("w3_g64", "teq"), ("tiny-opt", "ppl")
-    assert filled("golden", golden).values[place].noise
+    assert filled("golden", golden).cells[place].not_significant
     made(
         golden,
         of(jobs, "tiny-opt", "teq"),
@@ -149,7 +155,7 @@ def test_a_difference_to_rtn_within_chance_is_marked_and_only_on_the_same_tokens
         created="2027",
         change=_again,
     )
-    assert not filled("golden", golden).values[place].noise
+    assert not filled("golden", golden).cells[place].not_significant
 
     def other_tokens(data):
         _again(data)
@@ -163,7 +169,7 @@ def test_a_difference_to_rtn_within_chance_is_marked_and_only_on_the_same_tokens
         created="2028",
         change=other_tokens,
     )
-    assert not filled("golden", golden).values[place].noise
+    assert not filled("golden", golden).cells[place].not_significant
 
 
 def test_several_seeds_are_told_from_rounding_when_each_of_them_is(monkeypatch, tmp_path):
@@ -175,11 +181,11 @@ def test_several_seeds_are_told_from_rounding_when_each_of_them_is(monkeypatch, 
     made(folder, next(j for j in jobs if j.run.method == "rtn"), evals={"python-docs": LOSSES})
     made(folder, teq[0], evals={"python-docs": LOSSES - 0.1})
     place = ("w3_g64", "teq"), ("tiny-opt", "ppl")
-    assert not filled("seeds2", folder).values[place].noise
+    assert not filled("seeds2", folder).cells[place].not_significant
     made(folder, teq[1], evals={"python-docs": LOSSES + noise})
-    value = filled("seeds2", folder).values[place]
-    assert value.noise and len(value.beside) == 2
-    lines = text.comma_separated(filled("seeds2", folder)).splitlines()
+    value = filled("seeds2", folder).cells[place]
+    assert value.not_significant and len(value.baseline_intervals) == 2
+    lines = formats.comma_separated(sheet("seeds2", folder)).splitlines()
     (row,) = [line for line in lines if line.startswith("w3_g64,teq,tiny-opt,ppl")]
     assert len(row.split(",")[10].split()) == 2  # both lower ends
 
@@ -190,7 +196,7 @@ def _again(data):
 
 def test_claims_from_published_numbers_and_ours(golden):
     table = filled("golden", golden)
-    (claim,) = claims.check_claims({"golden": table})["golden"]
+    (claim,) = claims.count_claims({"golden": table})["golden"]
     assert (claim.published, claim.ours, claim.partial) == ((1, 1), (1, 2), True)  # seconds: 40 against 4
 
 
@@ -211,12 +217,12 @@ def test_a_changed_published_cell_changes_the_count():
 
 def _claims(name, layouts):
     """The claims of a table, its layout given, without any record."""
-    nothing = Library(config.ROOT / "no-such-folder")
+    nothing = RecordIndex(config.ROOT / "no-such-folder")
     filled_tables = {}
     for each, layout in layouts.items():
         jobs = config.jobs([f"experiments={each}"])
         filled_tables[each] = tables.fill(each, layout, jobs, nothing)
-    return claims.check_claims(filled_tables)[name]
+    return claims.count_claims(filled_tables)[name]
 
 
 def test_a_metric_that_no_run_measures(monkeypatch, tmp_path):
@@ -378,7 +384,7 @@ def test_a_damaged_record_is_left_out_and_hides_no_other(golden, damage, caplog)
     file.write_text(json.dumps(data))
     table = filled("golden", golden)
     assert "is left out" in caplog.text and file.name in caplog.text
-    assert table.values[("full", "fp"), ("tiny-opt", "ppl")].verdict == MATCH
+    assert table.cells[("full", "fp"), ("tiny-opt", "ppl")].verdict == MATCH
 
 
 def test_the_best_is_found_for_each_model_even_where_models_are_rows(monkeypatch, tmp_path):
@@ -389,8 +395,8 @@ def test_the_best_is_found_for_each_model_even_where_models_are_rows(monkeypatch
     for model, shift in (("tiny-opt", 0), ("tiny-llama", 2)):
         for method, gain in (("rtn", 0), ("teq", 0.1)):
             made(folder, of(jobs, model, method), evals={"python-docs": LOSSES + shift - gain})
-    values = filled("rows", folder).values
-    best = {row for (row, column), value in values.items() if value.best and column[-1] == "ppl"}
+    values = filled("rows", folder).cells
+    best = {row for (row, column), value in values.items() if value.is_best and column[-1] == "ppl"}
     assert best == {("tiny-opt", "w3_g64", "teq"), ("tiny-llama", "w3_g64", "teq")}
 
 
@@ -400,9 +406,9 @@ def test_a_text_of_which_only_a_part_was_read_makes_a_cell_partial(golden):
     data = json.loads(file.read_text())
     data["metrics"]["python-docs"]["info"] |= {"partial": True, "rows": 10, "expected_rows": 11}
     file.write_text(json.dumps(data))
-    value = filled("golden", golden).values[("full", "fp"), ("tiny-opt", "ppl")]
+    value = filled("golden", golden).cells[("full", "fp"), ("tiny-opt", "ppl")]
     assert value.verdict == PARTIAL
-    assert text.difference_text(value) == "python-docs.rows 10 instead of 11"
+    assert wording.difference_text(value) == "python-docs.rows 10 instead of 11"
 
 
 @pytest.mark.parametrize(
@@ -424,9 +430,9 @@ def test_a_record_of_another_text_or_other_weights_is_marked(golden, change, sai
         if data["run"]["method"] == "fp":
             change(data)
         file.write_text(json.dumps(data))
-    values = filled("golden", golden).values
+    values = filled("golden", golden).cells
     value = values[("full", "fp"), ("tiny-opt", "ppl")]
-    assert value.verdict == PARTIAL and said in text.difference_text(value)
+    assert value.verdict == PARTIAL and said in wording.difference_text(value)
     assert values[("w3_g64", "rtn"), ("tiny-opt", "ppl")].verdict == WORSE
 
 
@@ -443,24 +449,24 @@ def test_the_nearest_record_is_the_one_with_fewest_differences(golden):
         data["stages"]["weights"]["key"] = "further"
 
     made(golden, teq, evals={"python-docs": LOSSES}, created="2030", change=further)
-    found = Library(golden).find(teq.run, {"python-docs"})
+    found = RecordIndex(golden).find(teq.run, {"python-docs"})
     assert dict(found.differences) == {"transform.steps": (100, 50)}
-    assert Library(golden).find(teq.run, {"python-docs"}, fixed=("transform.steps",)) is None
+    assert RecordIndex(golden).find(teq.run, {"python-docs"}, fixed=("transform.steps",)) is None
     made(golden, teq, evals={"python-docs": LOSSES}, created="2020", change=_again)
-    assert Library(golden).find(teq.run, {"python-docs"}).differences == {}
+    assert RecordIndex(golden).find(teq.run, {"python-docs"}).differences == {}
 
 
 @pytest.mark.parametrize("created", ["2020-01-01", "2030-01-01"])
 def test_a_real_models_seconds_come_before_made_up_weights(golden, created):
     rtn = of(config.jobs(["experiments=golden"]), "tiny-llama", "rtn")
-    assert Library(golden).find(rtn.run, set(), synthetic=True).record.synthetic
+    assert RecordIndex(golden).find(rtn.run, set(), synthetic=True).record.synthetic
 
     def real_and_other(data):
         data["run"]["dtype"] = "bfloat16"
         _again(data)
 
     made(golden, rtn, evals={"python-docs": LOSSES}, created=created, change=real_and_other)
-    found = Library(golden).find(rtn.run, set(), synthetic=True)
+    found = RecordIndex(golden).find(rtn.run, set(), synthetic=True)
     assert not found.record.synthetic and dict(found.differences) == {"dtype": ("float32", "bfloat16")}
 
 
@@ -472,8 +478,8 @@ def test_another_file_that_stands_in_for_a_text_is_named(golden):
         data["text"]["transform"] = stands_in | {"rows": 512, "expected_rows": 10000}
 
     made(golden, of(jobs, "tiny-llama", "teq"), evals={"python-docs": LOSSES}, change=calibrated)
-    value = filled("golden", golden).values[("w3_g64", "teq"), ("tiny-llama", "ppl")]
-    assert text.difference_text(value) == (
+    value = filled("golden", golden).cells[("w3_g64", "teq"), ("tiny-llama", "ppl")]
+    assert wording.difference_text(value) == (
         "transform.calib.rows 512 instead of 10000; "
         "transform.calib.file pile/validation instead of pile/train"
     )
@@ -481,20 +487,21 @@ def test_another_file_that_stands_in_for_a_text_is_named(golden):
 
 def test_settings_of_other_evaluations_do_not_count(golden):
     teq = of(config.jobs(["experiments=golden", "ppl.limit=3", "tasks.limit=5"]), "tiny-opt", "fp")
-    assert dict(Library(golden).find(teq.run, {"python-docs"}).differences) == {"python-docs.limit": (3, 16)}
-    assert Library(golden).find(teq.run, {"lastword-python-docs"}) is None
-    assert Library(golden).find(teq.run, set()).differences == {}
+    index = RecordIndex(golden)
+    assert dict(index.find(teq.run, {"python-docs"}).differences) == {"python-docs.limit": (3, 16)}
+    assert index.find(teq.run, {"lastword-python-docs"}) is None
+    assert index.find(teq.run, set()).differences == {}
 
 
 def test_own_records_come_first_unless_they_are_the_published_ones(golden, tmp_path):
     fp = of(config.jobs(["experiments=golden"]), "tiny-opt", "fp")
     own = tmp_path / "own"
     mine = made(own, fp, evals={"python-docs": LOSSES - 0.12}, seconds=0.25)
-    found = Library(golden, own).find(fp.run, {"python-docs"})
-    assert not found.own
+    found = RecordIndex(golden, own).find(fp.run, {"python-docs"})
+    assert not found.unpublished
     mine.file.write_text(mine.file.read_text().replace("0.25", "0.75"))
-    found = Library(golden, own).find(fp.run, {"python-docs"})
-    assert found.own
+    found = RecordIndex(golden, own).find(fp.run, {"python-docs"})
+    assert found.unpublished
     assert found.record.data["stages"]["scales"]["cost"]["seconds"] == 0.75
 
 
@@ -513,12 +520,12 @@ def test_a_broken_record_and_one_of_another_schema_are_named_and_hide_nothing(go
 
 def test_latex_and_csv(golden):
     table = filled("golden", golden)
-    latex = text.latex(table)
+    latex = formats.latex(sheets.of_table(table))
     assert (
         r"w3\_g64 & rtn & 13.19 $\pm$ 0.09 (9.00, +4.19, worse) & \textbf{4} & -- & 6 [synthetic] \\" in latex
     )
     assert latex.count(r"\begin{") == latex.count(r"\end{") == 2
-    rows = text.comma_separated(table).splitlines()
+    rows = formats.comma_separated(sheets.of_table(table)).splitlines()
     assert rows[0].startswith("grid,method,model,cell,ours,stderr,seed_sd,published,difference,verdict")
     assert any(
         r.startswith("w3_g64,teq,tiny-opt,ppl,8,0.0565685") and r.endswith("transform.steps=50") for r in rows
@@ -529,10 +536,10 @@ def test_latex_and_csv(golden):
 def test_csv_has_whole_numbers_whole_and_quoted_ones_too(golden, monkeypatch, tmp_path):
     fp = of(config.jobs(["experiments=golden"]), "tiny-llama", "fp")
     made(golden, fp, evals={"python-docs": LOSSES}, seconds=3_644_810_240 / 2)
-    assert "full,fp,tiny-llama,seconds,3644810240," in text.comma_separated(filled("golden", golden))
+    assert "full,fp,tiny-llama,seconds,3644810240," in formats.comma_separated(sheet("golden", golden))
     quoted = "  quoted:\n    - {at: {grid: w3_g64, method: teq}, source: their report, values: [7.5, null]}\n"
     add_experiment(monkeypatch, tmp_path, "quoting", GOLDEN + quoted)
-    rows = text.comma_separated(filled("quoting", golden)).splitlines()
+    rows = formats.comma_separated(sheet("quoting", golden)).splitlines()
     assert rows[-1] == 'w3_g64,"teq, their report",tiny-opt,ppl,,,,7.5,,quoted,,,,,,'
     assert len(rows[-1].replace('"teq, their report"', "x").split(",")) == len(rows[0].split(","))
 
