@@ -5,8 +5,6 @@ import graphlib
 import pathlib
 import re
 
-import pytest
-
 from teq import config
 from teq.spec import digest
 
@@ -51,7 +49,6 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else "teq"
 
 
-@pytest.mark.xfail(strict=True, reason="the rooms are not moved yet")
 def test_a_room_imports_only_from_floors_below():
     trees, wrong = modules(), []
     for name, tree in trees.items():
@@ -62,7 +59,6 @@ def test_a_room_imports_only_from_floors_below():
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.xfail(strict=True, reason="the rooms are not moved yet")
 def test_no_circle_inside_a_room():
     trees = modules()
     graph = {

@@ -80,7 +80,7 @@ shown, problems = report.read_all(report.experiments(), (), report.RecordIndex(r
 files = {}
 for name, one in shown.items():
     files |= {f"figures/{name}.{kind}": content for kind, content in one.drawings.items()}
-files["report/index.html"] = report.page.render(shown, problems).encode()
+files["report/index.html"] = report.page_of(shown, problems).encode()
 for name, content in files.items():
     assert (results / name).read_bytes() == content, f"{name} is stale: python -m teq report all"
 print(*files)

@@ -170,12 +170,12 @@ def run_some_paper_records(folder):
 def test_the_page_needs_nothing_from_elsewhere(added, own_home):
     run_some(own_home / "records")
     shown, problems = report.read_all(["added"], (), RecordIndex(own_home / "records"))
-    page = report.page.render(shown, problems)
+    page = report.page_of(shown, problems)
     assert not re.search(r'(?:src|href)="(?!#|data:)', page)
     assert "@import" not in page
     assert "url(" not in page
     assert "<one> file" not in page.replace("\\u003c", "<").split("<script")[0]
-    assert page == report.page.render(shown, problems)
+    assert page == report.page_of(shown, problems)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ seconds before it was hashed gets no entry: a later change could leave its time 
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import time
@@ -15,7 +16,6 @@ from pathlib import Path
 
 from teq.files import disk
 from teq.files.disk import user_cache
-from teq.spec import digest
 
 log = logging.getLogger(__name__)
 UNSETTLED = 2.0  # seconds: the coarsest resolution of file systems' time stamps
@@ -65,7 +65,8 @@ def _known(state: State) -> str | None:
 
 
 def _entry(state: State) -> Path:
-    return user_cache() / "digests" / f"{digest(state[0])}.json"
+    name = hashlib.sha256(str(state[0]).encode()).hexdigest()[:16]
+    return user_cache() / "digests" / f"{name}.json"
 
 
 _digests: dict[tuple[str | int, ...], str] = {}  # by state

@@ -142,8 +142,15 @@ def read_all(
 def write_page(shown: dict[str, Shown], problems: dict[str, str], file: Path) -> Path:
     """Write the page of some experiments; return its file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page.render(shown, problems), encoding="utf-8")
+    file.write_text(page_of(shown, problems), encoding="utf-8")
     return file
+
+
+def page_of(shown: dict[str, Shown], problems: dict[str, str]) -> str:
+    """Return the page of some experiments as HTML."""
+    records = {match.record.file.stem: match.record for one in shown.values() for match in one.body.used()}
+    drawn = [(one.sheet, one.drawings.get("svg", b"")) for one in shown.values()]
+    return page.render(drawn, records.values(), problems)
 
 
 def chosen(argv: Sequence[str]) -> tuple[list[str], list[str], bool]:

@@ -1,9 +1,9 @@
 """The report: one self-contained HTML page. What is shown is decided here; how it behaves, in page.js."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -12,9 +12,6 @@ from teq.record import Record
 from teq.report.cells import BETTER, DIFFERS, MATCH, NOT_RUN, OURS, PARTIAL, WORSE
 from teq.report.render.wording import LEGEND
 from teq.report.sheet import Sheet
-
-if TYPE_CHECKING:
-    from teq.report.read import Shown
 
 SYMBOLS = {  # a verdict is a sign and a word, so that its colour is never needed
     MATCH: "≈",
@@ -40,16 +37,19 @@ CODE = ("sources", "commit", "dirty")
 HERE = Path(__file__).parent
 
 
-def render(shown: Mapping[str, "Shown"], problems: Mapping[str, str]) -> str:
-    """Return the page for experiments by name; `problems` are those that could not be shown."""
+def render(
+    sheets: Sequence[tuple[Sheet, bytes]], records: Iterable[Record], problems: Mapping[str, str]
+) -> str:
+    """Return the page of some sheets, each with its SVG or nothing, and the records that they show.
+
+    `problems` are what could not be shown, by experiment.
+    """
     cells: list[Mapping[str, Any]] = []
-    sections = [_section(one.sheet, one.drawings.get("svg", b""), cells) for one in shown.values()]
-    used = [match.record for one in shown.values() for match in one.body.used()]
-    records = {record.file.stem: record for record in used}
+    sections = [_section(sheet, svg, cells) for sheet, svg in sheets]
     models = sorted({cell["model"] for cell in cells if cell["model"]})
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((HERE / "page.html").read_text(encoding="utf-8"))
-    summaries = {stem: summary(record) for stem, record in records.items()}
+    summaries = {record.file.stem: summary(record) for record in records}
     data = json.dumps({"cells": cells, "records": summaries}, separators=(",", ":"))
     return template.render(
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
