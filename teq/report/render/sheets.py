@@ -17,7 +17,8 @@ def of_table(table: Table) -> Sheet:
     """Return the sheet of a table: a row per row, then rows of numbers that only others measured."""
     notes = wording.notes_of(table)
     models = [_model(table.column_axes, column) for column in table.columns]
-    ran = {column for (_, column), cell in table.cells.items() if cell.matches or cell.formula.setting}
+    ran = {column for (_, column), cell in table.cells.items() if cell.verdict != NOT_RUN}
+    published = {column for (_, column), cell in table.cells.items() if cell.published is not None} - ran
     rows, rules = [], []
     for index, row in enumerate(table.rows):
         if index and len(row) > 1 and row[0] != table.rows[index - 1][0]:
@@ -33,7 +34,7 @@ def of_table(table: Table) -> Sheet:
     if quoted:
         rules.append(len(rows))
     headings = [
-        wording.heading(table, column) + ("" if column in ran or not ran else " (published)")
+        wording.heading(table, column) + (" (published)" if ran and column in published else "")
         for column in table.columns
     ]
     return Sheet(
@@ -154,7 +155,8 @@ def _plain(value: Any) -> Any:
 
 def _digits(value: float) -> int | float:
     """Return eight digits, as many as are the same on every machine; a whole number has all of its own."""
-    return int(value) if value.is_integer() else float(f"{value:.8g}")
+    value = value if value.is_integer() else float(f"{value:.8g}")
+    return int(value) if value.is_integer() else value
 
 
 def _quoted_rows(table: Table, models: list[str]) -> list[list[Box]]:
