@@ -21,6 +21,7 @@ from teq.report.cells import (
     UNJUDGED,
     WORSE,
 )
+from teq.report.render.forest import forest
 from teq.report.sheet import Sheet
 
 SYMBOLS = {  # a verdict is a sign and a word, so that its colour is never needed
@@ -75,6 +76,7 @@ def render(
         models=models,
         problems=problems,
         symbols=SYMBOLS,
+        forest=forest(cells),
         verdicts=[(SYMBOLS[name], name, meaning) for name, meaning in MEANINGS.items()],
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from teq.report.cells import NOT_RUN, OURS, PARTIAL, Cell, Place, Table
+from teq.report.cells import NOT_RUN, OURS, PARTIAL, Cell, Comparison, Place, Table
 from teq.report.figure import Figure, Panel
 from teq.report.layout import FULL
 from teq.report.render import wording
@@ -106,7 +106,15 @@ def _detail(table: Table, cell: Cell, row: Place, column: Place) -> dict[str, An
         "differences": wording.difference_text(cell),
         "command": wording.command(cell.jobs),
         "numbers": [[key, text] for key, text in lines.items() if text],
+        "interval": None if one is None else _interval(one),
     }
+
+
+def _interval(one: Comparison) -> dict[str, Any]:
+    """Return a comparison as the page draws it."""
+    found = one.difference
+    ends = {name: float(f"{getattr(found, name):.6g}") for name in ("mean", "low", "high")}
+    return {**ends, "unit": one.unit, "significant": one.significant}
 
 
 def _table_data(table: Table) -> list[list[Any]]:
