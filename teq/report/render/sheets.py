@@ -100,6 +100,8 @@ def _detail(table: Table, cell: Cell, row: Place, column: Place) -> dict[str, An
     place = [*(wording.coordinate(part) for part in row), wording.heading(table, column)]
     return {
         "title": f"{table.layout.title}: {', '.join(place)}",
+        "group": table.layout.title,
+        "place": ", ".join(place),
         "model": cell.at.get("model", table.constant.get("model", "")),
         "verdict": cell.verdict,
         "records": [match.record.file.stem for match in cell.matches],
