@@ -633,3 +633,41 @@ def test_what_varies_within_a_place_belongs_to_the_cell():
     jobs = config.jobs(["-m", "model=tiny-opt", "method=rtn,teq", "train.steps=1,2", "init=ones,inv_sqrt"])
     found = match.varying(job.run for job in jobs)
     assert sorted(map(sorted, found.values())) == [[], ["transform.init", "transform.steps"]]
+
+
+def test_what_is_known_of_a_file_is_said_where_it_was_read_and_nowhere_else(golden):
+    """By its digest: the same table of someone with another file does not say it."""
+    from teq.data.sources import SOURCES
+
+    assert "hellaswag" in SOURCES and not any("HellaSwag" in note for note in _all_notes())
+    table = filled("golden", golden)
+    digest, text = next(iter(SOURCES["hellaswag"].known.items()))
+    (match, *_) = (match for cell in table.cells.values() for match in cell.matches)
+    info = match.record.metrics["python-docs"]["info"]
+    assert not any(text in line for line in wording.limits(table))
+    info |= {"name": "hellaswag", "sha256": digest}
+    assert f"python-docs: {text}" in wording.limits(table)
+
+
+def _all_notes():
+    """Every note of every experiment's layout."""
+    for name in config.groups()["experiments"]:
+        yield from config.experiment(name).get("layout", {}).get("notes", [])
+
+
+def test_the_nearest_record_is_the_one_that_measured_most(golden):
+    """A newer record of one window, with as many settings of its own, does not hide the older of eight."""
+    job = of(config.jobs(["experiments=golden", "ppl.limit=3"]), "tiny-llama", "fp")
+
+    def limited(limit):
+        def change(data):
+            data["run"]["evals"][0]["limit"] = limit
+            data["metrics"]["python-docs"]["info"]["windows"] = limit
+            data["id"] = f"{limit:016d}"
+
+        return change
+
+    made(golden, job, evals={"python-docs": LOSSES}, change=limited(8), created="2026-01-01")
+    made(golden, job, evals={"python-docs": LOSSES[:1]}, change=limited(1), created="2027-01-01")
+    found = RecordIndex(golden).find(job.run, {"python-docs"})
+    assert found.record.metrics["python-docs"]["info"]["windows"] == 8

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from teq.data.sources import SOURCES
 from teq.report import compare
 from teq.report.cells import NOT_RUN, PARTIAL, Cell, ClaimCount, Comparison, Place, Table
 from teq.report.layout import ANY, CELL, FULL
@@ -246,14 +247,20 @@ def reproduction(table: Table) -> list[str]:
 
 
 def limits(table: Table) -> list[str]:
-    """Return one line per evaluation of which the shown records hold only a part."""
-    found = {}
+    """Return what the shown records were measured on, where it is a part, and what is known of the files."""
+    found: dict[str, None] = {}
+    caveats: dict[str, str] = {}
     for cell in table.cells.values():
         for match in cell.matches:
-            for name, measured in match.record.metrics.items():
-                if name in cell.formula.evaluations() and (text := _limited(measured["info"])):
+            for name in sorted(cell.formula.evaluations()):
+                info = match.record.metrics[name]["info"]
+                if text := _limited(info):
                     found[f"{name}: {text}"] = None
-    return [f"measured on: {'; '.join(found)}"] if found else []
+                source = SOURCES.get(info.get("name", ""))
+                if source is not None and info.get("sha256") in source.known:
+                    caveats[name] = source.known[info["sha256"]]
+    lines = [f"measured on: {'; '.join(found)}"] if found else []
+    return [*lines, *(f"{name}: {text}" for name, text in caveats.items())]
 
 
 def _limited(info: Mapping[str, Any]) -> str:
