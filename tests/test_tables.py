@@ -238,8 +238,8 @@ def test_several_seeds_are_compared_together(monkeypatch, tmp_path):
         next(line for line in lines if line.startswith("w3_g64,teq,tiny-opt,ppl")),
     )
     values = dict(zip(header, row.split(","), strict=False))
-    assert float(values["minus_rtn_low"]) < 0 < float(values["minus_rtn_high"])
-    assert values["minus_rtn_unit"] == "%" and float(values["p_adjusted"]) > 0.05
+    assert float(values["low"]) < 0 < float(values["high"])
+    assert values["unit"] == "%" and float(values["p_adjusted"]) > 0.05
 
 
 @pytest.mark.parametrize(("key", "value"), [("lm_eval", "0.5"), ("bos", "<s>"), ("task_version", 2)])
@@ -615,7 +615,7 @@ def test_csv_has_whole_numbers_whole_and_quoted_ones_too(golden, monkeypatch, tm
     quoted = "  quoted:\n    - {at: {grid: w3_g64, method: teq}, source: their report, values: [7.5, null]}\n"
     add_experiment(monkeypatch, tmp_path, "quoting", GOLDEN + quoted)
     rows = formats.comma_separated(sheet("quoting", golden)).splitlines()
-    assert rows[-1] == 'w3_g64,"teq, their report",tiny-opt,ppl,,,,7.5,,quoted,,,,,,,,,,,,'
+    assert rows[-1] == 'w3_g64,"teq, their report",tiny-opt,ppl,,,,7.5,,quoted,,,,,,,,,,,,,'
     assert len(rows[-1].replace('"teq, their report"', "x").split(",")) == len(rows[0].split(","))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from teq.report.cells import NOT_RUN, OURS, PARTIAL, Cell, Comparison, Place, Table
 from teq.report.figure import Figure, Panel
-from teq.report.layout import FULL
+from teq.report.layout import BASELINE, FULL
 from teq.report.render import wording
 from teq.report.sheet import Box, Sheet
 
@@ -79,7 +79,7 @@ def _cell_box(table: Table, cell: Cell, row: Place, column: Place, model: str, n
 
 def _detail(table: Table, cell: Cell, row: Place, column: Place) -> dict[str, Any]:
     """Return what the page says of a cell that is opened."""
-    formula, versus = cell.formula, table.layout.versus
+    formula = cell.formula
     how = {"mean": "mean of", "sum": "sum of", "ratio": "ratio of"}
     kind = next((words for name, words in how.items() if getattr(formula, name)), "setting")
     names = ", ".join(formula.names) or formula.setting or ""
@@ -89,7 +89,7 @@ def _detail(table: Table, cell: Cell, row: Place, column: Place) -> dict[str, An
         "ours": "" if cell.verdict == NOT_RUN else wording.shown(cell, cell.ours),
         "standard error": wording.shown(cell, cell.stderr),
         f"spread over {len(cell.matches)} seeds": wording.shown(cell, cell.spread),
-        f"minus {versus}, paired [95 %]": wording.compared(cell, one),
+        f"minus {one.versus if one else BASELINE}, paired [95 %]": wording.compared(cell, one),
         "p value": "" if one is None else f"{one.difference.p:.2g}",
         "p value, adjusted for the table": "" if one is None else f"{one.adjusted:.2g}",
         "recovered of what RTN costs": "" if cell.gap is None else f"{cell.gap:.1%}",
@@ -121,9 +121,8 @@ def _interval(one: Comparison) -> dict[str, Any]:
 
 def _table_data(table: Table) -> list[list[Any]]:
     """Return one line per cell: coordinates, ours with its uncertainty, published, verdict, records."""
-    versus = f"minus_{table.layout.versus}"
-    names = ["ours", "stderr", "seed_sd", "published", "difference", "verdict", versus, f"{versus}_low"]
-    names += [f"{versus}_high", f"{versus}_unit", "p", "p_adjusted", "best", "gap", "published_gap"]
+    names = ["ours", "stderr", "seed_sd", "published", "difference", "verdict", "versus", "paired", "low"]
+    names += ["high", "unit", "p", "p_adjusted", "best", "gap", "published_gap"]
     lines: list[list[Any]] = [
         [*table.row_axes, *table.column_axes, *names, "synthetic", "records", "differs_in"]
     ]
@@ -133,10 +132,10 @@ def _table_data(table: Table) -> list[list[Any]]:
             if cell is None:
                 continue
             one = cell.versus
-            tested = ["", "", "", "", "", ""]
+            tested: list[Any] = [""] * 7
             if one is not None:
                 found = one.difference
-                tested = [found.mean, found.low, found.high, one.unit, found.p, one.adjusted]
+                tested = [one.versus, found.mean, found.low, found.high, one.unit, found.p, one.adjusted]
             numbers = [cell.ours, cell.stderr, cell.spread, cell.published, cell.difference]
             line = [
                 *numbers,
@@ -152,7 +151,7 @@ def _table_data(table: Table) -> list[list[Any]]:
             lines.append([*row, *column, *map(_plain, line), records, differs])
     for place, column, value in _quoted(table):
         if value is not None:
-            lines.append([*place, *column, "", "", "", value, "", "quoted", *[""] * 12])
+            lines.append([*place, *column, "", "", "", value, "", "quoted", *[""] * 13])
     return lines
 
 

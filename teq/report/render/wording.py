@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from teq.data.sources import SOURCES
 from teq.report import compare
 from teq.report.cells import NOT_RUN, PARTIAL, Cell, ClaimCount, Comparison, Place, Table
-from teq.report.layout import ANY, CELL, FULL
+from teq.report.layout import ANY, BASELINE, CELL, FULL
 
 if TYPE_CHECKING:
     from teq.config import Job
@@ -186,7 +186,8 @@ def compared(cell: Cell, one: Comparison | None) -> str:
     mean, low, high = (
         f"{v:+.{digits}f}" for v in (one.difference.mean, one.difference.low, one.difference.high)
     )
-    return f"{mean}{unit} [{low}, {high}]{'' if one.significant else ' ~'}".replace("-", "−")
+    versus = "" if one.versus == BASELINE else f" vs {one.versus}"
+    return f"{mean}{unit} [{low}, {high}]".replace("-", "−") + versus + ("" if one.significant else " ~")
 
 
 def command(jobs: Sequence["Job"]) -> str:
@@ -209,7 +210,7 @@ def legend(table: Table, notes: Notes) -> list[str]:
         )
     if any(cell.versus is not None for cell in cells):
         lines.append(
-            f"signed: paired difference to {table.layout.versus} [95 %], of perplexity in per cent; ~ not "
+            f"signed: paired difference to {BASELINE} [95 %], of perplexity in per cent; ~ not "
             "significant (t or McNemar, Benjamini-Hochberg within the table); without an sd it is of one seed"
         )
     if any(cell.is_best for cell in cells):
