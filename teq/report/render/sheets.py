@@ -201,13 +201,12 @@ def of_figure(figure: Figure) -> Sheet:
     header += ["last third", "middle moves least"]
     marks: dict[str, str] = {}
     rows = [_panel_boxes(figure, panel, header, marks) for panel in figure.panels]
-    notes = ["movement: the mean of |log2(s / start)|"] if figure.used() else []
-    notes += [f"{mark} {text}" for text, mark in marks.items()]
+    lines = ["movement: the mean of |log2(s / start)|"] if figure.used() else []
+    lines += [f"{mark} {text}" for text, mark in marks.items()]
+    notes = wording.plain(lines)
     if missing := [panel for panel in figure.panels if panel.match is None]:
-        notes.append(
-            f"not run: {len(missing)} of {len(figure.panels)} panels; `{wording.command(missing[0].jobs)}` "
-            "runs the first"
-        )
+        said = f"not run: {len(missing)} of {len(figure.panels)} panels; "
+        notes.append((said, wording.command(missing[0].jobs), " runs the first"))
     return Sheet(
         name=figure.name,
         kind=figure.layout.kind,
@@ -217,7 +216,7 @@ def of_figure(figure: Figure) -> Sheet:
         models=[""] * len(header),
         rows=rows,
         row_models=[panel.model for panel in figure.panels],
-        notes=[*notes, *figure.layout.notes],
+        notes=[*notes, *wording.plain(figure.layout.notes)],
         picture=bool(figure.used()),
         data=_figure_data(figure),
     )

@@ -195,7 +195,7 @@ def command(jobs: Sequence["Job"]) -> str:
     return f"python run.py {' '.join(jobs[0].overrides)}"
 
 
-def legend(table: Table, notes: Notes) -> list[str]:
+def legend(table: Table, notes: Notes) -> list[tuple[str, ...]]:
     """Return what was measured, what differs, what the signs mean, and what is missing or to be known."""
     cells = list(table.cells.values())
     lines = [f"ours: {'; '.join(notes.common)}"] if notes.common else []
@@ -219,11 +219,20 @@ def legend(table: Table, notes: Notes) -> list[str]:
         lines.append("[synthetic] time and memory on made-up weights of the true sizes")
     lines += reproduction(table)
     if missing := [cell for cell in cells if cell.verdict == NOT_RUN]:
-        lines.append(
-            f"not run: {len(missing)} of {len(cells)} cells; `python run.py experiments={table.name}` runs "
-            f"them, `{command(missing[0].jobs)}` the first"
-        )
-    return lines + list(table.layout.notes)
+        lines.append(f"not run: {len(missing)} of {len(cells)} cells; ")
+        runs = [
+            f"python run.py experiments={table.name}",
+            " runs them, ",
+            command(missing[0].jobs),
+            " the first",
+        ]
+        return [*plain(lines[:-1]), (lines[-1], *runs), *plain(table.layout.notes)]
+    return plain([*lines, *table.layout.notes])
+
+
+def plain(lines: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return lines as notes without code."""
+    return [(line,) for line in lines]
 
 
 def reproduction(table: Table) -> list[str]:
