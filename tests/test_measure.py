@@ -50,7 +50,7 @@ EDIT = "file = cost.PACKAGE / {!r}\nfile.write_text(file.read_text() + '# edited
 
 def test_what_is_imported_changes_no_digest_of_equal_sources(project):
     (few,) = said(project, "show()")
-    more = said(project, "show()\nimport teq.report.compare, teq.report.render.text\nshow()")
+    more = said(project, "show()\nimport teq.report.compare, teq.report.render.wording\nshow()")
     assert [few, few] == more and few["dirty"] is False and len(few["commit"]) == 40
 
 

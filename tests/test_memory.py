@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from teq import config
 from teq.device import memory, offload
+from teq.device.live_bytes import LiveBytes
 from teq.device.runtime import Runtime
 from teq.models.arch import blocks
 from teq.models.checkpoint import LM, Checkpoint
@@ -42,7 +43,7 @@ def test_prediction_is_within_15_percent_of_a_real_step(family, strategy, batch)
     wanted.num_hidden_layers = 7  # the prediction looks at two and at three
     predicted = estimate.estimate(run.transform, wanted, run.model.arch, "float32", strategy)
     model = AutoModelForCausalLM.from_config(wanted).eval().requires_grad_(False)
-    with memory.LiveBytes() as live:
+    with LiveBytes() as live:
         run.transform.dry_run(LM(model, None, run.model.arch, ""), strategy)
     waiting = blocks(model, run.model.arch).values() if strategy == "offload" else ()
     elsewhere = sum(p.nbytes for block in waiting for p in block.parameters())
@@ -60,7 +61,7 @@ def test_training_needs_no_more_than_its_steps_are_predicted_to(family):
     predicted = estimate.estimate(run.transform, config_of_four, run.model.arch, "float32", "keep").bytes
     model = AutoModelForCausalLM.from_config(config_of_four).eval().requires_grad_(False)
     tokens = torch.randint(200, (3, 96), generator=torch.Generator().manual_seed(0))
-    with memory.LiveBytes() as live:
+    with LiveBytes() as live:
         run.transform.train_on(model, run.model.arch, tokens, Runtime())
     weights = sum(p.nbytes for p in model.parameters())
     assert weights + live.peak <= 1.15 * predicted
@@ -68,7 +69,7 @@ def test_training_needs_no_more_than_its_steps_are_predicted_to(family):
 
 def test_live_bytes_counts_a_storage_once_and_only_while_it_lives():
     given = torch.ones(1000)
-    with memory.LiveBytes() as live:
+    with LiveBytes() as live:
         view = (given * 2)[:500]  # 4000 bytes, kept alive by a view
         given.add_(1)
         torch.exp(view)  # 2000 bytes more, at once gone

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from teq import config
 from teq.__main__ import main
-from teq.device import host_memory, memory
+from teq.device import host_memory
+from teq.device.live_bytes import LiveBytes
 from teq.device.runtime import Runtime
 from teq.evaluate import lastword, scoring
 from teq.evaluate.workload import WORKLOADS, Scoring, Workload
@@ -177,7 +178,7 @@ def test_a_tasks_memory_and_operations_are_foreseen(family, monkeypatch):
         return found
 
     monkeypatch.setattr(scoring.SharedContextLM, "_batches", batches)
-    with memory.LiveBytes() as live:
+    with LiveBytes() as live:
         evaluation.measure(lm, Runtime(batch_size=2))
     ((tokens, scored, longest),) = seen
     work = Scoring(Workload(documents, tokens / documents, scored / documents, longest), documents, 2)
@@ -207,7 +208,7 @@ def test_gptqs_memory_is_within_15_percent(family, options):
     settings, lm = job.run.quantizer, job.run.model.load("float32", "cpu")
     weights = sum(p.nbytes for p in lm.model.parameters())
     predicted = settings.estimate(lm).bytes
-    with memory.LiveBytes() as live:
+    with LiveBytes() as live:
         settings.quantize_on(lm, {}, torch.randint(200, (6, 96)))
     assert predicted == pytest.approx(weights + live.peak, rel=0.15)
 
@@ -219,7 +220,7 @@ def test_roundings_memory_is_within_15_percent(family, overrides):
     wanted.num_hidden_layers = 5  # the prediction looks at two and at three
     predicted = estimate.estimate(job.run.quantizer, wanted, job.run.model.arch, "float32", "keep").bytes
     model = AutoModelForCausalLM.from_config(wanted).eval().requires_grad_(False)
-    with memory.LiveBytes() as live:
+    with LiveBytes() as live:
         job.run.quantizer.quantize(lambda: LM(model, None, job.run.model.arch, ""), {}, Runtime())
     weights = sum(p.nbytes for p in model.parameters())
     assert predicted - weights == pytest.approx(live.peak, rel=0.15)
@@ -232,6 +233,6 @@ def test_gptqs_operations_are_those_of_its_matrix_products(family, options):
     (job,) = config.jobs([*shape, *options])
     settings, lm = job.run.quantizer, job.run.model.load("float32", "cpu")
     foreseen = settings.estimate(lm).flops
-    with memory.LiveBytes() as live:
+    with LiveBytes() as live:
         settings.quantize_on(lm, {}, torch.randint(200, (6, 96)))
     assert foreseen == pytest.approx(live.flops, rel=0.3)
