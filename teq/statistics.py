@@ -1,13 +1,32 @@
-"""Uncertainty of metrics: standard errors, and the paired bootstrap for two methods on the same inputs."""
+"""Uncertainty of metrics: standard errors, paired differences of two methods, corrections for many tests."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 Values = Sequence[float] | np.ndarray
-CONFIDENCE = 0.95
-Z = 1.959963984540054  # the standard normal's 97.5 % quantile
+LEVEL = 0.05  # of every test; intervals cover 1 - LEVEL
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference: its mean, the ends of its 95 % interval, the p value of no difference."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+    def scaled(self, factor: float) -> "Difference":
+        """Return the difference in another unit, `factor` above 0."""
+        return Difference(self.mean * factor, self.low * factor, self.high * factor, self.p)
+
+    def percent(self) -> "Difference":
+        """Return a difference of logarithms as the percentage by which one exceeds the other."""
+        mean, low, high = (100 * math.expm1(value) for value in (self.mean, self.low, self.high))
+        return Difference(mean, low, high, self.p)
 
 
 def stderr_of_mean(values: Values) -> float:
@@ -29,32 +48,66 @@ def stderr_of_perplexity(losses: Values) -> float:
     return perplexity(losses) * stderr_of_mean(losses)
 
 
-def paired_bootstrap(
-    pairs: Sequence[tuple[Values, Values, str]], resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the sum of `statistic(a) - statistic(b)` over `pairs`.
+def paired_difference(parts: Sequence[np.ndarray]) -> Difference | None:
+    """Return the mean over `parts` of the mean difference, with a t interval; None where it is undefined.
 
-    `a` and `b` `[n]` belong to the same n documents or windows: a resample draws n of those with replacement
-    and takes both methods' values there (Efron and Tibshirani 1993, chapter 13). Different pairs have others
-    and are resampled by themselves. `statistic` is `mean` (of per-document correctness) or `ppl` (of
-    per-window losses). For `mean` a resample is drawn as the counts of the distinct differences, which has
-    the same distribution and costs nothing for a test set of ten thousand. Raises ValueError when the
-    lengths of a pair differ or are zero.
+    A part holds the differences of two methods on one set, `[seeds, n]`: the same n windows or documents for
+    every seed, and the same seeds in every part. The variance adds that over seeds, of which a seed's scales
+    serve all parts, and that over windows, for each part its own; degrees of freedom are Satterthwaite's
+    (1946). A single part of one seed gives Student's paired t interval.
     """
-    draw = np.random.default_rng(seed)
-    total = np.zeros(resamples)
-    for a, b, statistic in pairs:
-        first, second = _flat(a), _flat(b)
-        if len(first) != len(second) or not len(first):
-            raise ValueError(f"a pair needs the same documents: {len(first)} values beside {len(second)}")
-        if statistic == "mean":
-            values, counts = np.unique(first - second, return_counts=True)
-            total += draw.multinomial(len(first), counts / len(first), size=resamples) @ values / len(first)
-        else:
-            drawn = draw.integers(len(first), size=(resamples, len(first)))
-            total += np.exp(first[drawn].mean(1)) - np.exp(second[drawn].mean(1))
-    low, high = np.quantile(total, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    from scipy import stats
+
+    count = len(parts)
+    seeds = parts[0].shape[0]
+    if any(part.shape[1] < 2 for part in parts):
+        return None
+    mean = float(np.mean([part.mean() for part in parts]))
+    components = [(part.mean(0).var(ddof=1) / part.shape[1] / count**2, part.shape[1] - 1) for part in parts]
+    if seeds > 1:
+        by_seed = np.mean([part.mean(1) for part in parts], axis=0)
+        components.append((by_seed.var(ddof=1) / seeds, seeds - 1))
+    variance = sum(part for part, _ in components)
+    if variance == 0:
+        return Difference(mean, mean, mean, float(mean == 0))
+    freedom = variance**2 / sum(part**2 / freedom for part, freedom in components)
+    half = stats.t.ppf(1 - LEVEL / 2, freedom) * math.sqrt(variance)
+    p = 2 * stats.t.sf(abs(mean) / math.sqrt(variance), freedom)
+    return Difference(mean, mean - half, mean + half, float(p))
+
+
+def mcnemar(differences: Values) -> float:
+    """Return the exact p value of McNemar's test (1947) for differences of two correctnesses, `[n]`."""
+    from scipy import stats
+
+    data = _flat(differences)
+    wins, losses = int((data > 0).sum()), int((data < 0).sum())
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def benjamini_hochberg(p: Sequence[float]) -> list[float]:
+    """Return p values adjusted so that those below `LEVEL` hold that share of false ones (1995)."""
+    from scipy import stats
+
+    return stats.false_discovery_control(p).tolist() if len(p) else []
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p values adjusted so that any false one is below `LEVEL` that rarely (Holm 1979)."""
+    order = np.argsort(p)
+    steps = [(len(p) - rank) * p[index] for rank, index in enumerate(order)]
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1) if len(p) else []
+    return adjusted.tolist()
+
+
+def prediction_half_width(values: Values) -> float:
+    """Return how far another mean of n seeds may lie from that of `values [n]`: t s sqrt(1 + 1/n)."""
+    from scipy import stats
+
+    data = _flat(values)
+    n = len(data)
+    return float(stats.t.ppf(1 - LEVEL / 2, n - 1) * data.std(ddof=1) * math.sqrt(1 + 1 / n))
 
 
 def _flat(values: Values) -> np.ndarray:

@@ -6,6 +6,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from teq import config
+from teq.models.blocks import check_head
 from teq.spec import UserError
 from teq.transforms.teq import loss
 
@@ -47,7 +48,7 @@ def test_loss_is_the_models_own(model):
     (job,) = config.jobs([f"model={model}"])
     lm = job.run.model.load("float32", "cpu")
     tokens = torch.randint(200, (2, 40), generator=torch.Generator().manual_seed(1))
-    loss.check_head(lm.model)
+    check_head(lm.model)
     expected = lm.model(tokens, labels=tokens).loss
     torch.testing.assert_close(loss.causal_loss(lm.model, tokens), expected, rtol=1e-6, atol=0)
 
@@ -64,4 +65,4 @@ def test_a_model_that_bends_its_logits_is_refused():
 
     lm.model.forward = bent
     with pytest.raises(UserError, match="does more to its logits"):
-        loss.check_head(lm.model)
+        check_head(lm.model)

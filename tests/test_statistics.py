@@ -1,11 +1,16 @@
-"""Standard errors and the paired bootstrap against closed forms."""
+"""Standard errors, paired differences and corrections: against closed forms, scipy and simulation."""
 
 import math
+import pathlib
+import zlib
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from teq import statistics
+from teq import record, statistics
+
+RECORDS = pathlib.Path(__file__).resolve().parent.parent / "results" / "records"
 
 
 def test_stderr_of_accuracy_is_the_binomial_one():
@@ -22,49 +27,140 @@ def test_stderr_of_perplexity_is_the_spread_of_perplexities():
     )
 
 
-def resampled(a, b, statistic, resamples=4000):
-    """The interval of one pair, drawn index by index: what the name says and nothing clever."""
-    draw, found = np.random.default_rng(9), []
-    for _ in range(resamples):
-        drawn = draw.integers(len(a), size=len(a))
-        found.append(statistic(a[drawn]) - statistic(b[drawn]))
-    return np.quantile(found, [0.025, 0.975])
-
-
-def test_the_bootstrap_is_the_plain_one():
+def test_one_set_and_one_seed_are_students_paired_t_test():
     rng = np.random.default_rng(5)
-    a, b = rng.integers(0, 2, size=(2, 300))
-    found = statistics.paired_bootstrap([(a, b, "mean")], 4000)
-    assert found == pytest.approx(resampled(a, b, np.mean), abs=0.01)
-    a, b = rng.normal(3, 0.3, size=50), rng.normal(3.2, 0.3, size=50)
-    found = statistics.paired_bootstrap([(a, b, "ppl")], 4000)
-    assert found == pytest.approx(resampled(a, b, statistics.perplexity), abs=0.4)
+    a, b = rng.normal(3, 0.3, size=12), rng.normal(3.2, 0.3, size=12)
+    found = statistics.paired_difference([(a - b)[None]])
+    expected = stats.ttest_rel(a, b)
+    interval = expected.confidence_interval(0.95)
+    assert (found.p, found.low, found.high) == pytest.approx((expected.pvalue, interval.low, interval.high))
 
 
-def test_pairing_removes_the_variance_that_documents_share():
+def test_pairing_removes_the_variance_that_windows_share():
     rng = np.random.default_rng(3)
     easy = rng.normal(3.0, 1.0, size=200)
     better = easy - 0.05 + rng.normal(0, 0.02, size=200)
-    low, high = statistics.paired_bootstrap([(better, easy, "mean")])
-    assert low < -0.05 < high < 0  # although the two means' own errors are ten times the difference
-    closed = 1.96 * statistics.stderr_of_mean(better - easy)
-    assert high - low == pytest.approx(2 * closed, rel=0.15)
-    low, high = statistics.paired_bootstrap([(better, rng.permutation(easy), "mean")])
-    assert low < 0 < high
+    found = statistics.paired_difference([(better - easy)[None]])
+    assert found.low < -0.05 < found.high < 0  # although the two means' own errors are ten times that
+    shuffled = statistics.paired_difference([(better - rng.permutation(easy))[None]])
+    assert shuffled.low < 0 < shuffled.high
 
 
-def test_intervals_of_several_pairs_add_up_and_are_seeded():
-    rng = np.random.default_rng(4)
-    a, b = rng.normal(3, 0.3, size=(2, 50))
-    one = statistics.paired_bootstrap([(a, b, "ppl")])
-    assert one == statistics.paired_bootstrap([(a, b, "ppl")])
-    assert one != statistics.paired_bootstrap([(a, b, "ppl")], seed=1)
-    one = statistics.paired_bootstrap([(a, b, "ppl")], 20_000)
-    low, high = statistics.paired_bootstrap([(a, b, "ppl"), (a, b, "ppl")], 20_000)
-    # variances of independent resamples add
-    assert high - low == pytest.approx(math.sqrt(2) * (one[1] - one[0]), rel=0.05)
+def test_a_percentage_is_that_of_the_perplexities():
+    rng = np.random.default_rng(6)
+    a, b = rng.normal(3, 0.3, size=(2, 20))
+    found = statistics.paired_difference([(a - b)[None]]).percent()
+    ratio = statistics.perplexity(a) / statistics.perplexity(b)
+    assert found.mean == pytest.approx(100 * (ratio - 1), rel=1e-12)
+    assert found.low < found.mean < found.high
 
 
-def test_two_lengths_are_no_pair():
-    with pytest.raises(ValueError, match="3 values beside 2"):
-        statistics.paired_bootstrap([([1, 0, 1], [1, 0], "mean")])
+def test_what_cannot_be_told_is_none_or_certain():
+    assert statistics.paired_difference([np.ones((1, 1))]) is None
+    same = statistics.paired_difference([np.zeros((1, 5))])
+    assert (same.mean, same.p) == (0, 1)
+
+
+def test_mcnemar_is_the_binomial_test_of_the_discordant_documents():
+    differences = [1] * 9 + [-1] * 2 + [0] * 189
+    assert statistics.mcnemar(differences) == pytest.approx(stats.binomtest(9, 11, 0.5).pvalue)
+    assert statistics.mcnemar(np.zeros(10)) == 1
+
+
+def test_mcnemars_false_alarms_are_at_most_nominal():
+    rng = np.random.default_rng(7)
+    for rate in (0.02, 0.1, 0.3):
+        wrong = rng.binomial(200, rate, size=4000)
+        wins = rng.binomial(wrong, 0.5)
+        p = [statistics.mcnemar(np.repeat([1, -1], [w, n - w])) for w, n in zip(wins, wrong, strict=True)]
+        assert np.mean(np.array(p) < 0.05) <= 0.05
+
+
+def test_holm_and_benjamini_hochberg_on_a_known_example():
+    p = [0.01, 0.04, 0.03, 0.005]
+    assert statistics.holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.benjamini_hochberg(p) == pytest.approx([0.02, 0.04, 0.04, 0.02])
+    assert statistics.holm([]) == statistics.benjamini_hochberg([]) == []
+
+
+@pytest.mark.parametrize("correct", [statistics.holm, statistics.benjamini_hochberg])
+def test_without_any_effect_a_table_has_a_false_mark_in_one_of_twenty(correct):
+    rng = np.random.default_rng(8)
+    found = [min(correct(rng.uniform(size=24).tolist())) < 0.05 for _ in range(4000)]
+    assert np.mean(found) <= 0.06
+
+
+def own_differences():
+    """Standardized differences of per-window losses between the methods of a model in our records."""
+    groups = {}
+    for one in record.load(RECORDS):
+        for name, measured in one.metrics.items():
+            if "window_loss" in measured["arrays"]:
+                key = one.data["run"]["model"]["name"], name, measured["info"]["tokens_sha256"]
+                groups.setdefault(key, {})[one.id] = one.array(name, "window_loss")
+    found = []
+    for losses in groups.values():
+        first, *others = (losses[run] for run in sorted(losses))
+        found += [(other - first) for other in others]
+    found = [(d - d.mean()) / d.std(ddof=1) for d in found if len(d) > 4 and d.std() > 0]
+    assert len(found) > 10
+    return found
+
+
+def simulated(rng, pool, n, repeats):
+    """Differences `[repeats, n]` without an effect: our own, in our own autocorrelation.
+
+    A Gaussian AR(1) series with the mean lag-1 autocorrelation of the pool is mapped to the pool's
+    distribution, value by value.
+    """
+    lag = float(np.mean([np.corrcoef(d[:-1], d[1:])[0, 1] for d in pool]))
+    values = np.sort(np.concatenate(pool))
+    series = np.empty((repeats, n))
+    series[:, 0] = rng.standard_normal(repeats)
+    for i in range(1, n):
+        noise = rng.standard_normal(repeats)
+        series[:, i] = lag * series[:, i - 1] + math.sqrt(1 - lag**2) * noise
+    return np.quantile(values, stats.norm.cdf(series)) - values.mean()
+
+
+@pytest.mark.parametrize("n", [8, 10, 16, 50])
+def test_the_intervals_cover_as_often_as_they_say(n):
+    rng = np.random.default_rng(zlib.crc32(str(n).encode()))
+    draws = simulated(rng, own_differences(), n, 4000)
+    found = [statistics.paired_difference([draw[None]]) for draw in draws]
+    covered = np.mean([one.low <= 0 <= one.high for one in found])
+    assert 0.93 <= covered <= 0.97, covered
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.5, 2.0])
+def test_three_seeds_cover_too(spread):
+    """Windows are the same for every seed, a seed moves all of its windows, and each a little more."""
+    rng = np.random.default_rng(11)
+    windows = simulated(rng, own_differences(), 16, 2000)
+    seeds = spread * rng.standard_normal((2000, 3, 1)) / 4
+    noise = 0.3 * rng.standard_normal((2000, 3, 16))
+    found = [
+        statistics.paired_difference([w[None] + s + e]) for w, s, e in zip(windows, seeds, noise, strict=True)
+    ]
+    covered = np.mean([one.low <= 0 <= one.high for one in found])
+    assert covered >= 0.93, covered
+
+
+def test_a_seed_that_moves_all_sets_is_counted_once():
+    rng = np.random.default_rng(12)
+    found = []
+    for _ in range(1500):
+        seeds = rng.standard_normal((3, 1))
+        parts = [seeds + 0.5 * rng.standard_normal((1, n)) for n in (40, 80)]
+        found.append(statistics.paired_difference(parts))
+    assert np.mean([one.low <= 0 <= one.high for one in found]) >= 0.93
+
+
+def test_another_mean_of_seeds_lies_within_the_prediction():
+    rng = np.random.default_rng(13)
+    draws = rng.standard_normal((4000, 3))
+    one = rng.standard_normal(4000)
+    inside = [
+        abs(d.mean() - x) <= statistics.prediction_half_width(d) for d, x in zip(draws, one, strict=True)
+    ]
+    assert 0.93 <= np.mean(inside) <= 0.97

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks import measuring
 from teq.models import arch
-from teq.models.checkpoint import LM, Checkpoint, Folder
+from teq.models.checkpoint import LM, Checkpoint
+from teq.models.folder import Folder, Saved
 from teq.pipeline import cost, estimate
 from teq.spec import Settings, UserError
 from teq.transforms.teq.settings import Teq
@@ -52,10 +53,9 @@ class Spec:
 
     def portable(self) -> "Spec":
         """The same with the checkpoint's own folder, where it has one: to fetch it takes more packages."""
-        folder = self.checkpoint.source.folder()
-        if folder is None:
+        if not isinstance(self.checkpoint.source, Saved):
             return self
-        source = Folder(path=str(Path(folder).resolve()))
+        source = Folder(path=str(self.checkpoint.source.folder().resolve()))
         return dataclasses.replace(self, checkpoint=dataclasses.replace(self.checkpoint, source=source))
 
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from teq.report.layout import Formula, Layout
 from teq.report.match import Match
+from teq.statistics import LEVEL, Difference
 
 if TYPE_CHECKING:
     from teq.config import Job
 
-BASELINE = "rtn"  # what differences are tested against
 MATCH, BETTER, WORSE, DIFFERS, PARTIAL, NOT_RUN, OURS = (
     "match",
     "better",
@@ -20,8 +20,26 @@ MATCH, BETTER, WORSE, DIFFERS, PARTIAL, NOT_RUN, OURS = (
     "not run",
     "ours only",
 )
+ONE_SEED, AS_STATED, UNJUDGED = "one seed", "as stated", "not judged"
 Place = tuple[str, ...]  # the coordinates of a row or of a column
 Cells = Mapping[tuple[Place, Place], "Cell"]  # by row and column
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A cell's paired difference to another one's: a percentage of perplexity, or points of accuracy.
+
+    `adjusted` is its p value among all comparisons of the table (Benjamini-Hochberg).
+    """
+
+    difference: Difference
+    unit: str  # "%" or "points"
+    adjusted: float = 1.0
+
+    @property
+    def significant(self) -> bool:
+        """Return whether it differs significantly."""
+        return self.adjusted < LEVEL
 
 
 @dataclass(frozen=True)
@@ -37,8 +55,11 @@ class Cell:
     spread: float | None
     published: float | str | None
     verdict: str
-    baseline_intervals: Sequence[tuple[float, float]] = ()  # each record minus the baseline's, 95 %
-    is_best: bool = False
+    seeds: Sequence[float] = ()  # the number of each record
+    versus: Comparison | None = None  # with the layout's baseline
+    is_best: bool = False  # or not significantly worse than the best
+    gap: float | None = None  # recovered of what rounding costs, (rtn - m) / (rtn - fp)
+    published_gap: float | None = None
 
     @property
     def differences(self) -> dict[str, tuple[Any, Any]]:
@@ -47,8 +68,8 @@ class Cell:
 
     @property
     def not_significant(self) -> bool:
-        """Return whether a record does not differ significantly from the baseline's."""
-        return any(low <= 0 <= high for low, high in self.baseline_intervals)
+        """Return whether it was compared with the baseline and does not differ significantly from it."""
+        return self.versus is not None and not self.versus.significant
 
     @property
     def synthetic(self) -> bool:
@@ -64,14 +85,25 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """Of how many scenarios the winners won; of those that were tested, how many significantly either way."""
+
+    won: int = 0
+    of: int = 0
+    tested: int = 0
+    wins: int = 0  # significant ones
+    losses: int = 0
+
+
+@dataclass(frozen=True)
 class ClaimCount:
-    """A claim of the paper, counted again: in how many scenarios, of how many."""
+    """A claim of the paper, counted again."""
 
     says: str
-    claimed: tuple[int, int]
-    published: tuple[int, int]  # recomputed from the published numbers
-    ours: tuple[int, int]  # from the scenarios that our records cover
-    partial: bool  # whether some of those are partial
+    claimed: tuple[int, int]  # how many, of how many
+    published: Outcome  # recomputed from the published numbers, tested against our records' paired error
+    ours: Outcome  # from the scenarios that our records cover
+    partial: int  # how many of those are partial
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,18 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from teq import statistics
 from teq.record import Record
-from teq.report.cells import BASELINE, PARTIAL, Cell, Cells, Place
+from teq.report.cells import PARTIAL, Cell, Cells, Comparison, Place
 from teq.report.layout import ANY, COSTS, FULL, Formula
-
-if TYPE_CHECKING:
-    import numpy as np
+from teq.statistics import LEVEL
 
 ARRAYS = {"ppl": ("window_loss", "ppl"), "acc": ("correct", "mean"), "acc_norm": ("correct_norm", "mean")}
-RESAMPLES = 1000
+HARNESS = ("task_version", "lm_eval", "bos", "context")  # what else makes requests of a text
 
 
 def stderr(record: Record, name: str) -> float | None:
@@ -39,39 +39,50 @@ def cell_stderr(formula: Formula, record: Record) -> float | None:
     return formula.times * (total / len(errors) if formula.mean else total)
 
 
-def difference_interval(formula: Formula, one: Record, other: Record) -> tuple[float, float] | None:
-    """Return the 95 % interval of a cell's number in `one` minus that in `other`, by the paired bootstrap.
+def compared(formula: Formula, ones: Sequence[Record], others: Sequence[Record]) -> Comparison | None:
+    """Return the paired difference of a cell's number, `ones` minus `others`, over their common inputs.
 
-    None where they were not measured on the same documents or windows, or nothing can be resampled.
+    Several records are several seeds, paired one by one; a single one stands for every seed of the other.
+    Perplexities are compared by their logarithms, as a percentage. None where the inputs, or the harness that
+    made requests of them, are not the same, or there is nothing to pair.
     """
-    if formula.ratio or formula.setting:
+    pairs = max(len(ones), len(others))
+    if formula.ratio or formula.setting or {len(ones), len(others)} - {1, pairs} or not pairs:
         return None
-    pairs = []
+    statistic, parts = set(), []
     for name in formula.names:
-        pair = _paired(one, other, name)
-        if pair is None:
+        seeds = [paired(ones[i % len(ones)], others[i % len(others)], name) for i in range(pairs)]
+        if any(one is None for one in seeds):
             return None
-        pairs.append(pair)
-    low, high = statistics.paired_bootstrap(pairs, RESAMPLES)
-    scale = formula.times / (len(pairs) if formula.mean else 1)
-    return scale * low, scale * high
+        parts.append(np.stack([one for one in seeds if one is not None]))
+        statistic.add(ARRAYS[name.rpartition(".")[2]][1])
+    found = statistics.paired_difference(parts) if len(statistic) == 1 else None
+    if found is None:
+        return None
+    if statistic == {"ppl"}:
+        return Comparison(found.percent(), "%")
+    if pairs == len(parts) == 1:
+        found = dataclasses.replace(found, p=statistics.mcnemar(parts[0]))
+    return Comparison(found.scaled(formula.times * (1 if formula.mean else len(parts))), "points")
 
 
-def _paired(one: Record, other: Record, name: str) -> "tuple[np.ndarray, np.ndarray, str] | None":
-    """Return the values behind a metric in two records, if both measured the same tokens or documents."""
+def paired(one: Record, other: Record, name: str) -> "np.ndarray | None":
+    """Return the differences `[n]` behind a metric in two records, if both measured the same inputs."""
     evaluation, _, key = name.rpartition(".")
-    array, statistic = ARRAYS.get(key, (None, None))
-    if evaluation in COSTS or array is None or statistic is None:
+    array, _ = ARRAYS.get(key, (None, None))
+    if evaluation in COSTS or array is None:
         return None
     both = [record.metrics[evaluation] for record in (one, other)]
     if any(array not in measured["arrays"] for measured in both) or len({_inputs(m) for m in both}) != 1:
         return None
-    pair = one.array(evaluation, array), other.array(evaluation, array)
-    return (*pair, statistic) if len(pair[0]) == len(pair[1]) else None
+    first, second = (record.array(evaluation, array).astype(np.float64) for record in (one, other))
+    return first - second if len(first) == len(second) else None
 
 
 def _inputs(measured: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(value for key, value in sorted(measured["info"].items()) if key.endswith("sha256"))
+    """Return what two measurements must share to be paired: tokens or documents, and the harness."""
+    info = measured["info"]
+    return tuple((key, info[key]) for key in sorted(info) if key.endswith("sha256") or key in HARNESS)
 
 
 def flag_mismatched_inputs(cells: Cells) -> Cells:
@@ -87,11 +98,12 @@ def flag_mismatched_inputs(cells: Cells) -> Cells:
     usual = {name: counter.most_common(1)[0][0] for name, counter in counts.items()}
     out = {}
     for key, cell in cells.items():
-        read = {f"{cell.at.get('model')}.weights"} | {f"{name}.text" for name in cell.formula.evaluations()}
+        read = {f"{cell.at.get('model')}.weights"}
+        read |= {f"{name}.{what}" for name in cell.formula.evaluations() for what in ("text", "harness")}
         matches = []
         for match in cell.matches:
             unlike = {
-                name: (usual[name][:16], digest[:16])
+                name: (_shortened(usual[name]), _shortened(digest))
                 for name, digest in _identities(match.record)
                 if name in read and digest != usual[name]
             }
@@ -101,28 +113,41 @@ def flag_mismatched_inputs(cells: Cells) -> Cells:
     return out
 
 
+def _shortened(identity: str) -> str:
+    """Return a digest's first digits; a harness is said in words."""
+    return identity if " " in identity else identity[:16]
+
+
 def _identities(record: Record) -> Iterator[tuple[str, str]]:
     """Yield what a record's numbers were measured on, as (name, digest)."""
     if not record.synthetic:
         yield f"{record.data['run']['model']['name']}.weights", record.data["identity"]
     for name, measured in record.metrics.items():
-        if "sha256" in measured["info"]:
-            yield f"{name}.text", measured["info"]["sha256"]
+        info = measured["info"]
+        if "sha256" in info:
+            yield f"{name}.text", info["sha256"]
+        if "lm_eval" in info:
+            yield f"{name}.harness", ", ".join(f"{key} {info.get(key)}" for key in HARNESS[:3])
 
 
-def compare_with_baseline(cells: Cells) -> Cells:
-    """Compare each cell with its baseline on the same documents or windows."""
-    baselines = [cell for cell in cells.values() if cell.at.get("method") == BASELINE]
-    out = {}
+def compare_with_baseline(cells: Cells, versus: str) -> Cells:
+    """Compare each cell with that of the method `versus` at the same place; correct for their number."""
+    baselines = [cell for cell in cells.values() if cell.at.get("method") == versus]
+    found = {}
     for key, cell in cells.items():
-        candidates = [one for one in baselines if one is not cell and _same_but_method(cell, one)]
-        if candidates and candidates[0].matches and cell.matches:
-            baseline = candidates[0].matches[0].record
-            intervals = [difference_interval(cell.formula, one.record, baseline) for one in cell.matches]
-            if None not in intervals:
-                cell = dataclasses.replace(cell, baseline_intervals=intervals)
-        out[key] = cell
-    return out
+        other = next((one for one in baselines if one is not cell and _same_but_method(cell, one)), None)
+        if other is not None:
+            one = compared(cell.formula, _records(cell), _records(other))
+            found |= {} if one is None else {key: one}
+    adjusted = statistics.benjamini_hochberg([one.difference.p for one in found.values()])
+    marked = dict(cells)
+    for (key, one), p in zip(found.items(), adjusted, strict=True):
+        marked[key] = dataclasses.replace(cells[key], versus=dataclasses.replace(one, adjusted=p))
+    return marked
+
+
+def _records(cell: Cell) -> list[Record]:
+    return [match.record for match in cell.matches]
 
 
 def _same_but_method(cell: Cell, baseline: Cell) -> bool:
@@ -130,17 +155,94 @@ def _same_but_method(cell: Cell, baseline: Cell) -> bool:
 
 
 def mark_best(cells: Cells, column_axes: Sequence[str]) -> Cells:
-    """Mark the best of our numbers in a column among the rows of one grid and one model."""
+    """Mark the best of our numbers in a column, of one grid and model, and all that may be as good.
+
+    Those are the cells whose paired difference to the best one is not significant within the block.
+    """
     blocks: dict[tuple[Any, ...], list[tuple[Place, Place]]] = {}
     for key, cell in cells.items():
         if isinstance(cell.ours, float) and cell.formula.best and cell.at.get("grid") != FULL:
             block = key[1], cell.at.get("grid"), cell.at.get("model")
             blocks.setdefault(block, []).append(key)
-    out = dict(cells)
+    marked = dict(cells)
     for keys in blocks.values():
-        numbers = [cells[key].ours for key in keys if isinstance(cells[key].ours, float)]
-        top = min(numbers) if cells[keys[0]].formula.lower_is_better else max(numbers)
-        for key in keys if len(keys) > 1 else []:
-            if cells[key].ours == top:
-                out[key] = dataclasses.replace(cells[key], is_best=True)
-    return out
+        top = (min if cells[keys[0]].formula.lower_is_better else max)(keys, key=lambda key: cells[key].ours)
+        others = [key for key in keys if cells[key].ours != cells[top].ours]
+        if not others:
+            continue
+        tests = {
+            key: compared(cells[key].formula, _records(cells[key]), _records(cells[top])) for key in others
+        }
+        known = {key: one.difference.p for key, one in tests.items() if one is not None}
+        adjusted = statistics.benjamini_hochberg(list(known.values()))
+        close = {key for key, p in zip(known, adjusted, strict=True) if p >= LEVEL}
+        for key in keys:
+            if key not in others or key in close:
+                marked[key] = dataclasses.replace(cells[key], is_best=True)
+    return marked
+
+
+def recover_gaps(cells: Cells) -> Cells:
+    """Note how much of what RTN costs each cell recovers, `(rtn - m) / (rtn - fp)`, ours and published."""
+    by_method: dict[tuple[Any, ...], Cell] = {}
+    for cell in cells.values():
+        by_method[_place(cell, cell.at.get("grid")), cell.at.get("method")] = cell
+    found = dict(cells)
+    for key, cell in cells.items():
+        rtn = by_method.get((_place(cell, cell.at.get("grid")), "rtn"))
+        fp = by_method.get((_place(cell, FULL), "fp"))
+        if rtn is None or fp is None or cell.at.get("method") in ("rtn", "fp") or not cell.formula.best:
+            continue
+        gap, published = (
+            _gap(*(getattr(one, name) for one in (cell, rtn, fp))) for name in ("ours", "published")
+        )
+        found[key] = dataclasses.replace(cell, gap=gap, published_gap=published)
+    return found
+
+
+def _place(cell: Cell, grid: str | None) -> tuple[Any, ...]:
+    """Return a cell's coordinates without its method, on another grid."""
+    rest = sorted((axis, value) for axis, value in cell.at.items() if axis not in ("method", "grid"))
+    return grid, *rest
+
+
+def _gap(cell: Any, rtn: Any, fp: Any) -> float | None:
+    if not all(isinstance(value, int | float) for value in (cell, rtn, fp)) or rtn == fp:
+        return None
+    return float((rtn - cell) / (rtn - fp))
+
+
+def order_agreement(cells: Sequence[Cell]) -> float | None:
+    """Return Kendall's tau of our order of some cells and the published one; None of fewer than three."""
+    from scipy import stats
+
+    pairs = [(cell.ours, cell.published) for cell in cells if isinstance(cell.ours, float)]
+    pairs = [pair for pair in pairs if isinstance(pair[1], int | float)]
+    return float(stats.kendalltau(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else None
+
+
+def accepted_by_mistake(cells: Cells) -> tuple[int, int]:
+    """Return how many published numbers of other methods the tolerances of the cells accept, of how many.
+
+    Each stands for the mean of three seeds without spread, at the same place and grid.
+    """
+    accepted = of = 0
+    for cell in cells.values():
+        for other in cells.values():
+            numbers = cell.published, other.published
+            if other is cell or any(not isinstance(number, int | float) for number in numbers):
+                continue
+            if _place(cell, cell.at.get("grid")) == _place(other, other.at.get("grid")):
+                of += 1
+                accepted += abs(numbers[0] - numbers[1]) <= tolerance(cell.formula, numbers[0], ())
+    return accepted, of
+
+
+def tolerance(formula: Formula, published: float, seeds: Sequence[float]) -> float:
+    """Return how far ours may lie from a published number: digits, allowance, and noise of several `seeds`.
+
+    No sampling error of the texts: ours and the paper's are measured on the same ones.
+    """
+    width = 0.5000001 * 10**-formula.digits + formula.allowance
+    width += formula.allowance_percent / 100 * abs(published)
+    return width + (statistics.prediction_half_width(seeds) if len(seeds) > 1 else 0.0)

@@ -28,7 +28,9 @@ class Formula(Settings):
     """What a cell computes from a record: `mean`, `sum` or `ratio` of metrics, or a `setting` of the run.
 
     A metric is `<evaluation>.<name>`, or `seconds.<stage>` and `peak_bytes.<stage>`. `best` says which end is
-    good (null: neither, the cell is compared with the published number for equality).
+    good (null: neither, the cell is compared with the published number for equality). `allowance` (in the
+    cell's unit) and `allowance_percent` (of the published number) are how far a reproduction may lie from it
+    beyond printed digits and seed noise, for libraries and hardware that round otherwise.
     """
 
     label: str
@@ -39,6 +41,8 @@ class Formula(Settings):
     times: float = 1.0
     digits: int = option(2, at_least=0, at_most=12)
     best: str | None = option(None, among=("lowest", "highest"))
+    allowance: float = option(0.0, at_least=0)
+    allowance_percent: float = option(0.0, at_least=0)
 
     @property
     def lower_is_better(self) -> bool:
@@ -49,6 +53,11 @@ class Formula(Settings):
     def names(self) -> tuple[str, ...]:
         """Return the metrics it reads."""
         return self.mean or self.sum or self.ratio or ()
+
+    @property
+    def is_cost(self) -> bool:
+        """Return whether it reads seconds or memory, which no other machine has to meet."""
+        return any(name.rpartition(".")[0] in COSTS for name in self.names)
 
     def evaluations(self) -> set[str]:
         """Return the evaluations it reads."""
@@ -134,3 +143,4 @@ class Layout(Settings):
     claims: tuple[Any, ...] = ()
     notes: tuple[str, ...] = ()
     panels: dict[str, Any] | None = None
+    versus: str = "rtn"  # the method that the others are compared with

@@ -17,14 +17,13 @@ class Box:
     ours: str = ""
     model: str = ""
     best: bool = False
-    stderr: str = ""
+    versus: str = ""  # the paired difference to the table's baseline
     spread: str = ""
     seeds: int = 1
-    not_significant: bool = False
     published: str = ""
     difference: str = ""
     verdict: str = ""
-    mark: str = ""
+    mark: str = ""  # of footnotes
     synthetic: bool = False
     sort: float | str = ""
     detail: Mapping[str, Any] = field(default_factory=dict)

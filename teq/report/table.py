@@ -8,7 +8,21 @@ from teq import statistics
 from teq.console import aligned
 from teq.record import Record
 from teq.report import compare, match
-from teq.report.cells import BETTER, DIFFERS, MATCH, NOT_RUN, OURS, PARTIAL, WORSE, Cell, Place, Table
+from teq.report.cells import (
+    AS_STATED,
+    BETTER,
+    DIFFERS,
+    MATCH,
+    NOT_RUN,
+    ONE_SEED,
+    OURS,
+    PARTIAL,
+    UNJUDGED,
+    WORSE,
+    Cell,
+    Place,
+    Table,
+)
 from teq.report.layout import ANY, CELL, COSTS, FULL, Formula, Layout
 from teq.report.match import RecordIndex
 from teq.spec import UserError
@@ -29,8 +43,8 @@ def fill(name: str, layout: Layout, jobs: Sequence["Job"], index: RecordIndex) -
             at = dict(zip([*row_axes, *column_axes], (*place, cell_name), strict=True))
             row, column = tuple(at[a] for a in row_axes), tuple(at[a] for a in column_axes)
             filled[row, column] = _cell(name, layout, at, formula, alike, index, fixed)
-    marked = compare.compare_with_baseline(compare.flag_mismatched_inputs(filled))
-    marked = compare.mark_best(marked, column_axes)
+    marked = compare.compare_with_baseline(compare.flag_mismatched_inputs(filled), layout.versus)
+    marked = compare.recover_gaps(compare.mark_best(marked, column_axes))
     rows = _in_order([row for row, _ in marked])
     columns = _in_order([column for _, column in marked])
     constant = {
@@ -107,7 +121,7 @@ def _cell(
     published = layout.published.at(at, layout.rows) if layout.published else None
     if formula.setting is not None:
         ours = _setting(name, jobs[0], formula.setting)
-        verdict = OURS if published is None else MATCH if ours == published else DIFFERS
+        verdict = OURS if published is None else AS_STATED if ours == published else DIFFERS
         return Cell(at, formula, jobs, (), ours, None, None, published, verdict)
     for job in jobs:
         names = {evaluation.name for evaluation in job.run.evals}
@@ -127,8 +141,13 @@ def _cell(
     spread = statistics.stderr_of_mean(numbers) * math.sqrt(len(numbers)) if len(numbers) > 1 else None
     stderr = compare.cell_stderr(formula, found[0].record)
     partial = any(f.differences for f in found) or len(found) < len({job.run.key() for job in jobs})
-    verdict = PARTIAL if partial else _verdict(ours, published, stderr, spread, formula)
-    return Cell(at, formula, jobs, found, ours, stderr, spread, published, verdict)
+    verdict = PARTIAL if partial else _verdict(numbers, published, formula, _is_seeded(jobs[0]))
+    return Cell(at, formula, jobs, found, ours, stderr, spread, published, verdict, numbers)
+
+
+def _is_seeded(job: "Job") -> bool:
+    """Return whether a run draws calibration text."""
+    return any(stage.corpus() is not None for stage in (job.run.transform, job.run.quantizer))
 
 
 def metric(record: Record, name: str, experiment: str, cell: str) -> float:
@@ -146,16 +165,23 @@ def metric(record: Record, name: str, experiment: str, cell: str) -> float:
     return float(values[key])
 
 
-def _verdict(ours: float, published: Any, error: float | None, spread: float | None, formula: Formula) -> str:
-    """Return the verdict: a match is within 95 % of standard error, seed spread and printed digits."""
+def _verdict(numbers: Sequence[float], published: Any, formula: Formula, seeded: bool) -> str:
+    """Return the verdict of our numbers, one per seed, against a published one; see `compare.tolerance`.
+
+    A method that draws calibration text needs several seeds; no other machine has to meet seconds.
+    """
     if published is None:
         return OURS
-    band = statistics.Z * math.hypot(error or 0, spread or 0) + 0.5000001 * 10**-formula.digits
-    if abs(ours - published) <= band:
+    if formula.is_cost:
+        return UNJUDGED
+    if seeded and len(numbers) < 2:
+        return ONE_SEED
+    ours = math.fsum(numbers) / len(numbers)
+    if abs(ours - published) <= compare.tolerance(formula, published, numbers):
         return MATCH
     if formula.best is None:
         return DIFFERS
-    return BETTER if (ours < published) == (formula.lower_is_better) else WORSE
+    return BETTER if (ours < published) == formula.lower_is_better else WORSE
 
 
 def _setting(name: str, job: "Job", path: str) -> Any:

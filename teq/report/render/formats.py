@@ -8,6 +8,7 @@ from teq.report.sheet import Box, Sheet
 
 SPECIAL = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "~": r"$\sim$", "±": r"$\pm$"}
 SPECIAL |= {"−": "$-$", "–": "--", "<": "$<$", ">": "$>$", "|": "$|$", "{": r"\{", "}": r"\}", "^": r"\^{}"}
+SPECIAL |= {mark: rf"$^{{{digit}}}$" for digit, mark in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
 
 
 def markdown(sheet: Sheet) -> str:
@@ -56,7 +57,7 @@ def escaped(text: str) -> str:
 
 def _text(box: Box) -> str:
     if box.kind == "cell" and not box.ours:
-        return f"({box.published})" if box.published else "–"
+        return box.published or "–"
     return box.ours + _rest(box)
 
 
@@ -66,11 +67,9 @@ def _tex(box: Box) -> str:
 
 def _rest(box: Box) -> str:
     """Return what follows a cell's number."""
-    text = f" ± {box.stderr}" if box.stderr else ""
+    text = f" {box.versus}" if box.versus else ""
     text += f" (sd {box.spread} over {box.seeds} seeds)" if box.spread else ""
-    text += " ~" if box.not_significant else ""
     if box.published:
         text += f" ({', '.join(part for part in (box.published, box.difference, box.verdict) if part)})"
-    marks = [box.mark] if box.mark else []
-    marks += ["synthetic"] if box.synthetic else []
-    return text + (f" [{', '.join(marks)}]" if marks else "")
+    text += f" {box.mark}" if box.mark else ""
+    return text + (" [synthetic]" if box.synthetic else "")

@@ -9,8 +9,19 @@ import jinja2
 from markupsafe import Markup
 
 from teq.record import Record
-from teq.report.cells import BETTER, DIFFERS, MATCH, NOT_RUN, OURS, PARTIAL, WORSE
-from teq.report.render.wording import LEGEND
+from teq.report.cells import (
+    AS_STATED,
+    BETTER,
+    DIFFERS,
+    MATCH,
+    NOT_RUN,
+    ONE_SEED,
+    OURS,
+    PARTIAL,
+    UNJUDGED,
+    WORSE,
+)
+from teq.report.render.forest import forest
 from teq.report.sheet import Sheet
 
 SYMBOLS = {  # a verdict is a sign and a word, so that its colour is never needed
@@ -21,15 +32,21 @@ SYMBOLS = {  # a verdict is a sign and a word, so that its colour is never neede
     PARTIAL: "◐",
     NOT_RUN: "○",
     OURS: "●",
+    ONE_SEED: "◇",
+    AS_STATED: "=",
+    UNJUDGED: "·",
 }
 MEANINGS = {
-    MATCH: "within 95 % of our standard error and spread over seeds, or the same in the printed digits",
-    BETTER: "beyond the noise band, on the good side",
-    WORSE: "beyond the noise band, on the bad side",
+    MATCH: "within printed digits, the declared allowance and 95 % of the noise of our seeds",
+    BETTER: "beyond that, on the good side",
+    WORSE: "beyond that, on the bad side",
     DIFFERS: "not the published number, where neither side is good",
     PARTIAL: "from the nearest record: some settings differ, the cell lists them",
     NOT_RUN: "no record; the cell gives the command",
     OURS: "nothing published to compare with",
+    ONE_SEED: "one draw of calibration text: the difference is shown, not judged",
+    AS_STATED: "configured as the paper states",
+    UNJUDGED: "seconds and memory of another machine",
 }
 UNKNOWN = "not recorded"
 MACHINE = ("device", "name", "cpus", "threads", "flags")
@@ -59,6 +76,7 @@ def render(
         models=models,
         problems=problems,
         symbols=SYMBOLS,
+        forest=forest(cells),
         verdicts=[(SYMBOLS[name], name, meaning) for name, meaning in MEANINGS.items()],
     )
 
@@ -80,7 +98,7 @@ def _section(sheet: Sheet, svg: bytes, cells: list[Mapping[str, Any]]) -> dict[s
         "sheet": sheet,
         "columns": list(zip(sheet.models, sheet.header, strict=True)),
         "rows": rows,
-        "notes": [_coded(line) for line in sheet.notes if line != LEGEND],
+        "notes": [_coded(line) for line in sheet.notes],
         "counts": counts,
         "figure": Markup(picture[picture.index("<svg") :]) if picture else None,
     }

@@ -1,9 +1,10 @@
 """From a filled table, or a figure's panels, to the sheet that the writers print."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from teq.report.cells import BASELINE, NOT_RUN, OURS, PARTIAL, Cell, Place, Table
+from teq.report.cells import NOT_RUN, OURS, PARTIAL, Cell, Comparison, Place, Table
 from teq.report.figure import Figure, Panel
 from teq.report.layout import FULL
 from teq.report.render import wording
@@ -14,13 +15,16 @@ NEAR = "[0.75, 1.25]"  # the range around the start that a record's `near` count
 
 def of_table(table: Table) -> Sheet:
     """Return the sheet of a table: a row per row, then rows of numbers that only others measured."""
-    notes = wording.footnotes(table)
+    notes = wording.notes_of(table)
     models = [_model(table.column_axes, column) for column in table.columns]
+    ran = {column for (_, column), cell in table.cells.items() if cell.verdict != NOT_RUN}
+    published = {column for (_, column), cell in table.cells.items() if cell.published is not None} - ran
     rows, rules = [], []
     for index, row in enumerate(table.rows):
         if index and len(row) > 1 and row[0] != table.rows[index - 1][0]:
             rules.append(index)
         boxes = [Box(kind="head", ours=wording.coordinate(part)) for part in row]
+        boxes[-1] = replace(boxes[-1], mark=notes.rows.get(row, ""))
         for column, model in zip(table.columns, models, strict=True):
             cell = table.cells.get((row, column))
             empty = Box(kind="empty", model=model)
@@ -29,15 +33,16 @@ def of_table(table: Table) -> Sheet:
     quoted = _quoted_rows(table, models)
     if quoted:
         rules.append(len(rows))
+    headings = [
+        wording.heading(table, column) + (" (published)" if ran and column in published else "")
+        for column in table.columns
+    ]
     return Sheet(
         name=table.name,
         kind=table.layout.kind,
         title=table.layout.title,
         caption=table.layout.caption,
-        header=[
-            *(wording.axis_title(axis) for axis in table.row_axes),
-            *(wording.heading(table, column) for column in table.columns),
-        ],
+        header=[*(wording.axis_title(axis) for axis in table.row_axes), *headings],
         models=[*[""] * len(table.row_axes), *models],
         rows=rows + quoted,
         row_models=[*(_model(table.row_axes, row) for row in table.rows), *[""] * len(quoted)],
@@ -49,82 +54,117 @@ def of_table(table: Table) -> Sheet:
     )
 
 
-def _cell_box(
-    table: Table, cell: Cell, row: Place, column: Place, model: str, notes: Mapping[str, str]
-) -> Box:
+def _cell_box(table: Table, cell: Cell, row: Place, column: Place, model: str, notes: wording.Notes) -> Box:
     ran = cell.verdict != NOT_RUN
-    ours, differs = wording.shown(cell, cell.ours), wording.difference_text(cell)
-    stderr, spread = wording.shown(cell, cell.stderr), wording.shown(cell, cell.spread)
+    ours, spread = wording.shown(cell, cell.ours), wording.shown(cell, cell.spread)
     published, change = wording.shown(cell, cell.published), wording.difference(cell)
-    formula = cell.formula
-    how = {"mean": "mean of", "sum": "sum of", "ratio": "ratio of"}
-    kind = next((words for name, words in how.items() if getattr(formula, name)), "setting")
-    names = ", ".join(formula.names) or formula.setting or ""
-    lines = {
-        "from": f"{kind} {names}{f' x {formula.times:g}' if formula.times != 1 else ''}",
-        "ours": ours if ran else "",
-        "standard error": stderr,
-        f"spread over {len(cell.matches)} seeds": spread,
-        "published": published,
-        "difference": change,
-        f"against {BASELINE}": "not distinguishable (paired bootstrap, 95 %)" if cell.not_significant else "",
-    }
-    place = [*(wording.coordinate(part) for part in row), wording.heading(table, column)]
     known = cell.ours if ran else cell.published
     return Box(
         kind="cell",
         ours=ours if ran else "",
         model=model,
         best=cell.is_best,
-        stderr=stderr,
+        versus=wording.compared(cell, cell.versus),
         spread=spread,
         seeds=len(cell.matches),
-        not_significant=cell.not_significant,
         published=published,
         difference=change if ran else "",
         verdict=cell.verdict,
-        mark=notes.get(differs, ""),
+        mark=notes.cells.get((row, column), ""),
         synthetic=cell.synthetic,
         sort="" if known is None else known,
-        detail={
-            "title": f"{table.layout.title}: {', '.join(place)}",
-            "model": cell.at.get("model", table.constant.get("model", "")),
-            "verdict": cell.verdict,
-            "records": [match.record.file.stem for match in cell.matches],
-            "differences": differs,
-            "command": wording.command(cell.jobs),
-            "numbers": [[key, text] for key, text in lines.items() if text],
-        },
+        detail=_detail(table, cell, row, column),
     )
 
 
-def _table_data(table: Table) -> list[list[str]]:
+def _detail(table: Table, cell: Cell, row: Place, column: Place) -> dict[str, Any]:
+    """Return what the page says of a cell that is opened."""
+    formula, versus = cell.formula, table.layout.versus
+    how = {"mean": "mean of", "sum": "sum of", "ratio": "ratio of"}
+    kind = next((words for name, words in how.items() if getattr(formula, name)), "setting")
+    names = ", ".join(formula.names) or formula.setting or ""
+    one = cell.versus
+    lines = {
+        "from": f"{kind} {names}{f' x {formula.times:g}' if formula.times != 1 else ''}",
+        "ours": "" if cell.verdict == NOT_RUN else wording.shown(cell, cell.ours),
+        "standard error": wording.shown(cell, cell.stderr),
+        f"spread over {len(cell.matches)} seeds": wording.shown(cell, cell.spread),
+        f"minus {versus}, paired [95 %]": wording.compared(cell, one),
+        "p value": "" if one is None else f"{one.difference.p:.2g}",
+        "p value, adjusted for the table": "" if one is None else f"{one.adjusted:.2g}",
+        "recovered of what RTN costs": "" if cell.gap is None else f"{cell.gap:.1%}",
+        "the same, published": "" if cell.published_gap is None else f"{cell.published_gap:.1%}",
+        "published": wording.shown(cell, cell.published),
+        "difference": wording.difference(cell),
+    }
+    place = [*(wording.coordinate(part) for part in row), wording.heading(table, column)]
+    return {
+        "title": f"{table.layout.title}: {', '.join(place)}",
+        "model": cell.at.get("model", table.constant.get("model", "")),
+        "verdict": cell.verdict,
+        "records": [match.record.file.stem for match in cell.matches],
+        "differences": wording.difference_text(cell),
+        "command": wording.command(cell.jobs),
+        "numbers": [[key, text] for key, text in lines.items() if text],
+        "interval": None if one is None else _interval(one),
+    }
+
+
+def _interval(one: Comparison) -> dict[str, Any]:
+    """Return a comparison as the page draws it."""
+    found = one.difference
+    ends = {name: float(f"{getattr(found, name):.6g}") for name in ("mean", "low", "high")}
+    return {**ends, "unit": one.unit, "significant": one.significant}
+
+
+def _table_data(table: Table) -> list[list[Any]]:
     """Return one line per cell: coordinates, ours with its uncertainty, published, verdict, records."""
-    names = ["ours", "stderr", "seed_sd", "published", "difference", "verdict", f"minus_{BASELINE}_low"]
-    names += [f"minus_{BASELINE}_high", "noise", "synthetic", "records", "differs_in"]
-    lines = [[*table.row_axes, *table.column_axes, *names]]
+    versus = f"minus_{table.layout.versus}"
+    names = ["ours", "stderr", "seed_sd", "published", "difference", "verdict", versus, f"{versus}_low"]
+    names += [f"{versus}_high", f"{versus}_unit", "p", "p_adjusted", "best", "gap", "published_gap"]
+    lines: list[list[Any]] = [
+        [*table.row_axes, *table.column_axes, *names, "synthetic", "records", "differs_in"]
+    ]
     for row in table.rows:
         for column in table.columns:
             cell = table.cells.get((row, column))
             if cell is None:
                 continue
-            plain = [cell.ours, cell.stderr, cell.spread, cell.published, cell.difference]
-            numbers = [_digits(v) if isinstance(v, float) else "" if v is None else str(v) for v in plain]
-            # several records are several seeds, each with an interval of its own
-            ends = [" ".join(f"{interval[i]:.6g}" for interval in cell.baseline_intervals) for i in (0, 1)]
+            one = cell.versus
+            tested = ["", "", "", "", "", ""]
+            if one is not None:
+                found = one.difference
+                tested = [found.mean, found.low, found.high, one.unit, found.p, one.adjusted]
+            numbers = [cell.ours, cell.stderr, cell.spread, cell.published, cell.difference]
+            line = [
+                *numbers,
+                cell.verdict,
+                *tested,
+                cell.is_best,
+                cell.gap,
+                cell.published_gap,
+                cell.synthetic,
+            ]
             records = " ".join(match.record.file.stem for match in cell.matches)
             differs = "; ".join(f"{key}={had}" for key, (_, had) in cell.differences.items())
-            flags = [str(flag).lower() for flag in (cell.not_significant, cell.synthetic)]
-            lines.append([*row, *column, *numbers, cell.verdict, *ends, *flags, records, differs])
+            lines.append([*row, *column, *map(_plain, line), records, differs])
     for place, column, value in _quoted(table):
         if value is not None:
-            lines.append([*place, *column, "", "", "", str(value), "", "quoted", *[""] * 6])
+            lines.append([*place, *column, "", "", "", value, "", "quoted", *[""] * 12])
     return lines
 
 
-def _digits(value: float) -> str:
+def _plain(value: Any) -> Any:
+    """Return a value as a table of data holds it: nothing for None, lower-case words for truth."""
+    if isinstance(value, float):
+        return _digits(value)
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else value
+
+
+def _digits(value: float) -> int | float:
     """Return eight digits, as many as are the same on every machine; a whole number has all of its own."""
-    return str(int(value)) if value.is_integer() else f"{value:.8g}"
+    value = value if value.is_integer() else float(f"{value:.8g}")
+    return int(value) if value.is_integer() else value
 
 
 def _quoted_rows(table: Table, models: list[str]) -> list[list[Box]]:
@@ -161,7 +201,7 @@ def of_figure(figure: Figure) -> Sheet:
     marks: dict[str, str] = {}
     rows = [_panel_boxes(figure, panel, header, marks) for panel in figure.panels]
     notes = ["movement: the mean of |log2(s / start)|"] if figure.used() else []
-    notes += [f"[{mark}] partial: {text}" for text, mark in marks.items()]
+    notes += [f"{mark} {text}" for text, mark in marks.items()]
     if missing := [panel for panel in figure.panels if panel.match is None]:
         notes.append(
             f"not run: {len(missing)} of {len(figure.panels)} panels; `{wording.command(missing[0].jobs)}` "
@@ -195,7 +235,7 @@ def _panel_boxes(figure: Figure, panel: Panel, header: list[str], marks: dict[st
         differs = wording.settings_text(panel.match.differences)
         verdict = PARTIAL if differs else OURS
         if differs:
-            numbers[0] += f" [{marks.setdefault(differs, wording.letter(len(marks)))}]"
+            numbers[0] += f" {marks.setdefault(differs, wording.superscript(len(marks) + 1))}"
     first = Box(
         kind="cell",
         ours=numbers[0],

@@ -1,24 +1,45 @@
 """The sentences of a report: headings, numbers, footnotes, legends, limits, claims, commands."""
 
-import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from teq.report.cells import BASELINE, NOT_RUN, PARTIAL, Cell, ClaimCount, Table
+from teq.report import compare
+from teq.report.cells import NOT_RUN, PARTIAL, Cell, ClaimCount, Comparison, Place, Table
 from teq.report.layout import ANY, CELL, FULL
 
 if TYPE_CHECKING:
     from teq.config import Job
 
-LEGEND = (
-    "A cell: ours ± standard error (published, ours − published, verdict). match: within the noise band, 95 "
-    "% of the standard error and of the spread over seeds, or equal in the printed digits."
-)
-UNCERTAINTY = "±: standard error over windows or documents, of the first seed where there are several"
-NOISE = (
-    f"~ not distinguishable from {BASELINE} on the same documents or windows (paired bootstrap, 95 %; of "
-    "several seeds in at least one)"
-)
+LEGEND = "a cell with both: ours (published, ours − published, verdict)"
+DIGITS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+WORDS = {  # of settings in footnotes
+    "quantizer.samples": "GPTQ windows",
+    "quantizer.length": "tokens of a GPTQ window",
+    "transform.samples": "windows for the scales",
+    "transform.length": "tokens of a window for the scales",
+    "transform.steps": "training steps",
+    "transform.lr": "learning rate",
+    "transform.parameter": "trained parameter",
+    "transform.init": "start of the scales",
+    "quantizer.calib.file": "text for GPTQ",
+    "transform.calib.file": "text for the scales",
+    "quantizer.calib.rows": "documents for GPTQ",
+    "transform.calib.rows": "documents for the scales",
+}
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What partial cells differ in: what all have in common, numbered notes, and the marks that lead there.
+
+    A mark that all cells of a row share stands at the row instead.
+    """
+
+    common: list[str]
+    texts: list[str]
+    cells: dict[tuple[Place, Place], str]
+    rows: dict[Place, str]
 
 
 def axis_title(axis: str) -> str:
@@ -67,38 +88,68 @@ def difference(cell: Cell) -> str:
     return f"{cell.difference:+,.{cell.formula.digits}f}"
 
 
-def letter(index: int) -> str:
-    """Return a, b, ..., z, aa, ab, ..."""
-    letters = string.ascii_lowercase
-    return (letters[index // 26 - 1] if index >= 26 else "") + letters[index % 26]
-
-
-def footnotes(table: Table) -> dict[str, str]:
-    """Return what partial cells differ in, each distinct text with its letter."""
-    found: dict[str, str] = {}
+def notes_of(table: Table) -> Notes:
+    """Return the footnotes of a table: settings that differ in the same cells make one note."""
+    places = [(row, column) for row in table.rows for column in table.columns]
+    ran = [place for place in places if place in table.cells and table.cells[place].matches]
+    where: dict[str, list[tuple[Place, Place]]] = {}
+    for place in ran:
+        for atom in atoms(table.cells[place]):
+            where.setdefault(atom, []).append(place)
+    groups: dict[tuple[tuple[Place, Place], ...], list[str]] = {}
+    for atom, found in where.items():
+        groups.setdefault(tuple(found), []).append(atom)
+    common = groups.pop(tuple(ran), [])
+    marks: dict[tuple[Place, Place], list[int]] = {place: [] for place in ran}
+    for number, found in enumerate(groups, 1):
+        for place in found:
+            marks[place].append(number)
+    rows = {}
     for row in table.rows:
-        for column in table.columns:
-            cell = table.cells.get((row, column))
-            if cell is not None and (text := difference_text(cell)) and text not in found:
-                found[text] = letter(len(found))
+        inside = [set(marks[place]) for place in ran if place[0] == row]
+        shared = set.intersection(*inside) if inside else set()
+        rows[row] = _superscripts(shared)
+        for place in ran:
+            if place[0] == row:
+                marks[place] = [number for number in marks[place] if number not in shared]
+    texts = [f"{superscript(number)} {'; '.join(found)}" for number, found in enumerate(groups.values(), 1)]
+    return Notes(common, texts, {place: _superscripts(found) for place, found in marks.items()}, rows)
+
+
+def superscript(number: int) -> str:
+    """Return a number as a footnote mark."""
+    return str(number).translate(DIGITS)
+
+
+def _superscripts(numbers: Iterable[int]) -> str:
+    return " ".join(superscript(number) for number in sorted(numbers))
+
+
+def atoms(cell: Cell) -> list[str]:
+    """Return what a partial cell's records differ in, without limits, which `limits` says once."""
+    if cell.verdict != PARTIAL:
+        return []
+    found = [
+        settings_text({key: pair}) for key, pair in cell.differences.items() if not key.endswith(".limit")
+    ]
+    missing = len({job.run.key() for job in cell.jobs}) - len(cell.matches)
+    if missing > 0:
+        found.append(f"{missing} of {missing + len(cell.matches)} seeds are missing")
     return found
 
 
 def difference_text(cell: Cell) -> str:
     """Return the settings in which a partial cell's record differs, in one line; else nothing."""
-    if cell.verdict != PARTIAL:
-        return ""
-    missing = len({job.run.key() for job in cell.jobs}) - len(cell.matches)
-    parts = [settings_text(cell.differences)] if cell.differences else []
-    if missing > 0:
-        parts.append(f"{missing} of {missing + len(cell.matches)} seeds are missing")
-    return "; ".join(parts)
+    limits = {key: pair for key, pair in cell.differences.items() if key.endswith(".limit")}
+    parts = [settings_text(limits)] if limits and cell.verdict == PARTIAL else []
+    return "; ".join([*atoms(cell), *parts])
 
 
 def settings_text(differences: Mapping[str, tuple[Any, Any]]) -> str:
     """Return settings that differ, each with the record's value and the wanted one."""
     return "; ".join(
-        f"{key} {_plain(had)} instead of {_plain(wanted)}" for key, (wanted, had) in differences.items()
+        f"{WORDS.get(key, key)} {_plain(had)} instead of {_plain(wanted)}"
+        for key, (wanted, had) in differences.items()
     )
 
 
@@ -106,14 +157,35 @@ def claims(counts: Sequence[ClaimCount]) -> list[str]:
     """Return one line per claim: what was claimed, what its own numbers say, what ours say."""
     lines = []
     for claim in counts:
-        counted = _of(claim.published)
-        agrees = "as claimed" if claim.published == claim.claimed else f"claimed: {_of(claim.claimed)}"
-        if claim.published[1] < claim.claimed[1]:
-            agrees += ", not all of them shown here"
-        partly = ", partial cells among them" if claim.partial else ""
-        ours = f"ours: {_of(claim.ours)}{partly}" if claim.ours[1] else "ours: no scenario run"
-        lines.append(f"Claim: {claim.says}. Published numbers: {counted} ({agrees}); {ours}.")
+        published, ours = claim.published, claim.ours
+        agrees = "as claimed" if (published.won, published.of) == claim.claimed else _claimed(claim)
+        said = f"{published.won} of {published.of} ({agrees})"
+        if published.tested:
+            said += f", of which {published.wins} won and {published.losses} lost beyond chance on full sets"
+        mine = "no scenario run"
+        if ours.of:
+            ties = ours.tested - ours.wins - ours.losses
+            partly = f"; {claim.partial} partial" if claim.partial else ""
+            mine = f"{ours.won} of {ours.of} ({ours.wins} significantly, {ours.losses} significantly lost, "
+            mine += f"{ties} ties{partly})"
+        lines.append(f"Claim: {claim.says}. Published numbers: {said}; ours: {mine}.")
     return lines
+
+
+def _claimed(claim: ClaimCount) -> str:
+    shown = ", not all of them shown here" if claim.published.of < claim.claimed[1] else ""
+    return f"claimed: {claim.claimed[0]} of {claim.claimed[1]}{shown}"
+
+
+def compared(cell: Cell, one: Comparison | None) -> str:
+    """Return a paired difference with its 95 % interval, and ~ where it is not significant."""
+    if one is None:
+        return ""
+    digits, unit = (1, " %") if one.unit == "%" else (cell.formula.digits, "")
+    mean, low, high = (
+        f"{v:+.{digits}f}" for v in (one.difference.mean, one.difference.low, one.difference.high)
+    )
+    return f"{mean}{unit} [{low}, {high}]{'' if one.significant else ' ~'}".replace("-", "−")
 
 
 def command(jobs: Sequence["Job"]) -> str:
@@ -121,30 +193,56 @@ def command(jobs: Sequence["Job"]) -> str:
     return f"python run.py {' '.join(jobs[0].overrides)}"
 
 
-def legend(table: Table, notes: Mapping[str, str]) -> list[str]:
-    """Return what the signs mean, what partial cells differ in, what is limited, missing or to be known."""
+def legend(table: Table, notes: Notes) -> list[str]:
+    """Return what was measured, what differs, what the signs mean, and what is missing or to be known."""
     cells = list(table.cells.values())
-    lines = [LEGEND] if any(cell.published is not None and cell.matches for cell in cells) else []
-    if any(cell.stderr is not None for cell in cells):
-        lines.append(UNCERTAINTY)
-    if any(cell.not_significant for cell in cells):
-        lines.append(NOISE)
+    lines = [f"ours: {'; '.join(notes.common)}"] if notes.common else []
+    lines += [*notes.texts, *limits(table)]
+    if any(cell.published is not None and cell.matches for cell in cells):
+        lines.append(LEGEND)
+    accepted, of = compare.accepted_by_mistake(table.cells)
+    if of:
+        lines.append(
+            "match: within printed digits, allowance and 95 % of the noise of seeds; without that noise it "
+            f"accepts {accepted} of {of} published numbers of other methods"
+        )
+    if any(cell.versus is not None for cell in cells):
+        lines.append(
+            f"signed: paired difference to {table.layout.versus} [95 %], of perplexity in per cent; ~ not "
+            "significant (t or McNemar, Benjamini-Hochberg within the table); without an sd it is of one seed"
+        )
     if any(cell.is_best for cell in cells):
-        lines.append("bold: our best of a grid in its column")
-    lines += [f"[{mark}] partial: {text}" for text, mark in notes.items()]
+        lines.append("bold: not significantly worse than the best of a grid in its column")
     if any(cell.synthetic for cell in cells):
         lines.append("[synthetic] time and memory on made-up weights of the true sizes")
-    lines += limits(table)
-    missing = [cell for cell in cells if cell.verdict == NOT_RUN]
-    if missing:
-        known = any(cell.published is not None for cell in missing)
+    lines += reproduction(table)
+    if missing := [cell for cell in cells if cell.verdict == NOT_RUN]:
         lines.append(
-            f"not run: {len(missing)} of {len(cells)} cells"
-            f"{' (a published number stands in parentheses)' if known else ''}; "
-            f"`python run.py experiments={table.name}` runs what is missing, `{command(missing[0].jobs)}` "
-            "the first of them"
+            f"not run: {len(missing)} of {len(cells)} cells; `python run.py experiments={table.name}` runs "
+            f"them, `{command(missing[0].jobs)}` the first"
         )
     return lines + list(table.layout.notes)
+
+
+def reproduction(table: Table) -> list[str]:
+    """Return what judges a reproduction: gaps recovered, ours and published, and the order of methods."""
+    lines = []
+    columns: dict[tuple[str, Place], list[Cell]] = {}
+    for (_, column), cell in table.cells.items():
+        if cell.matches and cell.published is not None:
+            columns.setdefault((cell.at.get("grid", ""), column), []).append(cell)
+    for (grid, column), cells in columns.items():
+        gaps = [
+            f"{cell.at.get('method')} {cell.gap:.0%} ({cell.published_gap:.0%})"
+            for cell in cells
+            if cell.gap is not None and cell.published_gap is not None
+        ]
+        tau = compare.order_agreement(cells)
+        order = [] if tau is None else [f"order of methods: Kendall's tau {tau:.2f}"]
+        if gaps or order:
+            recovered = [f"recovered of what RTN costs, ours (published): {', '.join(gaps)}"] if gaps else []
+            lines.append(f"{heading(table, column)}, {grid}: {'; '.join([*recovered, *order])}")
+    return lines
 
 
 def limits(table: Table) -> list[str]:
@@ -155,7 +253,7 @@ def limits(table: Table) -> list[str]:
             for name, measured in match.record.metrics.items():
                 if name in cell.formula.evaluations() and (text := _limited(measured["info"])):
                     found[f"{name}: {text}"] = None
-    return [f"limited: {text}" for text in found]
+    return [f"measured on: {'; '.join(found)}"] if found else []
 
 
 def _limited(info: Mapping[str, Any]) -> str:
@@ -171,7 +269,3 @@ def _limited(info: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     return "none" if value is None else str(value)
-
-
-def _of(pair: tuple[int, int]) -> str:
-    return f"{pair[0]} of {pair[1]}"
