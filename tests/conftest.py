@@ -62,7 +62,7 @@ def write(tmp_path, monkeypatch):
 
 @pytest.fixture
 def read_only(tmp_path):
-    """A folder and what makes it read-only, for root too; skips where nothing can be mounted."""
+    """A folder and what makes it read-only, even to root; skips where nothing can be mounted."""
     from teq.files import in_use
 
     def closed():
@@ -111,8 +111,8 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture
-def beside():
-    """Start a process: `beside(work, home, *args)` returns it once `work(home, ready, *args)` set `ready`."""
+def start_process():
+    """Return a function that starts `work(home, ready, *args)` in a process and waits until it sets `ready`."""
     fork, started = multiprocessing.get_context("fork"), []
 
     def begin(work, home, *args):

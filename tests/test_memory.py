@@ -197,7 +197,7 @@ def test_offload_holds_three_blocks_at_most_and_copies_each_twice_a_step(monkeyp
 )
 def test_what_comes_beside_a_model_fits_or_not(given, fit, monkeypatch):
     model = torch.nn.Linear(25_000, 1000, bias=False, device="meta")  # 100 MB
-    # free beside the weights: 30 MB, and 20 MB that PyTorch holds without using them
+    # free in addition to the weights: 30 MB, and 20 MB that PyTorch holds without using them
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30_000_000, 0))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 120_000_000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100_000_000)

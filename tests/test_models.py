@@ -128,7 +128,7 @@ def test_synthetic_weights_of_another_device_have_another_identity_and_a_cpus_th
 
 
 def test_the_keys_of_synthetic_weights_drawn_on_a_gpu_are_not_those_of_a_cpu(own_home, monkeypatch):
-    """`device` goes to pipeline.run as a GPU's; the weights are drawn here, for there is none."""
+    """`device` goes to pipeline.run as a GPU's; the weights are drawn on the CPU, as there is no GPU."""
     from teq.device.runtime import Runtime
     from teq.pipeline import cost
     from teq.pipeline import run as pipeline

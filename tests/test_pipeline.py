@@ -164,8 +164,9 @@ def test_gptq_that_equals_rounding_is_an_error(own_home, tiny, monkeypatch):
     ids=" ".join,
 )
 def test_gptq_blocks_equal_a_plain_walk(tiny, family, options):
-    """Shared Hessians and block inputs, against a Hessian per linear from whole-model forward passes; what is
-    compared is what was stored.
+    """Shared Hessians and block inputs, against a Hessian per linear from whole-model forward passes.
+
+    What is compared is what was stored.
     """
     from teq.data import texts as corpora
     from teq.models.arch import blocks, linears

@@ -228,7 +228,7 @@ def test_roundings_memory_is_within_15_percent(family, overrides):
 
 @pytest.mark.parametrize("options", [[], ["gptq.act_order=true"]])
 def test_gptqs_operations_are_those_of_its_matrix_products(family, options):
-    """But for what the counter does not know: the factorization and the columns inside a strip."""
+    """Except what the counter does not know: the factorization and the columns inside a strip."""
     shape = ["gptq.samples=6", "gptq.length=96", "method=gptq", f"model=tiny-{family}", "evals=[python-docs]"]
     (job,) = config.jobs([*shape, *options])
     settings, lm = job.run.quantizer, job.run.model.load("float32", "cpu")
