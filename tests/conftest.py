@@ -112,7 +112,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def start_process():
-    """Return a function that starts `work(home, ready, *args)` in a process and waits until it sets `ready`."""
+    """Return a function that starts `work(home, ready, *args)` in a process and waits for `ready`."""
     fork, started = multiprocessing.get_context("fork"), []
 
     def begin(work, home, *args):
