@@ -3,7 +3,7 @@
 Whole runs, from the command line to the record, on tensors that say they are on cuda:0: nothing uses a device
 before it is initialized, no devices are mixed, no stream is read from too early, the results are a CPU's to
 the bit, and the host waits for the device no more than it must. Not carried: the compiled fake quantization,
-because the stand-in has no compiler (see test_fused.py), and how much memory is used (see test_gpu.py).
+because the stand-in has no compiler (see test_fake_quant.py), and how much memory is used (see test_gpu.py).
 """
 
 import contextlib
