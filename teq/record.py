@@ -180,11 +180,7 @@ def _row(record: Record) -> dict[str, Any]:
     row |= {"method": run["method"], "dtype": run["dtype"], **dict(_flat(run["transform"], "transform"))}
     row |= dict(_flat(run["quantizer"], "quantizer"))
     grid = run["quantizer"].get("grid") or {}
-    row |= {
-        "bits": grid.get("bits"),
-        "group_size": grid.get("group_size"),
-        "symmetric": grid.get("symmetric"),
-    }
+    row |= {key: grid.get(key) for key in ("bits", "group_size", "symmetric")}
     for name, metric in record.metrics.items():
         row |= {f"{name}.{key}": value for key, value in metric["values"].items()}
     for stage, entry in record.data["stages"].items():

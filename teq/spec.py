@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import json
 import math
+import operator
 import types
 import typing
 from collections.abc import Iterable
@@ -93,6 +94,7 @@ def digest(plain: Any) -> str:
 
 
 _MISFIT = object()
+LIMITS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}  # of `option`
 
 
 def _fit(kind: Any, value: Any) -> Any:
@@ -124,12 +126,8 @@ def _fit(kind: Any, value: Any) -> Any:
 def _within(bounds: typing.Mapping[str, Any], value: Any) -> bool:
     if value is None:
         return True
-    return (
-        ("above" not in bounds or value > bounds["above"])
-        and ("at_least" not in bounds or value >= bounds["at_least"])
-        and ("at_most" not in bounds or value <= bounds["at_most"])
-        and ("among" not in bounds or value in bounds["among"])
-    )
+    inside = all(test(value, bounds[name]) for name, test in LIMITS.items() if name in bounds)
+    return inside and ("among" not in bounds or value in bounds["among"])
 
 
 def _allowed(kind: Any, bounds: typing.Mapping[str, Any]) -> str:
@@ -144,8 +142,9 @@ def _allowed(kind: Any, bounds: typing.Mapping[str, Any]) -> str:
         type(None): "null",
     }
     text = " or ".join(words.get(k, getattr(k, "__name__", str(k))) for k in kinds)
-    limits = [("above", "above"), ("at_least", "at least"), ("at_most", "at most")]
-    return " ".join([text, *(f"{word} {bounds[name]}" for name, word in limits if name in bounds)])
+    return " ".join(
+        [text, *(f"{name.replace('_', ' ')} {bounds[name]}" for name in LIMITS if name in bounds)]
+    )
 
 
 def _plain(value: Any) -> Any:

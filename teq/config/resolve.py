@@ -49,10 +49,9 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     cfg = without(cfg, ("hydra", LAYOUT)) if isinstance(cfg, DictConfig) else cfg
     name = str(choices["model"])
     _fill_from_recipe(cfg, name)
+    source = _make(_source(cfg["model"]), cfg)
     run = Run(
-        model=Checkpoint(
-            name=name, source=_make(_source(cfg["model"]), cfg), arch=_make(cfg["model"]["arch"], cfg)
-        ),
+        model=Checkpoint(name=name, source=source, arch=_make(cfg["model"]["arch"], cfg)),
         dtype=cfg["dtype"],
         method=str(choices["method"]),
         transform=_make(cfg["method"]["transform"], cfg),
@@ -103,10 +102,8 @@ def _fill_from_recipe(cfg: dict[str, Any], model: str) -> None:
     """Put the recipe's values where the user left null; the recipe's exceptions for this cell come first."""
     recipe = cfg["recipe"]  # the content of conf/recipe/<name>.yaml, or a name
     if not isinstance(recipe, dict):
-        name, known = (
-            cfg["model"]["recipe"] if recipe == "auto" else recipe,
-            option_names(folder("conf") / "recipe"),
-        )
+        name = cfg["model"]["recipe"] if recipe == "auto" else recipe
+        known = option_names(folder("conf") / "recipe")
         if name not in known:
             raise UserError(f"recipe={name} is not allowed: it must be one of {', '.join(known)}")
         recipe = read(folder("conf") / "recipe" / f"{name}.yaml")

@@ -47,11 +47,7 @@ class Source:
 SOURCES = {
     "wikitext2": Source("wikitext-2-raw-v1/test", TEXT, 4358, "Salesforce/wikitext", "wikitext-2-raw-v1"),
     "ptb": Source(
-        "ptb_text_only/validation",
-        SENTENCE,
-        3370,
-        **PTB,
-        data_file="penn_treebank/validation/0000.parquet",
+        "ptb_text_only/validation", SENTENCE, 3370, **PTB, data_file="penn_treebank/validation/0000.parquet"
     ),
     "ptb-new": Source(
         "ptb_text_only/test", SENTENCE, 3761, **PTB, data_file="penn_treebank/test/0000.parquet"

@@ -119,14 +119,13 @@ def fold(sites: list[Site], scales: Mapping[str, "Tensor"]) -> None:
     import torch
 
     folding = Folding.of(sites, scales)
-    touched = {site.name: site.source for site in sites} | {
-        n: m for site in sites for n, m in site.targets.items()
+    touched = {
+        name: module for site in sites for name, module in ((site.name, site.source), *site.targets.items())
     }
     new = {}
     for name, module in touched.items():
-        new |= {
-            (module, key.rpartition(".")[2]): value for key, value in folding.divided(name, module).items()
-        }
+        divided = folding.divided(name, module)
+        new |= {(module, key.rpartition(".")[2]): value for key, value in divided.items()}
         if isinstance(module, torch.nn.Linear):
             new[module, "weight"] = folding.weight(name, module)
     with torch.no_grad():

@@ -149,10 +149,8 @@ def _free(lock: Path | None) -> Iterator[bool]:
                 stack.callback(held.release)
             except filelock.Timeout:
                 free = False
-            except (
-                OSError,
-                NotImplementedError,
-            ) as error:  # the file system has no locks, so nobody holds one
+            except (OSError, NotImplementedError) as error:
+                # without locks in the file system nobody holds one
                 if isinstance(error, OSError) and error.errno not in disk.NO_LOCKS:
                     raise
         yield free

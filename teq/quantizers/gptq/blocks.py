@@ -1,6 +1,7 @@
 """GPTQ over a model: block after block, each measured on what the quantized blocks before it put out."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,8 +90,8 @@ def _quantize_block(
     quantized: dict[str, Quantized] = {}
     report: dict[str, dict[str, float]] = {}
     moved, errors = [], []
-    solved = _solve_in_turn if true_sequential else _solve_at_once
-    for names, solution in solved(block, exact, grid, solve, hidden, kwargs):
+    solve_block = functools.partial(_solve_in_turn, grid) if true_sequential else _solve_at_once
+    for names, solution in solve_block(block, exact, solve, hidden, kwargs):
         rows = [exact[name].shape[0] for name in names]
         q = solution.quantized
         for name, *parts in zip(names, *(t.split(rows) for t in (q.codes, q.scale, q.zero)), strict=True):
@@ -113,7 +114,6 @@ def _quantize_block(
 def _solve_at_once(
     block: FoldedBlock,
     exact: Mapping[str, Tensor],
-    grid: Grid,
     solve: Solve,
     hidden: list[Tensor],
     kwargs: dict[str, Any],
@@ -126,9 +126,9 @@ def _solve_at_once(
 
 
 def _solve_in_turn(
+    grid: Grid,
     block: FoldedBlock,
     exact: Mapping[str, Tensor],
-    grid: Grid,
     solve: Solve,
     hidden: list[Tensor],
     kwargs: dict[str, Any],

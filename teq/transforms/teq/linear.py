@@ -70,11 +70,7 @@ def _plus_product(total: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def fake_quantized(
-    model: nn.Module,
-    arch: Arch,
-    grid: Grid,
-    scale: Callable[[str], Tensor],
-    strategy: str,
+    model: nn.Module, arch: Arch, grid: Grid, scale: Callable[[str], Tensor], strategy: str
 ) -> Iterator[FakeQuant]:
     """Context manager: all block linears use fake-quantized weights, targets also their site's scale.
 
