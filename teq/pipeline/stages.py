@@ -49,10 +49,11 @@ def stages_of(spec: Run, model: LoadedModel, runtime: Runtime, on_step: OnStep, 
         functools.partial(_quantize, spec, model, runtime, check_texts),
         {"scales": scales},
     )
+    eval_dtype = {} if spec.eval_dtype is None else {"dtype": spec.eval_dtype}
     metrics = {
         each.name: Stage(
             "metrics",
-            {"weights": weights.key, "evaluation": each.plain(), "text": each.provenance()},
+            {"weights": weights.key, "evaluation": each.plain(), "text": each.provenance(), **eval_dtype},
             functools.partial(_measure, spec, model, runtime, each),
             {"weights": weights},
         )
@@ -120,7 +121,7 @@ def _measure(
 ) -> Made:
     how = dataclasses.replace(runtime, partial=partial)
     with memory.explained(f"{evaluation.name} is measured", runtime.device):
-        metric = evaluation.measure(model.holding(weights, spec.quantizer.grid), how)
+        metric = evaluation.measure(model.holding(weights, spec.quantizer.grid, spec.eval_dtype), how)
     arrays = {name: record.pack(array) for name, array in metric.arrays.items()}
     info = metric.info | {"attention": model.attention()}
     return {}, {"values": metric.values, "arrays": arrays, "info": info}
