@@ -555,3 +555,15 @@ def test_evaluations_compute_in_their_own_precision(own_home, monkeypatch):
     assert ran("method=rtn", "dtype=bfloat16", "eval_dtype=bfloat16")[0].key() == same.key()
     # nothing of the other precision is in what is evaluated
     assert ran("method=fp", "dtype=bfloat16", "eval_dtype=float32")[2] == ran("method=fp", "dtype=float32")[2]
+
+
+def test_the_paper_trains_in_bfloat16_and_evaluates_in_float16():
+    def of(*given):
+        run = config.jobs(["method=rtn", *given])[0].run
+        return run.dtype, run.eval_dtype
+
+    assert of("model=opt-6.7b") == of("model=llama-7b") == ("bfloat16", "float16")
+    assert of("model=opt-6.7b", "dtype=float32") == ("float32", None)
+    assert of("model=opt-6.7b", "dtype=float32", "eval_dtype=float16") == ("float32", "float16")
+    assert of("model=opt-6.7b", "eval_dtype=bfloat16") == ("bfloat16", None)
+    assert of("model=smollm2-135m") == ("float32", None)
