@@ -4,8 +4,8 @@
 
 Both score the same requests with the same loaded model and batch size, one after the other, in an order that
 alternates from repeat to repeat. Peak memory is that of a process that runs one of them on one task.
-Processor time is recorded besides elapsed time because it depends less on what else the machine is doing; run
-with OMP_WAIT_POLICY=passive, or threads that wait for each other count as working.
+Processor time is recorded too, because it depends less than elapsed time on what else the machine is doing;
+run with OMP_WAIT_POLICY=passive, or threads that wait for each other count as working.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from lm_eval.models.huggingface import HFLM
 
 from teq.evaluate.scoring import SharedContextLM
 
-# Task -> folder of its definition in the import_lm_eval, folder and split of its documents.
+# Task -> folder of its definition in lm-evaluation-harness, folder and split of its documents.
 TASKS = {
     "hellaswag": ("hellaswag", "hellaswag", "validation"),
     "piqa": ("piqa", "piqa", "validation"),

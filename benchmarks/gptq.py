@@ -1,10 +1,10 @@
 """GPTQ over a model: ours, a plain port of the official algorithm, and the floor, on the same tokens.
 
-    python benchmarks/gptq.py [--samples 32] [--length 512] [--repeats 5] [--blocks N] [--device cpu]
+    python -m benchmarks.gptq [--samples 32] [--length 512] [--repeats 5] [--blocks N] [--device cpu]
                               [--json FILE] [overrides]
 
   ours   the project's own
-  port   the official algorithm, linear by linear (benchmarks/gptq_port.py)
+  port   the official algorithm, linear by linear (benchmarks/contenders/gptq_port.py)
   floor  two forward passes of every block and one product X^T X for each distinct input; nothing is quantized
 
 They take turns, each on the model newly loaded, which is not timed. Printed: seconds measuring, quantizing
@@ -13,9 +13,9 @@ weights in which ours and the port's differ; perplexity on the first evaluation 
 `--blocks` stops after the first blocks, which are alike: enough for seconds, and there is no perplexity.
 
 Every turn after the first takes the calibration windows in another order, the same for all contenders: the
-Hessian is the same sum, rounded otherwise. Such runs agree on the first block and still differ in perplexity,
-for a code that falls the other way by rounding error in one block changes what all later blocks see. What a
-contender's perplexities span is the noise of such a figure.
+Hessian is the same sum in another order. Such runs agree on the first block and still differ in perplexity,
+because one code that flips by rounding error changes the inputs of all later blocks. The range of a
+contender's perplexities is the noise of a single one.
 """
 
 import argparse
@@ -25,14 +25,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 from torch import Tensor
 
-from benchmarks import measuring
-from benchmarks.gptq_port import Clock, floor, port
-from benchmarks.measuring import ratio, shown
+from benchmarks.contenders import measuring
+from benchmarks.contenders.gptq_port import Clock, floor, port
+from benchmarks.contenders.measuring import ratio, shown
 from teq import config
 from teq import data as corpora
 from teq.device.runtime import resolve
@@ -94,7 +92,7 @@ def turn(
 
 
 def differing(ours: dict[str, Tensor], port: dict[str, Tensor]) -> float:
-    """The share of weights that are not the same but for rounding error: whose codes differ."""
+    """Return the share of weights that differ by more than rounding error: their codes differ."""
     different = [
         ~torch.isclose(w.float(), port[name].float(), rtol=1e-2, atol=1e-6) for name, w in ours.items()
     ]

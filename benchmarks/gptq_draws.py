@@ -22,7 +22,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from benchmarks import gptq, measuring
+from benchmarks import gptq
+from benchmarks.contenders import measuring
 from teq import config
 from teq.pipeline import cost
 from teq.quantizers.gptq import solver

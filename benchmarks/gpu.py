@@ -1,12 +1,12 @@
-"""Everything that is to be measured on one GPU for one model at its true size, with synthetic weights.
+"""Measure everything on one GPU for one model at its true size, with synthetic weights.
 
-    python benchmarks/gpu.py MODEL [--device cuda] [--folder FOLDER] [--neural-compressor PYTHON] [overrides]
+    python -m benchmarks.gpu MODEL [--device cuda] [--folder FOLDER] [--neural-compressor PYTHON] [overrides]
 
-Runs, one after another and each as a process of its own: teq_step.py at every number of --tokens, gptq.py,
-scaling.py on this model, and the model's row of Table 5 (`run.py experiments=table5`) with a text that needs
-no fetching. FOLDER/MODEL.json collects what they found. A part that is there already, from the same command
-and the same code, is not run again; one that failed is said in a line, the others go on, and the next
-invocation tries it again. Overrides are given to every part but scaling.py, which takes none.
+Runs each part in its own process, one after another: teq_step at every number of --tokens, gptq, scaling on
+this model, and the model's row of Table 5 (`run.py experiments=table5`) with a text that needs no download.
+FOLDER/MODEL.json collects the results. A part that was measured with the same command and the same code is
+not run again; a part that fails is one line, the others still run, and the next invocation retries it.
+Overrides are passed to every part except scaling, which takes none.
 """
 
 import argparse
@@ -15,15 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import measuring
-from benchmarks.measuring import shown
+from benchmarks.contenders import measuring
+from benchmarks.contenders.measuring import shown
 from teq import config, record
 from teq.pipeline import cost as measure
 from teq.spec import UserError
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 TEXT = ["calib.corpus=python-docs", "evals=[python-docs]", "ppl.limit=1"]  # what it says does not matter
 # seconds of Table 5 that are to be reached on an 80 GB GPU, with TEQ and with GPTQ, and TEQ's bytes
 TARGETS = {
@@ -35,44 +33,43 @@ TARGETS = {
 
 
 def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    """The script and arguments of every part."""
+    """Return the module or script of every part and its arguments, as Python takes them."""
     model = [f"model={arguments.model}", "model.weights=synthetic", *arguments.overrides]
     device, repeats = ["--device", arguments.device], ["--repeats", str(arguments.repeats)]
     other = ["--neural-compressor", str(arguments.neural_compressor)] if arguments.neural_compressor else []
     chosen = ["--contenders", *arguments.contenders] if arguments.contenders else []
+    step = [*device, *repeats, *other, *chosen, "--"]
     parts = {
-        f"teq_step {count}": ["teq_step.py", "--tokens", str(count), *device, *repeats, *other, *chosen, "--"]
+        f"teq_step {count}": ["-m", "benchmarks.teq_step", "--tokens", str(count), *step]
         for count in arguments.tokens
     }
     calibration = ["--samples", str(arguments.samples), "--length", str(arguments.length)]
-    parts["gptq"] = ["gptq.py", *calibration, *device, "--repeats", str(arguments.gptq_repeats)]
+    parts["gptq"] = ["-m", "benchmarks.gptq", *calibration, *device, "--repeats", str(arguments.gptq_repeats)]
     parts["gptq"] += ["--windows", "0", "--"]
-    scaling = [str(count) for count in arguments.scaling]
-    parts["scaling"] = ["scaling.py", "--models", arguments.model, "--tokens", *scaling, *device, *repeats]
+    scaling = ["--models", arguments.model, "--tokens", *map(str, arguments.scaling)]
+    parts["scaling"] = ["-m", "benchmarks.scaling", *scaling, *device, *repeats]
     for name in parts:
         parts[name] += [] if name == "scaling" else model
     table = [f"device={arguments.device}", "experiments=table5", *TEXT]
-    return parts | {"table5": ["../run.py", *table, *model]}
+    return parts | {"table5": [str(ROOT / "run.py"), *table, *model]}
 
 
 def ran(name: str, command: list[str], file: Path) -> dict[str, Any]:
     """Run a part and return what it found. Raises UserError when it found nothing."""
-    script, *rest = command
-    if name != "table5":
-        rest = ["--json", str(file), *rest]
-    run, last = [sys.executable, str((HERE / script).resolve()), *rest], ""
+    output = [] if name == "table5" else ["--json", str(file)]
+    run, last = [sys.executable, *command[:2], *output, *command[2:]], ""
     with subprocess.Popen(run, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             sys.stderr.write(line)
             last = line.strip() or last  # where it fails, the reason comes last
     if name == "table5":
         if process.returncode == 0:
-            return table5(rest)
+            return table5(command[1:])
     elif process.returncode in (0, measuring.INCOMPLETE) and file.exists():
         found = measuring.read(file)
         if name != "scaling" or "exponents" in found:  # it writes each point as it has it
             return found | {"complete": process.returncode == 0}
-    raise UserError(last or f"{script} ended with status {process.returncode}")
+    raise UserError(last or f"{name} ended with status {process.returncode}")
 
 
 def table5(overrides: list[str]) -> dict[str, Any]:
@@ -143,15 +140,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", help="a model of conf/model")
     parser.add_argument("overrides", nargs="*", help="as for run.py")
     parser.add_argument("--device", default="cuda", help="cpu, cuda, cuda:<n>")
-    parser.add_argument("--folder", type=Path, default=HERE / "results" / "gpu")
+    parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
     parser.add_argument("--neural-compressor", type=Path, metavar="PYTHON", help="python of its environment")
-    parser.add_argument("--contenders", nargs="+", help="of teq_step.py; default: all there can be")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048], help="of teq_step.py")
+    parser.add_argument("--contenders", nargs="+", help="of teq_step; default: all there can be")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048], help="of teq_step")
     parser.add_argument(
         "--scaling", nargs="+", type=int, default=[128, 256, 512, 1024, 2048], metavar="TOKENS"
     )
-    parser.add_argument("--samples", type=int, default=128, help="of gptq.py")
-    parser.add_argument("--length", type=int, default=2048, help="of gptq.py")
+    parser.add_argument("--samples", type=int, default=128, help="of gptq")
+    parser.add_argument("--length", type=int, default=2048, help="of gptq")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--gptq-repeats", type=int, default=1, help="a turn of a 7B takes minutes")
     arguments = parser.parse_intermixed_args(argv)
@@ -169,7 +166,7 @@ def main(argv: list[str]) -> int:
             continue
         aside = arguments.folder / f"{arguments.model}.{name.replace(' ', '_')}.{sources}.json"
         arguments.folder.mkdir(parents=True, exist_ok=True)
-        if name != "scaling":  # that one goes on from its own file, which it writes point by point
+        if name != "scaling":  # scaling continues from its own file, which it writes point by point
             aside.unlink(missing_ok=True)
         try:
             result = ran(name, command, aside)
@@ -179,7 +176,7 @@ def main(argv: list[str]) -> int:
             continue
         if name == "table5":
             found["targets"] = verdicts(arguments.model, found["parts"][name]["result"])
-        elif name != "scaling":  # whose plot lies beside its file
+        elif name != "scaling":  # its plot is next to its file
             aside.unlink()
         measuring.write(file, found)
     print_parts(found["parts"])

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measuring
+from benchmarks.contenders import measuring
 from teq.files.disk import sha256
 from teq.pipeline import cost
 
@@ -48,7 +48,7 @@ PATIENCE = 1800.0  # seconds for a process that nobody kills
 
 
 class Notes:
-    """What a child process began to compute and what it has stored, a line on disk before it goes on."""
+    """What a child process began to compute and what it has stored, a line on disk before it continues."""
 
     def __init__(self, file: Path) -> None:
         self.stream = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -164,7 +164,7 @@ class Sweep:
 
     @property
     def notes(self) -> Path:
-        """This round's notes, beside the disk that fills up."""
+        """This round's notes, outside the disk that fills up."""
         return self.folder.parent / f"{self.name}-{self.round}.notes"
 
 
@@ -200,7 +200,7 @@ class Process:
 
 
 def results(home: Path) -> dict[str, Any]:
-    """What a home holds but for seconds and dates: files of the artefacts by digest, records."""
+    """What a home holds, without seconds and dates: files of the artefacts by digest, records."""
     found: dict[str, Any] = {}
     for file in sorted(home.glob("store/*/*/manifest.json")):
         if "." in file.parent.name:  # unfinished

@@ -1,13 +1,13 @@
 """Seconds and peak memory of a TEQ step and of GPTQ per block, as the model and as the tokens grow.
 
-    python benchmarks/scaling.py [--models tiny-llama ...] [--tokens 128 ...] [--device cpu] [--json FILE]
+    python -m benchmarks.scaling [--models tiny-llama ...] [--tokens 128 ...] [--device cpu] [--json FILE]
 
 Weights are synthetic. Models are compared at the least number of tokens, tokens on the model --grow. Every
-point is measured in a process of its own, after a warm-up, and written at once; what the JSON holds already
-is not measured again. GPTQ is that of the first two blocks on --samples sequences. Memory is the peak of live
+point is measured in its own process, after a warm-up, and written at once; what the JSON holds already is not
+measured again. GPTQ is that of the first two blocks on --samples sequences. Memory is the peak of live
 tensors over the weights. Exponents are slopes of least squares through the logarithms: of all points, and of
-the last two alone, because small ones are mostly overhead. Beside each measured peak stands the one that
-`python -m teq plan` predicts. The plot lies beside the JSON.
+the last two alone, because small ones are mostly overhead. Each measured peak is printed with the one that
+`python -m teq plan` predicts. The plot is written next to the JSON.
 """
 
 import argparse
@@ -15,13 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 
-from benchmarks import measuring
-from benchmarks.measuring import ratio, shown
-from benchmarks.worker import Spec, Worker, training
+from benchmarks.contenders import measuring
+from benchmarks.contenders.measuring import ratio, shown
+from benchmarks.contenders.worker import Spec, Worker, training
 from teq import config
 from teq.device.runtime import resolve
 from teq.spec import UserError

@@ -1,6 +1,6 @@
 """One TEQ training step by several contenders, side by side.
 
-    python benchmarks/teq_step.py [--tokens 512] [--repeats 7] [--device cpu] [--json FILE]
+    python -m benchmarks.teq_step [--tokens 512] [--repeats 7] [--device cpu] [--json FILE]
                                   [--neural-compressor PYTHON] [overrides]
 
 Contenders share the weights, the tokens, the loss and the optimizer, and differ in the quantized linear:
@@ -11,7 +11,7 @@ Contenders share the weights, the tokens, the loss and the optimizer, and differ
   floor             no quantization: forward and input gradient of the frozen model, and the one more matmul
                     per trained linear that any gradient of s needs
   neural-compressor Intel's modules and the model's own loss, in the environment of --neural-compressor (see
-                    benchmarks/neural_compressor_step.py)
+                    benchmarks/contenders/neural_compressor_step.py)
 
 Contenders take turns, step by step, after a step each for warming up; a ratio is the median of the ratios
 turn by turn. Those that share one loaded model do so in one process, offload and neural-compressor step in
@@ -26,14 +26,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
-from benchmarks import measuring
-from benchmarks.measuring import ratio, shown
-from benchmarks.steps import Contender
-from benchmarks.worker import Spec, Worker, memory_of, training
+from benchmarks.contenders import measuring
+from benchmarks.contenders.measuring import ratio, shown
+from benchmarks.contenders.steps import Contender
+from benchmarks.contenders.worker import Spec, Worker, memory_of, training
 from teq import config
 from teq.device.memory import exhausted
 from teq.device.runtime import resolve
@@ -63,8 +61,9 @@ def local(contender: Contender, tokens: torch.Tensor, device: str) -> Step:
 def turns(
     steps: dict[str, Step], repeats: int, failed: dict[str, str]
 ) -> dict[str, list[tuple[float, float]]]:
-    """Seconds and loss of each step of each contender, the warm-up first. One that runs out of memory, or
-    whose process ends, is put into `failed` and drops out.
+    """Return seconds and loss of each step of each contender, the warm-up first.
+
+    A contender that runs out of memory, or whose process ends, is put into `failed` and drops out.
     """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for _ in range(repeats + 1):

@@ -5,6 +5,7 @@ row whose length is not a multiple of it ends in one shorter group. Groups are s
 everywhere.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,11 +37,15 @@ class Grid(Settings):
 
     def group_count(self, columns: int) -> int:
         """Return the number of groups in a row of `columns` input channels."""
-        return 1 if self.group_size == -1 else -(-columns // self.group_size)
+        return -(-columns // self.width(columns))
+
+    def width(self, columns: int) -> int:
+        """Return the number of channels in a group of a row of `columns`; the last group may have fewer."""
+        return columns if self.group_size == -1 else self.group_size
 
     def spans(self, columns: int) -> list[tuple[int, int]]:
         """Return the `[start, stop)` columns of each group."""
-        size = columns if self.group_size == -1 else self.group_size
+        size = self.width(columns)
         return [(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
@@ -68,18 +73,21 @@ def qparams(block: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
     return scale, lo.neg_().div_(scale).round_()
 
 
+def grouped(weight: "Tensor", grid: Grid) -> list["Tensor"]:
+    """Return views `[out, groups, group]` of `weight [out, in]`: whole groups, then a shorter last one."""
+    columns = weight.shape[1]
+    size = min(grid.width(columns), columns)
+    whole = columns - columns % size
+    parts = weight[:, :whole].unflatten(1, (-1, size)), weight[:, None, whole:]
+    return [part for part in parts if part.numel()]
+
+
 def group_params(weight: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
     """Return scale and zero `[out, groups]` of `weight [out, in]` (fp32)."""
     import torch
 
-    columns = weight.shape[1]
-    size = columns if grid.group_size == -1 else min(grid.group_size, columns)
-    whole = columns - columns % size
-    scale, zero = qparams(weight[:, :whole].unflatten(1, (-1, size)), grid)
-    if whole < columns:
-        tail = qparams(weight[:, None, whole:], grid)
-        scale, zero = torch.cat([scale, tail[0]], 1), torch.cat([zero, tail[1]], 1)
-    return scale, zero
+    scale, zero = zip(*(qparams(part, grid) for part in grouped(weight, grid)), strict=True)
+    return torch.cat(scale, 1), torch.cat(zero, 1)
 
 
 def encode(weight: "Tensor", scale: "Tensor", zero: "Tensor", grid: Grid) -> "Tensor":
@@ -96,8 +104,7 @@ def spread(params: "Tensor", grid: Grid, columns: int, g_idx: "Tensor | None" = 
     """Return parameters `[out, groups]` by column, `[out, in]`; `g_idx [in]` overrides the grouping."""
     if g_idx is not None:
         return params[:, g_idx.long()]
-    size = columns if grid.group_size == -1 else grid.group_size
-    return params.repeat_interleave(size, dim=1)[:, :columns]
+    return params.repeat_interleave(grid.width(columns), dim=1)[:, :columns]
 
 
 def fake_quant(weight: "Tensor", grid: Grid) -> "Tensor":
@@ -108,18 +115,11 @@ def fake_quant(weight: "Tensor", grid: Grid) -> "Tensor":
     """
     import torch
 
-    columns = weight.shape[1]
-    size = columns if grid.group_size == -1 else min(grid.group_size, columns)
-    whole = columns - columns % size
     out = torch.empty_like(weight)
-    for part, target in (
-        (weight[:, :whole].unflatten(1, (-1, size)), out[:, :whole].unflatten(1, (-1, size))),
-        (weight[:, None, whole:], out[:, None, whole:]),
-    ):
-        if part.numel():
-            scale, zero = (p[..., None] for p in qparams(part, grid))
-            torch.div(part, scale, out=target)
-            target.round_().add_(zero).clamp_(0, grid.levels).sub_(zero).mul_(scale)
+    for part, target in zip(grouped(weight, grid), grouped(out, grid), strict=True):
+        scale, zero = (p[..., None] for p in qparams(part, grid))
+        torch.div(part, scale, out=target)
+        target.round_().add_(zero).clamp_(0, grid.levels).sub_(zero).mul_(scale)
     return out
 
 
@@ -137,8 +137,6 @@ def pack(codes: "Tensor", bits: int) -> "Tensor":
 
 def unpack(packed: "Tensor", bits: int, shape: tuple[int, ...]) -> "Tensor":
     """Return the inverse of `pack`: codes of `shape`, uint8."""
-    import math
-
     import torch
 
     count = math.prod(shape)

@@ -1,9 +1,14 @@
 """Shared fixtures: a cache of their own for every test, tiny models, and what a test may skip for."""
 
+import gc
+import hashlib
 import multiprocessing
 import os
 import pathlib
+import socket
 import subprocess
+import sys
+import weakref
 
 import pytest
 
@@ -62,7 +67,7 @@ def write(tmp_path, monkeypatch):
 
 @pytest.fixture
 def read_only(tmp_path):
-    """A folder and what makes it read-only, for root too; skips where nothing can be mounted."""
+    """A folder and what makes it read-only, even to root; skips where nothing can be mounted."""
     from teq.files import in_use
 
     def closed():
@@ -111,8 +116,8 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture
-def beside():
-    """Start a process: `beside(work, home, *args)` returns it once `work(home, ready, *args)` set `ready`."""
+def start_process():
+    """Return a function that starts `work(home, ready, *args)` in a process and waits for `ready`."""
     fork, started = multiprocessing.get_context("fork"), []
 
     def begin(work, home, *args):
@@ -127,3 +132,140 @@ def beside():
     for process in started:
         process.kill()
         process.join()
+
+
+def source_of(model, *overrides):
+    """The source of a model of conf/model."""
+    from teq import config
+
+    (job,) = config.jobs([f"model={model}", *overrides])
+    return job.run.model.source
+
+
+def save_tiny(model, target):
+    """Write a tiny model and its tokenizer as `save_pretrained` does."""
+    from teq.models.synthetic import build, byte_tokenizer
+
+    source = source_of(model)
+    build(source).save_pretrained(target)
+    byte_tokenizer(source.bos).save_pretrained(target)
+    return target
+
+
+def documents(count, words=3):
+    """`count` different documents of `words` words."""
+    return [" ".join(f"word{i}x{j}" for j in range(words)) for i in range(count)]
+
+
+def run_python(code, endpoint, home, **environment):
+    """Run `code` in a process of its own: the hub's client reads its environment when it is imported."""
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "HF_HUB_OFFLINE": "",
+    }
+    inherited = {key: value for key, value in os.environ.items() if key != "TEQ_DATA"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**inherited, **settings, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def in_a_cycle(lm):
+    """Make the model of `lm` refer to itself, as a kept traceback would; returns a weak reference to it."""
+    lm.model.itself = [lm.model]
+    return weakref.ref(lm.model)
+
+
+def inputs_by_linear(lm, windows):
+    """Every linear's inputs `[sample, token, in]`, from hooks on whole-model forward passes."""
+    import torch
+
+    found, handles = {}, []
+    for name, module in lm.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+
+            def hook(_, args, name=name):
+                found.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]))
+
+            handles.append(module.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        for window in windows:
+            lm.model(window[None])
+    for handle in handles:
+        handle.remove()
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+@pytest.fixture
+def unplugged(tmp_path, monkeypatch):
+    """No cache, and every attempt to reach a network fails the test."""
+    from huggingface_hub import constants
+
+    def attempted(*args, **kwargs):
+        raise AssertionError(f"a network call was attempted: {args}")
+
+    monkeypatch.delenv("TEQ_DATA", raising=False)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, attempted)
+    monkeypatch.setattr(socket, "getaddrinfo", attempted)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny LLaMA as `save_pretrained` writes it."""
+    return save_tiny("tiny-llama", tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """Lay out weights as in the hub's cache: `hub_cache("facebook/opt-6.7b", "tiny-opt")` -> commit."""
+    import huggingface_hub.constants
+
+    root = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    import huggingface_hub._snapshot_download as snapshot
+    import huggingface_hub.file_download as download
+
+    for module in (snapshot, download):
+        monkeypatch.setattr(module.constants, "HF_HUB_CACHE", str(root))
+
+    def make(repo, tiny):
+        commit = hashlib.sha1(repo.encode()).hexdigest()
+        base = root / f"models--{repo.replace('/', '--')}"
+        (base / "refs").mkdir(parents=True)
+        (base / "refs" / "main").write_text(commit)
+        save_tiny(tiny, base / "snapshots" / commit)
+        return commit
+
+    return make
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading a model is an error."""
+    from teq.models.checkpoint import Checkpoint
+
+    def load(*_):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(Checkpoint, "load", load)
+
+
+@pytest.fixture
+def only_counted_references():
+    """Without the garbage collector, which may or may not come in time: cycles stay until they are freed."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-import torch._dynamo  # before there seems to be a GPU, for which it would want more than there is
+import torch._dynamo  # before there seems to be a GPU, which it would then initialize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

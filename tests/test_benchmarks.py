@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from benchmarks import gptq, gpu, measuring, scaling, teq_step
+from benchmarks import gptq, gpu, scaling, teq_step
+from benchmarks.contenders import measuring
 from teq.spec import UserError
 
 
@@ -49,7 +50,7 @@ def test_the_port_of_gptq_gives_our_codes_in_the_first_block(tmp_path):
 
 
 def test_scaling_fits_the_exponents_and_measures_no_point_twice(tmp_path, monkeypatch, capsys):
-    """Points that follow a power law, so that the exponents are known; the test of gpu.py has real ones."""
+    """Points that follow a power law, so that the exponents are known; the test of `gpu` has real ones."""
     parameters = {"tiny-opt": 10**6, "smollm2-135m": 10**8, "opt-1.3b": 10**9}
     measured = []
 
@@ -121,13 +122,14 @@ def test_everything_for_one_model_is_collected_and_run_once(tmp_path, monkeypatc
 
 def test_a_part_that_crashes_gives_nothing_and_other_code_is_measured_again(tmp_path, monkeypatch, capfd):
     argv = ["tiny-opt", "--device", "cpu", "--folder", str(tmp_path), "--tokens", "16"]
-    parts = {"gptq": ["gptq.py", "--no-such-option"]}  # argparse: exit status 2, and the file stays
+    wrong = ["-m", "benchmarks.gptq", "--no-such-option"]  # argparse: exit status 2, and the file stays
+    parts = {"gptq": wrong}
     monkeypatch.setattr(gpu, "commands", lambda _: parts)
     sources = gpu.measure.code()["sources"]
     stale = tmp_path / f"tiny-opt.gptq.{sources}.json"
     crash = tmp_path / "crash.py"
     crash.write_text("raise SystemExit(1)")  # as Python ends after a traceback
-    for parts["gptq"] in (["gptq.py", "--no-such-option"], [str(crash)]):
+    for parts["gptq"] in (wrong, [str(crash)]):
         stale.write_text('{"total_over_floor": {}}')
         assert gpu.main(argv) == 1
         assert "failed: gptq" in capfd.readouterr().out and not (tmp_path / "tiny-opt.json").exists()

@@ -161,8 +161,8 @@ def make(home, ready, name, setting):
     Store(home / "store").get(Stage(name, {"a": setting}, never_ends), "cpu")
 
 
-def test_what_a_running_process_got_stays_until_it_ends(own_home, filled, beside, capsys):
-    process = beside(hold, own_home, "old")
+def test_what_a_running_process_got_stays_until_it_ends(own_home, filled, start_process, capsys):
+    process = start_process(hold, own_home, "old")
     assert run("prune", "--stage", "weights", "--yes") == 0
     assert "1 of 2; 1 left, which running processes use" in capsys.readouterr().out
     assert (filled["old"] / DATA).is_file() and not (filled["new"] / DATA).exists()
@@ -182,8 +182,8 @@ def test_what_another_machines_process_got_stays_for_a_week(own_home, filled):
     assert not (filled["old"] / DATA).exists()
 
 
-def test_the_state_of_work_that_goes_on_stays(own_home, beside):
-    process = beside(make, own_home, "scales", "running")
+def test_the_state_of_work_that_goes_on_stays(own_home, start_process):
+    process = start_process(make, own_home, "scales", "running")
     running = put_key(own_home, "scales", "running").name
     for key in (running, "ended"):
         (own_home / "partial" / f"scales-{key}").mkdir(parents=True)
@@ -238,8 +238,8 @@ def test_the_output_of_a_start_that_goes_on_stays(own_home):
     assert names(own_home / "hydra") == {f"2026-01-01_12-00-00_{host}-{os.getppid()}-ab"}
 
 
-def test_logs_stay_while_anything_runs(own_home, filled, beside):
-    process = beside(hold, own_home, "old")
+def test_logs_stay_while_anything_runs(own_home, filled, start_process):
+    process = start_process(hold, own_home, "old")
     (own_home / "wandb" / "offline-run-1").mkdir(parents=True)
     assert run("prune", "--stage", "wandb", "--yes") == 0 and names(own_home / "wandb")
     process.kill()
@@ -247,8 +247,8 @@ def test_logs_stay_while_anything_runs(own_home, filled, beside):
     assert run("prune", "--stage", "wandb", "--yes") == 0 and not names(own_home / "wandb")
 
 
-def test_locks_of_what_is_not_there_are_deleted_unless_held(own_home, filled, beside):
-    beside(make, own_home, "scales", "running")
+def test_locks_of_what_is_not_there_are_deleted_unless_held(own_home, filled, start_process):
+    start_process(make, own_home, "scales", "running")
     held = put_key(own_home, "scales", "running").with_suffix(".lock")
     shutil.rmtree(put_key(own_home, "scales", "old"))
     orphan = put_key(own_home, "scales", "old").with_suffix(".lock")

@@ -145,3 +145,21 @@ def test_a_requirement_is_no_option_of_pip(monkeypatch, tmp_path):
     """pip takes what begins with a dash behind `--` for a requirement, and refuses it."""
     with pytest.raises(UserError, match=r"--help could not be downloaded .*Invalid requirement: '--help'"):
         wheel.fetch("--help", Path(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("bits=4", "bits='4'"),
+        ("bits=3,4", "bits='3','4'"),
+        ("group_size=-1,128", "group_size='-1','128'"),
+        ("bits='4'", "bits='4'"),
+        ("train.steps=4", "train.steps=4"),
+    ],
+)
+def test_integers_of_config_groups_are_quoted(word, expected):
+    assert config.quoted([word]) == [expected]
+
+
+def test_flags_may_stand_anywhere():
+    assert config.quoted(["a=1", "-m", "b=2"]) == ["-m", "a=1", "b=2"]

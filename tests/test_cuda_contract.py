@@ -3,7 +3,7 @@
 Whole runs, from the command line to the record, on tensors that say they are on cuda:0: nothing uses a device
 before it is initialized, no devices are mixed, no stream is read from too early, the results are a CPU's to
 the bit, and the host waits for the device no more than it must. Not carried: the compiled fake quantization,
-because the stand-in has no compiler (see test_fused.py), and how much memory is used (see test_gpu.py).
+because the stand-in has no compiler (see test_fake_quant.py), and how much memory is used (see test_gpu.py).
 """
 
 import contextlib
@@ -69,8 +69,10 @@ def assert_equal_to_the_bit(ran, other):
 
 
 def assert_waits_are_few(cuda, ran):
-    """A result is read back once for a step of training, for a window and for a block, by GPTQ twice for a
-    block: whether a factor failed, and its report. Two numbers check the model's head before a training.
+    """The host waits for the device only as often as listed here.
+
+    A result is read back once per training step, per window and per block, by GPTQ twice per block: whether a
+    factor failed, and its report. Two numbers check the model's head before a training.
 
     Copied to the host are every stored tensor of the weights, all scales at once, the block on which the
     sites are checked, and the four tensors of a training's state when it ends.

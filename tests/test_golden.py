@@ -1,4 +1,4 @@
-"""Results of every method on a tiny model beside the version that its settings carry.
+"""Results of every method on a tiny model with the version that its settings carry.
 
 A change of arithmetic that moves them needs a bump of that class's `version`, or old caches would serve old
 results to new code. After the bump: `python tests/test_golden.py` writes tests/oracles/golden.json anew.

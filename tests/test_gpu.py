@@ -32,8 +32,9 @@ REAL = ["model=smollm2-135m", "dtype=float32", "grid=w3_g64", "train.steps=2", "
 
 @pytest.fixture(scope="module", autouse=True)
 def workspaces_are_there():
-    """cuBLAS takes tens of megabytes when a thread first multiplies, and backward passes have their own: paid
-    before any test, so that none measures it.
+    """Let cuBLAS allocate its workspaces before any test measures memory.
+
+    They take tens of megabytes when a thread first multiplies, and backward passes have their own.
     """
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(64, 64, device=GPU, dtype=dtype, requires_grad=True)
@@ -132,9 +133,7 @@ def test_a_run_from_the_command_line_to_the_record(own_home):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """SmolLM2 by every method on the CPU and on the GPU: by device, perplexities by method and stored tensors
-    by file.
-    """
+    """SmolLM2 by every method on CPU and GPU: by device, perplexities by method, tensors by file."""
     (job,) = config.jobs(REAL)
     try:
         job.run.model.source.folder()
@@ -171,8 +170,9 @@ def test_a_real_models_perplexity_is_the_cpus(real):
 
 @pytest.mark.wheel
 def test_a_real_models_scales_are_the_cpus(real):
-    """Adam divides a gradient by its size, so that where that is next to nothing its rounding error decides:
-    on a CPU with another attention kernel, 3 scales in 100 000 differ by more than 1e-3 after two steps.
+    """Adam divides a gradient by its size: of a gradient near 0 it is the rounding error that decides.
+
+    On a CPU with another attention kernel, 3 scales in 100 000 differ by more than 1e-3 after two steps.
     """
     (_, on_cpu, _), (_, on_gpu, _) = real
     assert on_cpu.keys() == on_gpu.keys()
@@ -192,8 +192,9 @@ def test_a_real_models_first_codes_are_the_cpus(real):
 
 @pytest.mark.wheel
 def test_a_real_models_quantized_perplexities_are_the_cpus_within_gptqs_noise(real):
-    """Other rounding errors are another draw from what orders of the calibration windows give. Two draws are
-    further apart than 1.5 times the range of twelve once in two thousand times.
+    """Other rounding errors act like another order of the calibration windows: one more draw.
+
+    Two draws are further apart than 1.5 times the range of twelve once in two thousand times.
     """
     if not DRAWS.is_file():
         pytest.skip(f"{DRAWS.name} is not there: benchmarks/gptq_draws.py makes it")

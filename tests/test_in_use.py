@@ -12,9 +12,9 @@ from teq.files import disk, in_use
 
 
 @pytest.fixture
-def worker(tmp_path, beside):
+def worker(tmp_path, start_process):
     """A process that registers entries of the cache `tmp_path` and lives on: `worker(*entries)`."""
-    return lambda *entries: beside(_work, tmp_path, entries)
+    return lambda *entries: start_process(_work, tmp_path, entries)
 
 
 def _work(root, ready, entries):

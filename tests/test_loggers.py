@@ -82,7 +82,8 @@ layout:
     assert rows["columns"][:5] == ["grid", "method", "cell", "ours", "stderr"]
     assert [row[:3] for row in rows["data"]] == [["full", "fp", "ppl"], ["w4", "rtn", "ppl"]]
     fp = next(r for r in record.load(own_home / "records") if r.data["run"]["method"] == "fp")
-    assert float(rows["data"][0][3]) == pytest.approx(fp.metrics["python-docs"]["values"]["ppl"], rel=1e-6)
+    assert isinstance(rows["data"][0][3], float)  # sortable, plottable
+    assert rows["data"][0][3] == pytest.approx(fp.metrics["python-docs"]["values"]["ppl"], rel=1e-6)
     assert [b"logged" in file.read_bytes() for file in files] == [True] * 3
 
 

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from test_corpora import documents
+from conftest import documents
 
 from teq.data import texts as corpora
 from teq.data.sources import SOURCES

@@ -11,20 +11,13 @@ import sys
 import pytest
 import torch
 
-from teq import config, record
-from teq.data import texts as corpora
-from teq.device import memory
-from teq.device.runtime import Runtime, resolve
-from teq.evaluate.perplexity import Perplexity
-from teq.grid import Grid
+from teq import config
+from teq.device.runtime import Runtime
 from teq.models.checkpoint import Checkpoint
 from teq.pipeline import run as pipeline
 from teq.pipeline.loaded import LoadedModel
 from teq.pipeline.store import Store
-from teq.quantizers.quantized import restore
 from teq.quantizers.rtn import Rtn
-from teq.spec import UserError
-from teq.stage import Diverged, NothingDone
 from teq.transforms.teq.settings import Teq
 from teq.verbs import run as cli
 
@@ -69,33 +62,6 @@ def test_rerun_computes_and_loads_nothing(own_home, monkeypatch):
     assert second.data == first.data  # a record is written once
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "teq", "teq+gptq"])
-def test_metric_recomputed_from_the_stored_file_alone_is_bit_equal(own_home, method):
-    finished = run(own_home, f"method={method}", "dtype=bfloat16")
-    (job,) = config.jobs([*QUICK, *GPTQ, f"method={method}", "dtype=bfloat16"])
-    from safetensors.torch import load_file
-
-    lm = job.run.model.load("bfloat16", "cpu")
-    stage = finished.data["stages"]["weights"]["key"]
-    restore(
-        lm.model,
-        load_file(own_home / "store" / "weights" / stage / "data.safetensors"),
-        job.run.quantizer.grid,
-    )
-    metric = job.run.evals[0].measure(lm, Runtime())
-    assert metric.values["ppl"] == finished.metrics["python-docs"]["values"]["ppl"]
-    assert (metric.arrays["window_loss"] == finished.array("python-docs", "window_loss")).all()
-
-
-def test_codes_are_stored_with_their_bits_packed(own_home):
-    from safetensors.torch import load_file
-
-    finished = run(own_home, "method=rtn", "bits=3")
-    stage = own_home / "store" / "weights" / finished.data["stages"]["weights"]["key"]
-    tensors = load_file(stage / "data.safetensors")
-    assert tensors["model.layers.0.mlp.down_proj/codes"].numel() == 64 * 160 * 3 // 8
-
-
 def test_record_holds_what_tables_need(own_home):
     finished = run(own_home, "method=teq", "train.steps=3")
     data = finished.data
@@ -109,133 +75,6 @@ def test_record_holds_what_tables_need(own_home):
     assert data["stages"]["scales"]["cost"]["machine"]["versions"]["torch"].startswith("2.")
     assert {"sources", "commit", "dirty"} == data["code"].keys()
     assert json.loads(finished.file.read_text()) == data
-
-
-def test_record_holds_what_can_move_a_number_and_is_in_no_key(own_home):
-    finished = run(own_home, "method=rtn", "evals=[python-docs,lastword-python-docs]")
-    flags = finished.data["stages"]["weights"]["cost"]["machine"]["flags"]
-    assert flags["deterministic"] is False and flags["matmul_precision"] == "highest" and flags["cpu"]
-    assert finished.metrics["python-docs"]["info"]["attention"] == "sdpa"
-    assert finished.metrics["lastword-python-docs"]["info"]["batch_size"] == 8
-    assert {len(stage["digest"]) for stage in finished.data["stages"].values()} == {16}
-
-
-def test_records_as_a_frame(own_home):
-    for method in ("fp", "rtn"):
-        run(own_home, f"method={method}")
-    table = record.frame(record.load(own_home / "records"))
-    assert list(table["method"]) == ["fp", "rtn"] and table["bits"].tolist()[1] == 3
-    assert table["python-docs.ppl"].notna().all() and (table["seconds.python-docs"] > 0).all()
-
-
-def test_broken_and_foreign_records_never_hide_the_others(own_home, caplog):
-    finished = run(own_home, "method=fp")
-    folder = finished.file.parent
-    (folder / "a.json").write_text("{")
-    (folder / "b.json").write_text(json.dumps({**finished.data, "schema": 0}))
-    (folder / "c.json").write_text(json.dumps({"schema": record.SCHEMA}))
-    assert [r.id for r in record.load(folder)] == [finished.id]
-    assert all(name in caplog.text for name in ("a.json", "b.json", "c.json", "schema 0"))
-
-
-def test_rounding_that_changes_nothing_is_an_error(own_home, tiny):
-    lm = tiny("llama")
-    grid = Grid(bits=8, group_size=64)
-    with torch.no_grad():
-        for parameter in lm.model.parameters():
-            if parameter.ndim == 2:
-                parameter.fill_(0)
-    with pytest.raises(NothingDone, match="rounding changed no weight"):
-        Rtn(grid=grid).quantize(lambda: lm, {}, Runtime())
-
-
-def test_gptq_that_equals_rounding_is_an_error(own_home, tiny, monkeypatch):
-    from teq.quantizers.gptq import solver
-
-    lm = tiny("llama")
-    (job,) = config.jobs([*QUICK, *GPTQ, "method=gptq"])
-    monkeypatch.setattr(solver.Hessian, "mean", lambda self: torch.eye(self.total.shape[0]))
-    with pytest.raises(NothingDone, match="GPTQ's codes equal plain rounding's"):
-        job.run.quantizer.quantize(lambda: lm, {}, Runtime())
-
-
-@pytest.mark.parametrize(
-    "options",
-    [[], ["act_order"], ["act_order", "static_groups"], ["true_sequential"]],
-    ids=" ".join,
-)
-def test_gptq_blocks_equal_a_plain_walk(tiny, family, options):
-    """Shared Hessians and block inputs, against a Hessian per linear from whole-model forward passes; what is
-    compared is what was stored.
-    """
-    from teq.data import texts as corpora
-    from teq.models.arch import blocks, linears
-    from teq.quantizers.gptq.solver import Hessian
-    from teq.quantizers.quantized import linear_from
-
-    chosen = [f"gptq.{option}=true" for option in options]
-    (job,) = config.jobs([f"model=tiny-{family}", *GPTQ, "method=gptq", "group_size=16", *chosen])
-    settings, grid = job.run.quantizer, job.run.quantizer.grid
-    lm, plain = tiny(family), tiny(family)
-    tensors, _ = settings.quantize(lambda: lm, {}, Runtime())
-    windows = corpora.calibration(settings.calib, plain.tokenizer, settings.samples, settings.length)
-    for block_name, block in blocks(plain.model, plain.arch).items():
-        inside = linears(block_name, block)
-        for names in [[name] for name in inside] if settings.true_sequential else [list(inside)]:
-            inputs = {name: [] for name in names}
-            handles = [
-                inside[name].register_forward_pre_hook(
-                    lambda _, args, seen=inputs[name]: seen.append(args[0])
-                )
-                for name in names
-            ]
-            with torch.no_grad():
-                for window in windows:
-                    plain.model(window[None])
-            for handle in handles:
-                handle.remove()
-            for name in names:
-                linear = inside[name]
-                hessian = Hessian(linear.in_features, torch.device("cpu"))
-                for batch in inputs[name]:
-                    hessian.add(batch.reshape(1, -1, linear.in_features))
-                expected = settings.solve([(linear.weight, hessian.mean())])[0].quantized.dequantize(grid)
-                ours = linear_from(tensors, name, grid, tuple(linear.weight.shape)).dequantize(grid)
-                assert (~torch.isclose(ours, expected, rtol=1e-3)).float().mean() < 2e-3, name
-                with torch.no_grad():
-                    linear.weight.copy_(expected)
-
-
-@pytest.mark.parametrize("stage", ["quantize", "measure"])
-def test_a_device_that_cannot_hold_the_model_says_what_to_do_and_keeps_the_scales(
-    own_home, monkeypatch, stage
-):
-    (job,) = config.jobs([*QUICK, "method=teq", "train.steps=2"])
-
-    def full(*_):
-        raise torch.OutOfMemoryError("20 GB more were asked for")
-
-    owner = type(job.run.quantizer if stage == "quantize" else job.run.evals[0])
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, stage, full)
-        guard = memory.explained
-        patched.setattr(memory, "explained", lambda doing, _: guard(doing, "cuda:0"))
-        with pytest.raises(
-            UserError, match=r"the memory of cuda:0 ran out while .* device=cpu goes on from it"
-        ):
-            run(own_home, "method=teq", "train.steps=2")
-    assert cached(run(own_home, "method=teq", "train.steps=2"))["scales"]
-
-
-def test_divergence_keeps_the_scales_and_stores_no_stage(own_home, monkeypatch):
-    def diverge(*_):
-        raise Diverged("training stopped: the loss is nan at step 7", {"site": torch.ones(3)})
-
-    monkeypatch.setattr(Teq, "fit", diverge)
-    with pytest.raises(Diverged, match=r"at step 7; the scales so far are in .*\.safetensors"):
-        run(own_home, "method=teq")
-    assert len(list((own_home / "failed").glob("*.safetensors"))) == 1
-    assert not [p for p in (own_home / "store" / "scales").iterdir() if p.is_dir()]
 
 
 def test_edited_artefact_is_found_and_made_again(own_home, caplog):
@@ -347,120 +186,6 @@ def test_what_was_pruned_is_not_made_again_for_what_is_there(own_home, monkeypat
             assert again.file == first.file and again.data["training"] == first.data["training"]
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A tiny LLaMA in a folder, and what overwrites it with the weights of a seed."""
-    from teq.models.synthetic import build, byte_tokenizer
-
-    (job,) = config.jobs(["model=tiny-llama"])
-    source, folder = job.run.model.source, tmp_path / "checkpoint"
-
-    def write(seed):
-        build(dataclasses.replace(source, seed=seed)).save_pretrained(folder)
-        byte_tokenizer(source.bos).save_pretrained(folder)
-
-    write(0)
-    return folder, write
-
-
-def test_a_checkpoint_edited_under_a_run_ends_it_in_one_line_and_files_nothing(
-    own_home, monkeypatch, checkpoint, capsys
-):
-    import run as entry
-
-    folder, write = checkpoint
-    original = Rtn.quantize
-
-    def edited_meanwhile(*args):
-        write(1)
-        return original(*args)
-
-    monkeypatch.setattr(Rtn, "quantize", edited_meanwhile)
-    argv = [*QUICK, f"model.path={folder}", "method=rtn"]
-    assert entry.main(argv) == 1
-    out = capsys.readouterr().out
-    (line,) = [line for line in out.splitlines() if line.startswith("failed: model=")]
-    assert "the weights of model=tiny-llama changed while the run was under way" in line
-    assert not list((own_home / "records").glob("*")) and not (own_home / "store" / "metrics").is_dir()
-    weights = own_home / "store" / "weights"
-    assert not [path for path in weights.iterdir() if path.is_dir()]
-    monkeypatch.setattr(Rtn, "quantize", original)
-    assert entry.main(argv) == 0
-
-
-def test_code_edited_under_a_run_is_not_what_its_record_names(own_home, tmp_path):
-    """The solver is imported when its stage begins, after a training that it may be edited under."""
-    root, copy = config.ROOT, tmp_path / "project"
-    for name in ("teq", "conf", "experiments"):
-        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    git = ["git", "-C", str(copy), "-c", "user.name=n", "-c", "user.email=e"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "as it was"]):
-        subprocess.run([*git, *command], check=True)
-    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-    code = """
-import sys
-from teq import config
-from teq.pipeline import run as pipeline
-from teq.pipeline.store import Store
-from teq.device.runtime import Runtime
-solver = config.ROOT / "teq" / "quantizers" / "gptq" / "solver.py"
-
-class Edit:
-    def step(self, step, loss):
-        assert "teq.quantizers.gptq.solver" not in sys.modules
-        solver.write_text(solver.read_text() + "# edited\\n")
-
-    def finish(self, finished):
-        pass
-
-(job,) = config.jobs(sys.argv[1:])
-home = config.home()
-print(pipeline.run(job.run, Store(home / "store"), home, Runtime(), Edit()).file)
-"""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(copy),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "TEQ_ROOT": str(copy),
-    }
-    argv = [*QUICK, *GPTQ, "method=teq+gptq"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *argv], env=environment, cwd=copy, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    data = record.read(pathlib.Path(done.stdout.split()[-1])).data
-    stages = {name: stage["cost"]["code"] for name, stage in data["stages"].items()}
-    assert {code["commit"] for code in (data["code"], *stages.values())} == {commit}
-    assert data["code"]["dirty"] and stages["weights"]["dirty"]
-    assert stages["weights"]["sources"] == data["code"]["sources"]
-    clean = subprocess.check_output(
-        [sys.executable, "-c", "from teq.pipeline import cost; print(cost.code()['sources'])"],
-        env=os.environ | {"PYTHONPATH": str(root)},
-        cwd=tmp_path,
-        text=True,
-    ).strip()
-    assert data["code"]["sources"] != clean
-
-
-def test_a_corpus_of_another_text_is_other_work(own_home, monkeypatch):
-    """python-docs differs between Python versions: the text's digest is in the keys of what read it."""
-    first = run(own_home, "method=teq")
-    from teq.data import embedded
-
-    original = embedded.python_docs()
-    for module in (embedded, corpora):
-        monkeypatch.setattr(module, "python_docs", lambda: "A new topic. " * 30 + original)
-    second = run(own_home, "method=teq")
-    assert second.id == first.id and second.file != first.file
-    assert cached(second)["scales"] is False
-
-
-def test_unknown_device_is_refused():
-    for device in ("cuda:9", "tpu", "mps"):
-        with pytest.raises(UserError, match=f"device={device}"):
-            resolve(device)
-
-
 def start(home, *argv, **environment):
     root = pathlib.Path(__file__).resolve().parent.parent
     command = [sys.executable, str(root / "run.py"), *QUICK, *GPTQ, *argv]
@@ -512,58 +237,3 @@ def test_interrupt_in_every_stage_is_one_line_and_loses_nothing(own_home, monkey
     kept = [p for s in ("scales", "weights", "metrics") for p in (store / s).glob("*") if p.is_dir()]
     assert len(kept) == finished
     assert entry.main(argv) == 0
-
-
-@pytest.mark.parametrize(
-    ("method", "override", "said"),
-    [
-        ("teq", "evals=[python-docs,ptb-new]", r"ptb-new gives 12 tokens, one window of ppl\.context=64"),
-        ("gptq", "evals=[python-docs,ptb-new]", r"ptb-new gives 12 tokens, one window of ppl\.context=64"),
-        (
-            "teq+gptq",
-            "gptq.length=60000",
-            "python-docs gives 55000 tokens, one calibration window needs",
-        ),
-    ],
-)
-def test_texts_too_short_are_found_before_any_weight_is_loaded(
-    own_home, write, monkeypatch, method, override, said
-):
-    write("ptb_text_only/test", sentence=["a few words"])
-    monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(UserError, match=said):
-        run(own_home, f"method={method}", override)
-
-
-def test_evaluations_compute_in_their_own_precision(own_home, monkeypatch):
-    def ran(*given):
-        (job,) = config.jobs(["model=tiny-llama", "evals=[python-docs]", "ppl.limit=2", *given])
-        found = pipeline.run(job.run, Store(own_home / "store"), own_home, Runtime(), None).data
-        return job.run, found["stages"], found["metrics"]["python-docs"]["values"]["ppl"]
-
-    seen, measure = [], Perplexity.measure
-    monkeypatch.setattr(
-        Perplexity,
-        "measure",
-        lambda self, lm, runtime: seen.append(lm.model.dtype) or measure(self, lm, runtime),
-    )
-    same, plain, _ = ran("method=rtn", "dtype=bfloat16")
-    apart, stages, _ = ran("method=rtn", "dtype=bfloat16", "eval_dtype=float16")
-    assert seen == [torch.bfloat16, torch.float16]
-    assert stages["weights"]["key"] == plain["weights"]["key"]
-    assert stages["python-docs"]["key"] != plain["python-docs"]["key"] and apart.key() != same.key()
-    assert ran("method=rtn", "dtype=bfloat16", "eval_dtype=bfloat16")[0].key() == same.key()
-    # nothing of the other precision is in what is evaluated
-    assert ran("method=fp", "dtype=bfloat16", "eval_dtype=float32")[2] == ran("method=fp", "dtype=float32")[2]
-
-
-def test_the_paper_trains_in_bfloat16_and_evaluates_in_float16():
-    def of(*given):
-        run = config.jobs(["method=rtn", *given])[0].run
-        return run.dtype, run.eval_dtype
-
-    assert of("model=opt-6.7b") == of("model=llama-7b") == ("bfloat16", "float16")
-    assert of("model=opt-6.7b", "dtype=float32") == ("float32", None)
-    assert of("model=opt-6.7b", "dtype=float32", "eval_dtype=float16") == ("float32", "float16")
-    assert of("model=opt-6.7b", "eval_dtype=bfloat16") == ("bfloat16", None)
-    assert of("model=smollm2-135m") == ("float32", None)

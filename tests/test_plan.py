@@ -4,30 +4,15 @@ import json
 import re
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from teq import config
 from teq.__main__ import main
-from teq.device import host_memory, memory
-from teq.device.runtime import Runtime
-from teq.evaluate import lastword, scoring
-from teq.evaluate.workload import WORKLOADS, Scoring, Workload
-from teq.models.checkpoint import LM, Checkpoint
+from teq.device import host_memory
+from teq.evaluate.workload import WORKLOADS
 from teq.pipeline import estimate, forecast
 
 TINY = ["model=tiny-llama", "method=teq+gptq", "train.length=64", "train.steps=10", "gptq.samples=4"]
 TINY += ["gptq.length=64", "evals=[python-docs,lastword-python-docs]", "ppl.context=64", "ppl.limit=5"]
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Loading a model is an error."""
-
-    def load(*_):
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(Checkpoint, "load", load)
 
 
 def rows(text):
@@ -60,31 +45,6 @@ def test_a_model_of_the_hub_is_planned_without_the_hub(no_weights, capsys):
     assert main(["plan", "model=bloom-560m", "method=teq", "memory=offload", "device=cpu"]) == 0
     out = capsys.readouterr().out
     assert "559,214,592 parameters, 1.12 GB in bfloat16" in out
-
-
-def test_seconds_follow_from_a_rate(no_weights, own_home, monkeypatch, capsys):
-    (job,) = config.jobs(TINY)
-    own_home.mkdir()
-    (own_home / forecast.RATES).write_text(json.dumps({forecast.rate_name("cpu", "float32"): 1e6}))
-    main(["plan", *TINY])
-    found = rows(capsys.readouterr().out)
-    two = estimate.estimate(
-        job.run.transform, job.run.model.source.dimensions(), job.run.model.arch, "float32", "keep"
-    )
-    assert found["scales", "keep (picked)"][1] == f"{5 * two.flops / 1e6:.0f}"
-    assert int(found["weights", ""][1]) > 0 and int(found["python-docs", ""][1]) > 0
-    (own_home / forecast.RATES).write_text("{")
-    assert main(["plan", *TINY]) == 2
-    assert "is damaged: delete it and calibrate again" in capsys.readouterr().err
-
-
-def test_calibration_measures_and_keeps_a_rate(own_home, monkeypatch, capsys):
-    small = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 300}
-    monkeypatch.setattr(forecast, "CALIBRATION", forecast.CALIBRATION | small)
-    assert main(["plan", "--calibrate", *TINY]) == 0
-    (rate,) = json.loads((own_home / forecast.RATES).read_text()).values()
-    assert 1e6 < rate < 1e15
-    assert "not known" not in rows(capsys.readouterr().out)["scales", "keep (picked)"]
 
 
 @pytest.fixture(scope="module")
@@ -158,35 +118,6 @@ def test_packed_codes_leave_the_gpu(model, size, no_weights, capsys):
     assert rows(capsys.readouterr().out)["weights", ""][0] == size
 
 
-def test_a_tasks_memory_and_operations_are_foreseen(family, monkeypatch):
-    """From the counts of this tokenizer, which reads bytes; the largest batch is an upper bound."""
-    documents = 40
-    few = lastword.items()[:documents]
-    monkeypatch.setattr(lastword, "items", lambda: few)
-    wide = ["model.config.hidden_size=256"]  # attention within a row is no large part of the work
-    wide += [f"model.config.{'ffn_dim' if family == 'opt' else 'intermediate_size'}=1024"]
-    wide = wide[:1] if family == "bloom" else wide
-    (job,) = config.jobs([f"model=tiny-{family}", "method=fp", "evals=[lastword-python-docs]", *wide])
-    lm, (evaluation,) = job.run.model.load("float32", "cpu"), job.run.evals
-    seen, plain = [], scoring.SharedContextLM._batches
-
-    def batches(self, sequences, longest):
-        found = plain(self, sequences, longest)
-        every = [row for batch in found for row in batch]
-        seen.append((sum(len(r.tokens) for r in every), sum(len(r.points) for r in every), longest))
-        return found
-
-    monkeypatch.setattr(scoring.SharedContextLM, "_batches", batches)
-    with memory.LiveBytes() as live:
-        evaluation.measure(lm, Runtime(batch_size=2))
-    ((tokens, scored, longest),) = seen
-    work = Scoring(Workload(documents, tokens / documents, scored / documents, longest), documents, 2)
-    batch = estimate.estimate(work, job.run.model.source.dimensions(), job.run.model.arch, "float32", "keep")
-    weights = sum(p.nbytes for p in lm.model.parameters())
-    assert 0.9 * live.peak <= batch.bytes - weights <= 2 * live.peak
-    assert work.flops(batch) == pytest.approx(live.flops, rel=0.3)
-
-
 def test_a_tasks_limit_and_batch_size_count(no_weights, own_home, capsys):
     (job,) = config.jobs(["model=opt-125m", "method=fp", "evals=[piqa]"])
     own_home.mkdir()
@@ -198,40 +129,3 @@ def test_a_tasks_limit_and_batch_size_count(no_weights, own_home, capsys):
     (whole, few, small) = ((float(size[1:-3]), float(seconds[1:])) for size, seconds in found)
     assert few[0] == whole[0] > small[0]
     assert few[1] == pytest.approx(whole[1] * 183 / WORKLOADS["piqa"].documents, rel=0.01)
-
-
-@pytest.mark.parametrize("options", [[], ["group_size=-1"], ["gptq.act_order=true", "group_size=16"]])
-def test_gptqs_memory_is_within_15_percent(family, options):
-    shape = ["gptq.samples=6", "gptq.length=96", "method=gptq", f"model=tiny-{family}", "evals=[python-docs]"]
-    (job,) = config.jobs([*shape, *options])
-    settings, lm = job.run.quantizer, job.run.model.load("float32", "cpu")
-    weights = sum(p.nbytes for p in lm.model.parameters())
-    predicted = settings.estimate(lm).bytes
-    with memory.LiveBytes() as live:
-        settings.quantize_on(lm, {}, torch.randint(200, (6, 96)))
-    assert predicted == pytest.approx(weights + live.peak, rel=0.15)
-
-
-@pytest.mark.parametrize("overrides", [[], ["group_size=-1", "bits=8"]])
-def test_roundings_memory_is_within_15_percent(family, overrides):
-    (job,) = config.jobs([f"model=tiny-{family}", "method=rtn", "evals=[python-docs]", *overrides])
-    wanted = job.run.model.source.dimensions()
-    wanted.num_hidden_layers = 5  # the prediction looks at two and at three
-    predicted = estimate.estimate(job.run.quantizer, wanted, job.run.model.arch, "float32", "keep").bytes
-    model = AutoModelForCausalLM.from_config(wanted).eval().requires_grad_(False)
-    with memory.LiveBytes() as live:
-        job.run.quantizer.quantize(lambda: LM(model, None, job.run.model.arch, ""), {}, Runtime())
-    weights = sum(p.nbytes for p in model.parameters())
-    assert predicted - weights == pytest.approx(live.peak, rel=0.15)
-
-
-@pytest.mark.parametrize("options", [[], ["gptq.act_order=true"]])
-def test_gptqs_operations_are_those_of_its_matrix_products(family, options):
-    """But for what the counter does not know: the factorization and the columns inside a strip."""
-    shape = ["gptq.samples=6", "gptq.length=96", "method=gptq", f"model=tiny-{family}", "evals=[python-docs]"]
-    (job,) = config.jobs([*shape, *options])
-    settings, lm = job.run.quantizer, job.run.model.load("float32", "cpu")
-    foreseen = settings.estimate(lm).flops
-    with memory.LiveBytes() as live:
-        settings.quantize_on(lm, {}, torch.randint(200, (6, 96)))
-    assert foreseen == pytest.approx(live.flops, rel=0.3)

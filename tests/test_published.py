@@ -18,7 +18,7 @@ from teq.spec import UserError
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
 OFFICIAL = {"fp": 12.956, "rtn": 40.731}  # measured for this project with other code, on the same windows
-ROUNDED = {(4, -1): 24.235, (4, 64): 16.677}  # likewise: plain rounding by bits and group size
+ROUNDED = {(4, -1): 24.235, (4, 64): 16.677}  # from the same file: RTN by bits and group size
 
 
 def published(method):

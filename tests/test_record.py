@@ -1,6 +1,7 @@
 """Records: written once, healed when damaged, never unpacked without limit."""
 
 import base64
+import dataclasses
 import errno
 import json
 import pathlib
@@ -11,6 +12,9 @@ import pytest
 from record_factory import made
 
 from teq import config, record
+from teq.device.runtime import Runtime
+from teq.pipeline import run as pipeline
+from teq.pipeline.store import Store
 from teq.spec import UserError
 
 
@@ -131,3 +135,32 @@ def test_a_record_with_a_bomb_in_it_hides_no_other(tmp_path, job, caplog):
     (tmp_path / "armed.json").write_text(json.dumps(armed_data))
     assert [one.file for one in record.load(tmp_path)] == [first.file]
     assert "armed.json is left out" in caplog.text
+
+
+QUICK = ["model=tiny-llama", "train.steps=2", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
+GPTQ = ["gptq.samples=4", "gptq.length=64"]
+
+
+def run(home, *overrides, **changes):
+    (job,) = config.jobs([*QUICK, *GPTQ, *overrides])
+    spec = dataclasses.replace(job.run, **changes)
+    store = Store(home / "store")
+    return pipeline.run(spec, store, home, Runtime(device="cpu"), None)
+
+
+def test_records_as_a_frame(own_home):
+    for method in ("fp", "rtn"):
+        run(own_home, f"method={method}")
+    table = record.frame(record.load(own_home / "records"))
+    assert list(table["method"]) == ["fp", "rtn"] and table["bits"].tolist()[1] == 3
+    assert table["python-docs.ppl"].notna().all() and (table["seconds.python-docs"] > 0).all()
+
+
+def test_broken_and_foreign_records_never_hide_the_others(own_home, caplog):
+    finished = run(own_home, "method=fp")
+    folder = finished.file.parent
+    (folder / "a.json").write_text("{")
+    (folder / "b.json").write_text(json.dumps({**finished.data, "schema": 0}))
+    (folder / "c.json").write_text(json.dumps({"schema": record.SCHEMA}))
+    assert [r.id for r in record.load(folder)] == [finished.id]
+    assert all(name in caplog.text for name in ("a.json", "b.json", "c.json", "schema 0"))

@@ -21,7 +21,6 @@ from teq.files import disk as files
 from teq.pipeline import run as pipeline
 from teq.report import read as report
 from teq.report.match import RecordIndex
-from teq.spec import UserError
 from teq.verbs import run as cli
 from teq.verbs import signals
 
@@ -215,16 +214,6 @@ def test_a_home_that_cannot_be_written_serves_what_it_holds(read_only, own_home,
             shutil.rmtree(output, ignore_errors=True)
 
 
-def test_the_output_of_a_start_is_one_folder_for_all_its_processes(own_home, monkeypatch):
-    config.begin_run()
-    config.prepare_environment()
-    assert os.environ["TEQ_OUTPUT"] == str(config.output()) == f"{own_home}/hydra/{os.environ['TEQ_START']}"
-    first = config.output()
-    config.begin_run()
-    config.prepare_environment()
-    assert os.environ["TEQ_OUTPUT"] == str(config.output()) != str(first)
-
-
 @pytest.mark.parametrize("key", ["ppl.context", "train.length", "gptq.length"])
 @pytest.mark.parametrize("model", ["tiny-llama", "smollm2-135m"])
 def test_a_window_longer_than_the_model_is_refused_before_any_work(key, model, capsys):
@@ -307,46 +296,6 @@ def test_a_run_under_another_name_is_shown_under_the_name_that_was_asked_for(own
     assert len(record.load(own_home / "records")) == 1
 
 
-def test_a_value_by_hand_and_the_same_value_from_the_recipe_are_one_run():
-    by_recipe, by_hand = (
-        config.jobs(["model=tiny-opt", *extra])[0].run.key()
-        for extra in ([], ["train.lr=0.01", "train.steps=100", "init=ones", "recipe=quick"])
-    )
-    assert by_recipe == by_hand
-
-
-def test_recipes_exceptions_are_the_papers_table_8():
-    def of(model, *grid):
-        (job,) = config.jobs([f"model={model}", "method=teq", *grid])
-        return job.run.transform.init, job.run.transform.lr
-
-    w4, g128 = ("bits=4", "group_size=-1"), ("bits=4", "group_size=128")
-    assert of("opt-13b", *w4) == of("bloom-3b", *w4) == of("bloom-7b1", *w4) == ("inv_sqrt", 1e-3)
-    assert of("opt-6.7b", *g128) == of("opt-13b", "bits=3", "group_size=128") == ("inv_sqrt", 1e-3)
-    assert of("llama-7b", *w4) == ("ones", 4e-4) and of("llama-13b", *g128) == ("ones", 2e-4)
-    assert of("opt-6.7b", *w4) == of("llama-7b", *g128) == ("ones", 1e-3)
-    (job,) = config.jobs(["model=llama-7b", "method=teq", *w4, "train.lr=0.5"])
-    assert job.run.transform.lr == 0.5  # the user's word is the last
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("bits=4", "bits='4'"),
-        ("bits=3,4", "bits='3','4'"),
-        ("group_size=-1,128", "group_size='-1','128'"),
-        ("bits='4'", "bits='4'"),
-        ("train.steps=4", "train.steps=4"),
-    ],
-)
-def test_integers_of_config_groups_are_quoted(word, expected):
-    assert config.quoted([word]) == [expected]
-
-
-def test_flags_may_stand_anywhere():
-    assert config.quoted(["a=1", "-m", "b=2"]) == ["-m", "a=1", "b=2"]
-
-
 def test_help_lists_groups_options_experiments_and_examples(capsys):
     assert entry.main(["--help"]) == 0
     text = capsys.readouterr().out
@@ -360,23 +309,6 @@ def test_help_lists_groups_options_experiments_and_examples(capsys):
         "TEQ_HOME",
     ):
         assert part in text
-
-
-def test_every_group_option_composes():
-    for group, names in config.groups().items():
-        for name in names if group not in ("experiments", "evals") else []:
-            base = [] if group == "model" else ["model=tiny-llama"]
-            (job,) = config.jobs([*base, f"{group}={name}"])
-            assert job.run.key()
-
-
-def test_unknown_key_in_an_experiment_file_is_named(tmp_path, monkeypatch):
-    text = "train: {stepz: 3}\nhydra: {mode: MULTIRUN, sweeper: {params: {model: tiny-llama}}}\n"
-    add_experiment(monkeypatch, tmp_path, "odd", text)
-    with pytest.raises(
-        UserError, match=r"experiments/odd\.yaml sets 'train\.stepz'.*did you mean train\.steps"
-    ):
-        config.jobs(["experiments=odd"])
 
 
 # --- what stops a run, and a disk that is full

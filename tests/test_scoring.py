@@ -199,7 +199,7 @@ def test_reads_contexts_once_and_projects_only_scored_positions(tokenizer, monke
     context = list(range(2, 42))
     ends = [[first, 7, 8, 9] for first in (50, 51, 52)]
     lm._loglikelihood_tokens([(None, context, end) for end in ends] * 2)
-    assert read == [(1, 49)]  # the context and each ending but for its last token, in one pass
+    assert read == [(1, 49)]  # the context and each ending without its last token, in one pass
     assert sum(projected) == 1 + 3 * 3  # the context's last position predicts all three first tokens
 
     read.clear(), projected.clear()

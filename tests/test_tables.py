@@ -238,8 +238,8 @@ def test_several_seeds_are_compared_together(monkeypatch, tmp_path):
         next(line for line in lines if line.startswith("w3_g64,teq,tiny-opt,ppl")),
     )
     values = dict(zip(header, row.split(","), strict=False))
-    assert float(values["minus_rtn_low"]) < 0 < float(values["minus_rtn_high"])
-    assert values["minus_rtn_unit"] == "%" and float(values["p_adjusted"]) > 0.05
+    assert float(values["low"]) < 0 < float(values["high"])
+    assert values["unit"] == "%" and float(values["p_adjusted"]) > 0.05
 
 
 @pytest.mark.parametrize(("key", "value"), [("lm_eval", "0.5"), ("bos", "<s>"), ("task_version", 2)])
@@ -615,7 +615,7 @@ def test_csv_has_whole_numbers_whole_and_quoted_ones_too(golden, monkeypatch, tm
     quoted = "  quoted:\n    - {at: {grid: w3_g64, method: teq}, source: their report, values: [7.5, null]}\n"
     add_experiment(monkeypatch, tmp_path, "quoting", GOLDEN + quoted)
     rows = formats.comma_separated(sheet("quoting", golden)).splitlines()
-    assert rows[-1] == 'w3_g64,"teq, their report",tiny-opt,ppl,,,,7.5,,quoted,,,,,,,,,,,,'
+    assert rows[-1] == 'w3_g64,"teq, their report",tiny-opt,ppl,,,,7.5,,quoted,,,,,,,,,,,,,'
     assert len(rows[-1].replace('"teq, their report"', "x").split(",")) == len(rows[0].split(","))
 
 
@@ -633,3 +633,41 @@ def test_what_varies_within_a_place_belongs_to_the_cell():
     jobs = config.jobs(["-m", "model=tiny-opt", "method=rtn,teq", "train.steps=1,2", "init=ones,inv_sqrt"])
     found = match.varying(job.run for job in jobs)
     assert sorted(map(sorted, found.values())) == [[], ["transform.init", "transform.steps"]]
+
+
+def test_what_is_known_of_a_file_is_said_where_it_was_read_and_nowhere_else(golden):
+    """By its digest: the same table of someone with another file does not say it."""
+    from teq.data.sources import SOURCES
+
+    assert "hellaswag" in SOURCES and not any("HellaSwag" in note for note in _all_notes())
+    table = filled("golden", golden)
+    digest, text = next(iter(SOURCES["hellaswag"].known.items()))
+    (match, *_) = (match for cell in table.cells.values() for match in cell.matches)
+    info = match.record.metrics["python-docs"]["info"]
+    assert not any(text in line for line in wording.limits(table))
+    info |= {"name": "hellaswag", "sha256": digest}
+    assert f"python-docs: {text}" in wording.limits(table)
+
+
+def _all_notes():
+    """Every note of every experiment's layout."""
+    for name in config.groups()["experiments"]:
+        yield from config.experiment(name).get("layout", {}).get("notes", [])
+
+
+def test_the_nearest_record_is_the_one_that_measured_most(golden):
+    """A newer record of one window, with as many settings of its own, does not hide the older of eight."""
+    job = of(config.jobs(["experiments=golden", "ppl.limit=3"]), "tiny-llama", "fp")
+
+    def limited(limit):
+        def change(data):
+            data["run"]["evals"][0]["limit"] = limit
+            data["metrics"]["python-docs"]["info"]["windows"] = limit
+            data["id"] = f"{limit:016d}"
+
+        return change
+
+    made(golden, job, evals={"python-docs": LOSSES}, change=limited(8), created="2026-01-01")
+    made(golden, job, evals={"python-docs": LOSSES[:1]}, change=limited(1), created="2027-01-01")
+    found = RecordIndex(golden).find(job.run, {"python-docs"})
+    assert found.record.metrics["python-docs"]["info"]["windows"] == 8

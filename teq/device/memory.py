@@ -4,10 +4,9 @@ import contextlib
 import gc
 import logging
 import re
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from teq.device import host_memory
 from teq.device.runtime import STRATEGIES, Runtime
@@ -145,80 +144,6 @@ def release(device: str) -> None:
         import torch
 
         torch.cuda.empty_cache()
-
-
-class LiveBytes:
-    """Context manager: counts the bytes of the tensors that operators make, while they live, and their peak.
-
-    Works on fake tensors and on real ones; what a fused kernel allocates and frees inside itself is not seen.
-    `flops` are the operations of the matrix products. Where a `device` is given, tensors elsewhere are not
-    counted.
-    """
-
-    def __init__(self, device: str | None = None) -> None:
-        self.device = device
-        self.live = self.peak = self.flops = 0
-        self._known: set[int] = set()
-
-    def __enter__(self) -> "LiveBytes":
-        from torch.utils._python_dispatch import TorchDispatchMode
-        from torch.utils._pytree import tree_leaves
-        from torch.utils.flop_counter import flop_registry
-
-        counter = self
-
-        class Mode(TorchDispatchMode):
-            def __torch_dispatch__(
-                self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-            ) -> Any:
-                given = {_storage(leaf)._cdata for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
-                out = func(*args, **(kwargs or {}))
-                if (formula := flop_registry.get(_usual(func))) is not None:
-                    counter.flops += formula(*args, **(kwargs or {}), out_val=out)
-                for leaf in tree_leaves(out):
-                    if _is_tensor(leaf) and _storage(leaf)._cdata not in given:
-                        counter._add(leaf)
-                return out
-
-        self._mode = Mode()
-        self._mode.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._mode.__exit__(*error)
-
-    def _add(self, tensor: "Tensor") -> None:
-        if self.device is not None and tensor.device.type != self.device:
-            return
-        storage = _storage(tensor)
-        name, size = storage._cdata, storage.nbytes()
-        if name not in self._known:
-            self._known.add(name)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._drop, name, size)
-
-    def _drop(self, name: int, size: int) -> None:
-        self._known.discard(name)
-        self.live -= size
-
-
-def _usual(func: Any) -> Any:
-    """Map in-place and CPU-specific operators to the one registered with PyTorch's FLOP counter."""
-    import torch
-
-    name = func.overloadpacket.__name__.replace("_for_cpu", "").removesuffix("_")
-    return getattr(torch.ops.aten, name, None) if func.namespace == "aten" else func.overloadpacket
-
-
-def _is_tensor(leaf: Any) -> bool:
-    import torch
-
-    return isinstance(leaf, torch.Tensor)
-
-
-def _storage(tensor: "Tensor") -> Any:
-    return tensor.untyped_storage()
 
 
 def on_host(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:

@@ -3,6 +3,7 @@
 A disk that is full stops no work here: what cannot be written is a warning, once, and is tried again later.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -179,21 +180,13 @@ class Journal:
     def __init__(self, file: Path | None, what: str) -> None:
         self.file, self.writer = file, Writer(what)
         self.entries: list[Any] = []
-        self.size, self.waiting = (
-            0,
-            b"",
-        )  # bytes of whole lines in the file, the lines that follow
+        self.size, self.waiting = 0, b""  # bytes of whole lines in the file, the lines that follow
         if file is None or not file.is_file():
             return
-        for line in file.read_bytes().splitlines(keepends=True):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                break
-            self.entries.append(entry)
-            self.size += len(line)
+        with contextlib.suppress(ValueError):  # torn, as is what no newline ends
+            for line in file.read_bytes().split(b"\n")[:-1]:
+                self.entries.append(json.loads(line))
+                self.size += len(line) + 1
         log.info("%s goes on: %d pieces are done", what, len(self.entries))
 
     def append(self, entry: Any) -> None:

@@ -27,7 +27,8 @@ def block_inputs(model: "nn.Module", arch: Arch, tokens: "Tensor") -> tuple["Ten
         raise _Caught
 
     first = next(iter(blocks(model, arch).values()))
-    with _hook(first, catch), torch.no_grad(), one_sequence_a_row(), contextlib.suppress(_Caught):
+    hook = first.register_forward_pre_hook(catch, with_kwargs=True)
+    with hook, torch.no_grad(), one_sequence_a_row(), contextlib.suppress(_Caught):
         model(tokens, use_cache=False)
     return caught["hidden"], caught["kwargs"]
 
@@ -61,15 +62,6 @@ def one_sequence_a_row() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = kept
-
-
-@contextlib.contextmanager
-def _hook(module: "nn.Module", hook: Any) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def run_block(block: "nn.Module", hidden: "Tensor", kwargs: dict[str, Any]) -> "Tensor":

@@ -17,7 +17,12 @@ class _InMemory(Settings):
     """A source of models that are made in memory from the dimensions `config`: nothing to fetch."""
 
     at_hand: ClassVar[bool] = True
+    bos: ClassVar[bool] = False
     config: dict[str, Any]
+
+    def fingerprint(self, device: str = "cpu") -> str:
+        """Return the settings' key: they determine the weights."""
+        return f"{type(self).__name__.lower()}:{self.key()}"
 
     def dimensions(self) -> "PretrainedConfig":
         """Return the dimensions of the architecture."""
@@ -27,8 +32,8 @@ class _InMemory(Settings):
         return AutoConfig.for_model(values.pop("model_type"), **values)
 
     def tokenizer(self) -> "PreTrainedTokenizerFast | None":
-        """Return the byte tokenizer."""
-        return byte_tokenizer(bos=False)
+        """Return the byte tokenizer, with or without a token at the beginning."""
+        return byte_tokenizer(bos=self.bos)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +42,6 @@ class Random(_InMemory):
 
     seed: int = option(0, at_least=0)
     bos: bool = True
-
-    def fingerprint(self, device: str = "cpu") -> str:
-        """Return the settings' key: they determine the weights."""
-        return f"random:{self.key()}"
-
-    def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """Return the byte tokenizer, with or without a token at the beginning."""
-        return byte_tokenizer(bos=self.bos)
 
     def model(self, dtype: str, device: str, drawn_on: str) -> "PreTrainedModel":
         """Draw the weights on the CPU in fp32."""
@@ -60,28 +57,36 @@ class Synthetic(_InMemory):
     Never quality. A CPU's weights differ from a GPU's, and so do their fingerprints.
     """
 
-    version = 1
     seed: int = option(0, at_least=0)
 
     def fingerprint(self, device: str = "cpu") -> str:
         """Return the settings' key, with the type of the device that the weights are drawn on if a GPU."""
         kind = device.partition(":")[0]
-        return f"synthetic:{self.key()}" + ("" if kind == "cpu" else f".{kind}")
+        return super().fingerprint() + ("" if kind == "cpu" else f".{kind}")
 
     def model(self, dtype: str, device: str, drawn_on: str) -> "PreTrainedModel":
-        """Fill the weights on `device` with numbers from the device `drawn_on`."""
-        import torch
+        """Fill the weights on `device` with numbers from the device `drawn_on`.
 
-        return filled(self, getattr(torch, dtype), device, drawn_on)
+        Parameters are filled one after another, so that nothing else of their size is held.
+        """
+        import torch
+        from transformers.initialization import no_init_weights
+
+        with torch.device(device), no_init_weights():
+            model = architecture(self.dimensions(), dtype)
+        model.tie_weights()
+        generator = torch.Generator(drawn_on).manual_seed(self.seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                drawn = torch.empty_like(parameter, device=drawn_on) if drawn_on != device else parameter
+                fill(drawn, name.endswith("bias"), generator)
+                parameter.copy_(drawn)
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outline(_InMemory):
     """An architecture on PyTorch's meta device, for counting: no weights, no tokenizer, no computation."""
-
-    def fingerprint(self, device: str = "cpu") -> str:
-        """Return the settings' key."""
-        return f"outline:{self.key()}"
 
     def tokenizer(self) -> None:
         """Return None: there is no tokenizer."""
@@ -117,26 +122,6 @@ OUTLIERS = 128  # one channel in so many is an outlier
 OUTLIER = 4.0  # how many times larger it is
 
 
-def filled(settings: Synthetic, dtype: "torch.dtype", device: str, drawn_on: str) -> "PreTrainedModel":
-    """Return a causal LM on `device` in `dtype`, filled with numbers from the device `drawn_on`.
-
-    Parameters are filled one after another, so that nothing else of their size is held.
-    """
-    import torch
-    from transformers.initialization import no_init_weights
-
-    with torch.device(device), no_init_weights():
-        model = architecture(settings.dimensions(), dtype)
-    model.tie_weights()
-    generator = torch.Generator(drawn_on).manual_seed(settings.seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            drawn = torch.empty_like(parameter, device=drawn_on) if drawn_on != device else parameter
-            fill(drawn, name.endswith("bias"), generator)
-            parameter.copy_(drawn)
-    return model
-
-
 def fill(parameter: "Tensor", bias: bool, generator: "torch.Generator") -> None:
     """Fill a parameter with random values, on its device and in its dtype.
 
@@ -166,11 +151,12 @@ def fill(parameter: "Tensor", bias: bool, generator: "torch.Generator") -> None:
         parameter.mul_(b.to(parameter.dtype)).mul_(sizes(len(parameter))[:, None].to(parameter.dtype))
 
 
-def architecture(dimensions: "PretrainedConfig", dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
+def architecture(dimensions: "PretrainedConfig", dtype: str | None = None) -> "PreTrainedModel":
     """Return the causal LM of these dimensions as transformers makes it, on the default device."""
+    import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(dimensions, dtype=dtype)
+    return AutoModelForCausalLM.from_config(dimensions, dtype=dtype and getattr(torch, dtype))
 
 
 def byte_tokenizer(bos: bool) -> "PreTrainedTokenizerFast":

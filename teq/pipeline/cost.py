@@ -94,7 +94,7 @@ class _Uncounted:
 
 def machine(device: str) -> dict[str, Any]:
     """Return the device, its name, processors, and the versions of what could change a number."""
-    name = _processor()
+    name = _proc("cpuinfo", "model name") or platform.processor() or platform.machine()
     torch = sys.modules.get("torch")
     if device.startswith("cuda") and torch is not None:
         name = torch.cuda.get_device_name(device)
@@ -182,12 +182,13 @@ def _driver() -> str | None:
     return None
 
 
-def _processor() -> str:
+def _proc(file: str, name: str) -> str | None:
+    """Return a value of a file in /proc, or None: only Linux has them."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+        for line in Path("/proc", file).read_text().splitlines():
+            if line.startswith(name):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return None
 
 
 def _reset_peak(device: str) -> None:
@@ -206,11 +207,8 @@ def _peak(device: str) -> int | None:
         import torch
 
         return int(torch.cuda.max_memory_allocated(device))
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return None
+    peak = _proc("self/status", "VmHWM")
+    return None if peak is None else int(peak.split()[0]) * 1024
 
 
 _SOURCES = _Sources()

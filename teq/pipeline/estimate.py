@@ -8,12 +8,13 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from teq.device.memory import UNITS, Estimate, LiveBytes, budget, possible
+from teq.device.memory import UNITS, Estimate, budget, possible
 from teq.device.runtime import STRATEGIES, Runtime
 from teq.models.arch import Arch
 from teq.models.arch import blocks as blocks_of
 from teq.models.blocks import one_sequence_a_row
 from teq.models.checkpoint import LM
+from teq.models.synthetic import architecture
 from teq.spec import UserError
 from teq.stage import Transform
 
@@ -74,24 +75,19 @@ def estimate(
 
 
 def _counted(
-    stage: Any,
-    config: "PretrainedConfig",
-    arch: Arch,
-    dtype: str,
-    blocks: int,
-    strategy: str,
-    device: str,
+    stage: Any, config: "PretrainedConfig", arch: Arch, dtype: str, blocks: int, strategy: str, device: str
 ) -> Estimate:
     """Return what a fake model of so many blocks takes, and what a dry run on it makes."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoModelForCausalLM
+
+    from teq.device.live_bytes import LiveBytes
 
     config = copy.deepcopy(config)
     config.num_hidden_layers = blocks
     with FakeTensorMode(), one_sequence_a_row():
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            model = architecture(config, dtype)
         model.eval().requires_grad_(False)
         model.tie_weights()
         present = {*model.parameters(), *model.buffers()}

@@ -18,7 +18,8 @@ from teq.device.runtime import STRATEGIES, resolve
 from teq.evaluate.workload import WORKLOADS, Scoring
 from teq.files import disk
 from teq.models.arch import Arch
-from teq.models.checkpoint import LM, Checkpoint, Outline, Synthetic
+from teq.models.checkpoint import LM, Checkpoint
+from teq.models.synthetic import Outline, Synthetic, architecture
 from teq.pipeline import cost, estimate
 from teq.pipeline.settings import Run
 from teq.spec import UserError
@@ -164,8 +165,6 @@ def dimensions(model: Checkpoint, given: Mapping[str, Any] | None) -> "Pretraine
 def outline(dimensions: "PretrainedConfig", dtype: str, arch: Arch) -> LM:
     """Return the whole model on the meta device: names and shapes."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(dimensions, dtype=getattr(torch, dtype))
-    return LM(model, None, arch, "outline")
+        return LM(architecture(dimensions, dtype), None, arch, "outline")

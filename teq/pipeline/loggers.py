@@ -72,7 +72,8 @@ class WandbRun:
         import wandb
 
         try:
-            self.run.log({"table": wandb.Table(columns=list(rows[0]), data=[list(row) for row in rows[1:]])})
+            data = [[None if value == "" else value for value in row] for row in rows[1:]]
+            self.run.log({"table": wandb.Table(columns=list(rows[0]), data=data)})
             if picture is not None:
                 from PIL import Image
 

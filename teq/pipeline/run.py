@@ -9,7 +9,7 @@ from teq.device.runtime import Runtime
 from teq.pipeline import cost
 from teq.pipeline.loaded import LoadedModel
 from teq.pipeline.settings import Run
-from teq.pipeline.stages import stages_of, text
+from teq.pipeline.stages import Chain, text
 from teq.pipeline.store import Artefact, Store
 from teq.record import Record
 
@@ -31,15 +31,15 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger | 
     model = LoadedModel(spec.model, spec.dtype, runtime.device)
     failed = home / "failed" / f"{spec.key()}.safetensors"
     on_step = logger.step if logger is not None else lambda *_: None
-    stages = stages_of(spec, model, runtime, on_step, failed)
+    stages = Chain(spec, model, runtime, on_step, failed).stages()
 
     def everything() -> dict[str, Artefact]:
-        return {name: store.get(stage, runtime.device) for name, stage in stages.all().items()}
+        return {name: store.get(stage, runtime.device) for name, stage in stages.items()}
 
-    metrics = {name: store.get(stage, runtime.device) for name, stage in stages.metrics.items()}
-    made = {"scales": store.peek(stages.scales), "weights": store.peek(stages.weights)}
+    metrics = {each.name: store.get(stages[each.name], runtime.device) for each in spec.evals}
+    made = {"scales": store.peek(stages["scales"]), "weights": store.peek(stages["weights"])}
     made |= {name: artefact.digest for name, artefact in metrics.items()}
-    keys = {name: stage.key for name, stage in stages.all().items()}
+    keys = {name: stage.key for name, stage in stages.items()}
     finished = record.find(home / "records", spec.key(), keys, made)
     if finished is None:
         found = everything()

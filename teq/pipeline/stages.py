@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,118 +18,87 @@ from teq.pipeline.store import Artefact, Stage
 from teq.stage import Diverged, Evaluation, Made, OnStep, Quantizer, Transform
 
 
-@dataclass(frozen=True)
-class Stages:
-    """The stages of one run; their keys come from settings and the weights' identity alone."""
+class Chain:
+    """The stages of one run: what identifies each in the cache, and how it is made.
 
-    scales: Stage
-    weights: Stage
-    metrics: dict[str, Stage]
+    Their keys come from settings and the weights' identity alone. The scales of a training that diverges are
+    saved to the file `failed`.
+    """
 
-    def all(self) -> dict[str, Stage]:
-        """Return every stage by name, in the order in which they run."""
-        return {"scales": self.scales, "weights": self.weights, **self.metrics}
+    def __init__(
+        self, spec: Run, model: LoadedModel, runtime: Runtime, on_step: OnStep, failed: Path
+    ) -> None:
+        self.spec, self.model, self.runtime, self.on_step, self.failed = spec, model, runtime, on_step, failed
+        self.texts_checked = False
 
+    def stages(self) -> dict[str, Stage]:
+        """Return every stage by name, in the order in which they run: scales, weights, the evaluations."""
+        spec = self.spec
+        common = {"model": self.model.identity, "dtype": spec.dtype, "arch": spec.model.arch.plain()}
+        transform = {"transform": spec.transform.plain(), "text": text(spec.transform)}
+        scales = Stage("scales", common | transform, self._fit)
+        quantizer = {"quantizer": spec.quantizer.plain(), "text": text(spec.quantizer)}
+        settings = {**common, "scales": scales.key, **quantizer}
+        weights = Stage("weights", settings, self._quantize, {"scales": scales})
+        made: dict[str, Stage] = {"scales": scales, "weights": weights}
+        eval_dtype = {} if spec.eval_dtype is None else {"dtype": spec.eval_dtype}
+        for each in spec.evals:
+            settings = {"weights": weights.key, "evaluation": each.plain(), "text": each.provenance()}
+            settings |= eval_dtype
+            measure = functools.partial(self._measure, each)
+            made[each.name] = Stage("metrics", settings, measure, {"weights": weights})
+        return made
 
-def stages_of(spec: Run, model: LoadedModel, runtime: Runtime, on_step: OnStep, failed: Path) -> Stages:
-    """Return the stages of a run. The scales of a training that diverges are saved to the file `failed`."""
-    check_texts = functools.cache(functools.partial(_check_texts, spec))
-    common = {"model": model.identity, "dtype": spec.dtype, "arch": spec.model.arch.plain()}
-    scales = Stage(
-        "scales",
-        {**common, "transform": spec.transform.plain(), "text": text(spec.transform)},
-        functools.partial(_fit, spec, model, runtime, on_step, failed, check_texts),
-    )
-    quantizer = {"quantizer": spec.quantizer.plain(), "text": text(spec.quantizer)}
-    weights = Stage(
-        "weights",
-        {**common, "scales": scales.key, **quantizer},
-        functools.partial(_quantize, spec, model, runtime, check_texts),
-        {"scales": scales},
-    )
-    eval_dtype = {} if spec.eval_dtype is None else {"dtype": spec.eval_dtype}
-    metrics = {
-        each.name: Stage(
-            "metrics",
-            {"weights": weights.key, "evaluation": each.plain(), "text": each.provenance(), **eval_dtype},
-            functools.partial(_measure, spec, model, runtime, each),
-            {"weights": weights},
-        )
-        for each in spec.evals
-    }
-    return Stages(scales, weights, metrics)
+    def _fit(self, partial: Path) -> Made:
+        from teq.transforms.summary import summaries
 
+        spec, device = self.spec, self.runtime.device
 
-def _fit(
-    spec: Run,
-    model: LoadedModel,
-    runtime: Runtime,
-    on_step: OnStep,
-    failed: Path,
-    check_texts: Callable[[], None],
-    partial: Path,
-) -> Made:
-    from teq.transforms.summary import summaries
+        def fit(strategy: str) -> Made:
+            load = functools.partial(self.model.pristine, "cpu" if strategy == "offload" else None)
+            how = dataclasses.replace(self.runtime, strategy=strategy, partial=partial)
+            return spec.transform.fit(load, how, self.on_step)
 
-    def fit(strategy: str) -> Made:
-        load = functools.partial(model.pristine, "cpu" if strategy == "offload" else None)
-        how = dataclasses.replace(runtime, strategy=strategy, partial=partial)
-        return spec.transform.fit(load, how, on_step)
+        with uncounted():
+            self._check_texts()
+            dimensions, arch = spec.model.source.dimensions, spec.model.arch
+            chosen = estimate.choose(spec.transform, dimensions, arch, spec.dtype, self.runtime)
+        try:
+            if spec.transform.dry_run is not None:
+                tensors, info = memory.attempt(fit, chosen, device)
+            else:  # it works in one way only
+                with memory.explained("the scales are searched", device):
+                    tensors, info = fit(chosen)
+        except Diverged as error:
+            raise _kept(error, self.failed) from error
+        # where the strategy that was used is not the planned one, memory ran out
+        return tensors, {**info, "planned_strategy": chosen, "scales": summaries(tensors)}
 
-    with uncounted():
-        check_texts()
-        chosen = estimate.choose(
-            spec.transform, spec.model.source.dimensions, spec.model.arch, spec.dtype, runtime
-        )
-    try:
-        if spec.transform.dry_run is not None:
-            tensors, info = memory.attempt(fit, chosen, runtime.device)
-        else:  # it works in one way only
-            with memory.explained("the scales are searched", runtime.device):
-                tensors, info = fit(chosen)
-    except Diverged as error:
-        raise _kept(error, failed) from error
-    # where the strategy that was used is not the planned one, memory ran out
-    return tensors, {**info, "planned_strategy": chosen, "scales": summaries(tensors)}
+    def _quantize(self, partial: Path, scales: Artefact) -> Made:
+        with uncounted():
+            self._check_texts()
+        with memory.explained("the weights are quantized", self.runtime.device):
+            found = folded_tensors(scales.tensors())
+            moved = {name: tensor.to(self.runtime.device) for name, tensor in found.items()}
+            how = dataclasses.replace(self.runtime, partial=partial)
+            return self.spec.quantizer.quantize(self.model.to_use_up, moved, how)
 
+    def _measure(self, evaluation: Evaluation, partial: Path, weights: Artefact) -> Made:
+        how = dataclasses.replace(self.runtime, partial=partial)
+        with memory.explained(f"{evaluation.name} is measured", self.runtime.device):
+            lm = self.model.holding(weights, self.spec.quantizer.grid, self.spec.eval_dtype)
+            metric = evaluation.measure(lm, how)
+        arrays = {name: record.pack(array) for name, array in metric.arrays.items()}
+        info = metric.info | {"attention": self.model.attention()}
+        return {}, {"values": metric.values, "arrays": arrays, "info": info}
 
-def _quantize(
-    spec: Run,
-    model: LoadedModel,
-    runtime: Runtime,
-    check_texts: Callable[[], None],
-    partial: Path,
-    scales: Artefact,
-) -> Made:
-    with uncounted():
-        check_texts()
-    with memory.explained("the weights are quantized", runtime.device):
-        moved = {name: s.to(runtime.device) for name, s in folded_tensors(scales.tensors()).items()}
-        how = dataclasses.replace(runtime, partial=partial)
-        return spec.quantizer.quantize(model.to_use_up, moved, how)
-
-
-def _measure(
-    spec: Run,
-    model: LoadedModel,
-    runtime: Runtime,
-    evaluation: Evaluation,
-    partial: Path,
-    weights: Artefact,
-) -> Made:
-    how = dataclasses.replace(runtime, partial=partial)
-    with memory.explained(f"{evaluation.name} is measured", runtime.device):
-        metric = evaluation.measure(model.holding(weights, spec.quantizer.grid, spec.eval_dtype), how)
-    arrays = {name: record.pack(array) for name, array in metric.arrays.items()}
-    info = metric.info | {"attention": model.attention()}
-    return {}, {"values": metric.values, "arrays": arrays, "info": info}
-
-
-def _check_texts(spec: Run) -> None:
-    """Raise UserError before the first long stage if a later one's text is too short for the model."""
-    if (tokenizer := spec.model.tokenizer()) is not None:
-        for reader in (spec.quantizer, *spec.evals):
-            reader.check_text(tokenizer)
+    def _check_texts(self) -> None:
+        """Raise UserError before the first long stage if a later one's text is too short for the model."""
+        tokenizer = None if self.texts_checked else self.spec.model.tokenizer()
+        if tokenizer is not None:
+            for reader in (self.spec.quantizer, *self.spec.evals):
+                reader.check_text(tokenizer)
+        self.texts_checked = True
 
 
 def text(reader: Transform | Quantizer) -> dict[str, Any] | None:

@@ -107,13 +107,16 @@ class Store:
         folder = self.root / stage.name / stage.key
         if folder in self._got and not self._stale(stage):
             return self._got[folder]
-        in_use.register(
-            self.root, f"{stage.name}/{stage.key}"
-        )  # first, so that it is not pruned while it is read
+        # first, so that it is not pruned while it is read
+        in_use.register(self.root, f"{stage.name}/{stage.key}")
         found = self._open(folder, stage, content)
         if found is None:
             read = {name: self.get(each, device, content=True) for name, each in stage.reads.items()}
-            with self._locked(folder, f"{stage.name} {stage.key}"):
+            with contextlib.ExitStack() as stack:
+                with self._storing(what := f"{stage.name} {stage.key}"):
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    waiting = f"{what}: another process is computing it, waiting"
+                    stack.enter_context(disk.locked(Path(f"{folder}.lock"), waiting))
                 found = self._open(folder, stage, content, repair=True)
                 if found is None:
                     found = self._make(folder, stage, device, read)
@@ -140,7 +143,10 @@ class Store:
         return None
 
     def _make(self, folder: Path, stage: Stage, device: str, read: Mapping[str, Artefact]) -> Artefact:
-        what, partial = f"{stage.name} {stage.key}", self.partial(stage)
+        what, partial = (
+            f"{stage.name} {stage.key}",
+            self.root.parent / "partial" / f"{stage.name}-{stage.key}",
+        )
         disk.remove_leftovers(folder)
         log.info("%s: computing", what)
         making = disk.making_beside(folder)
@@ -155,7 +161,8 @@ class Store:
             if resumed:  # the seconds are those of the last process alone
                 spent["resumed"] = True
             with self._storing(what):
-                result = self._write(making, tensors, info, spent, stage, results)
+                manifest = {"settings": stage.settings, "cost": spent, "reads": results}
+                result = _write(making, tensors, info, manifest)
                 try:
                     making.rename(folder)
                 except OSError as error:
@@ -183,29 +190,6 @@ class Store:
                 f"the cache folder {self.root} cannot be written ({error.strerror}), {what} is not stored: "
                 "free space, or set TEQ_HOME to a folder you own; the same command goes on from what was kept"
             ) from error
-
-    def partial(self, stage: Stage) -> Path:
-        """Return the folder for the state of unfinished work on `stage`."""
-        return self.root.parent / "partial" / f"{stage.name}-{stage.key}"
-
-    def _write(
-        self,
-        folder: Path,
-        tensors: Mapping[str, "Tensor"],
-        info: dict[str, Any],
-        spent: dict[str, Any],
-        stage: Stage,
-        reads: Mapping[str, str],
-    ) -> str:
-        folder.mkdir(exist_ok=True)  # if it was deleted meanwhile, the work is not lost
-        (folder / INFO).write_text(json.dumps(info, allow_nan=False))
-        if tensors:
-            save_tensors(folder / DATA, tensors)
-        written = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-        manifest = {"settings": stage.settings, "cost": spent, "files": written, "reads": reads}
-        manifest["result"] = written.get(DATA, written[INFO])[:16]
-        (folder / MANIFEST).write_text(json.dumps(manifest | {"digest": digest(manifest)}, indent=1))
-        return str(manifest["result"])
 
     def _open(self, folder: Path, stage: Stage, content: bool, repair: bool = False) -> Artefact | None:
         """Return the artefact in `folder`, or None; `repair` (under the lock) moves unusable ones aside."""
@@ -242,15 +226,17 @@ class Store:
                     raise ValueError(f"{stage.name} were made from other {name} than those that are here now")
                 self._check_reads(read, above)
 
-    @contextlib.contextmanager
-    def _locked(self, folder: Path, what: str) -> Iterator[None]:
-        """Context manager: holds the lock of one key, where the file system has locks."""
-        with contextlib.ExitStack() as stack:
-            with self._storing(what):
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                waiting = f"{what}: another process is computing it, waiting"
-                stack.enter_context(disk.locked(Path(f"{folder}.lock"), waiting))
-            yield
+
+def _write(folder: Path, tensors: Mapping[str, "Tensor"], info: dict[str, Any], about: dict[str, Any]) -> str:
+    """Write an artefact's files, and `about` it in the manifest. Returns the digest of the result."""
+    folder.mkdir(exist_ok=True)  # if it was deleted meanwhile, the work is not lost
+    (folder / INFO).write_text(json.dumps(info, allow_nan=False))
+    if tensors:
+        save_tensors(folder / DATA, tensors)
+    written = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+    manifest = about | {"files": written, "result": written.get(DATA, written[INFO])[:16]}
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"digest": digest(manifest)}, indent=1))
+    return str(manifest["result"])
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

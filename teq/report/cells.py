@@ -34,6 +34,7 @@ class Comparison:
 
     difference: Difference
     unit: str  # "%" or "points"
+    versus: str = ""  # the other cell's method
     adjusted: float = 1.0
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 from teq import statistics
 from teq.record import Record
 from teq.report.cells import PARTIAL, Cell, Cells, Comparison, Place
-from teq.report.layout import ANY, COSTS, FULL, Formula
+from teq.report.layout import ANY, COSTS, FULL, Formula, Layout
 from teq.statistics import LEVEL
 
 ARRAYS = {"ppl": ("window_loss", "ppl"), "acc": ("correct", "mean"), "acc_norm": ("correct_norm", "mean")}
@@ -131,15 +131,16 @@ def _identities(record: Record) -> Iterator[tuple[str, str]]:
             yield f"{name}.harness", ", ".join(f"{key} {info.get(key)}" for key in HARNESS[:3])
 
 
-def compare_with_baseline(cells: Cells, versus: str) -> Cells:
-    """Compare each cell with that of the method `versus` at the same place; correct for their number."""
-    baselines = [cell for cell in cells.values() if cell.at.get("method") == versus]
+def compare_with_baseline(cells: Cells, layout: Layout) -> Cells:
+    """Compare each cell with that of its baseline at the same place; correct for their number."""
     found = {}
     for key, cell in cells.items():
-        other = next((one for one in baselines if one is not cell and _same_but_method(cell, one)), None)
+        versus = layout.baseline(cell.at.get("method", ""))
+        rivals = (one for one in cells.values() if one is not cell and one.at.get("method") == versus)
+        other = next((one for one in rivals if _same_but_method(cell, one)), None)
         if other is not None:
             one = compared(cell.formula, _records(cell), _records(other))
-            found |= {} if one is None else {key: one}
+            found |= {} if one is None else {key: dataclasses.replace(one, versus=versus)}
     adjusted = statistics.benjamini_hochberg([one.difference.p for one in found.values()])
     marked = dict(cells)
     for (key, one), p in zip(found.items(), adjusted, strict=True):

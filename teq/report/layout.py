@@ -20,6 +20,7 @@ from teq.spec import Settings, option
 CELL = "cell"  # the axis of a table's own cells, in `published.across`
 COSTS = ("seconds", "peak_bytes")  # of a stage: `seconds.scales`, `peak_bytes.weights`
 FULL = "full"  # the grid of a run that keeps floating point
+BASELINE = "rtn"
 ANY = "any"  # the value of an axis that a run does not depend on
 
 
@@ -143,4 +144,8 @@ class Layout(Settings):
     claims: tuple[Any, ...] = ()
     notes: tuple[str, ...] = ()
     panels: dict[str, Any] | None = None
-    versus: str = "rtn"  # the method that the others are compared with
+    versus: dict[str, Any] | None = None  # by method: another baseline than RTN
+
+    def baseline(self, method: str) -> str:
+        """Return the method that a method's cells are compared with."""
+        return str((self.versus or {}).get(method, BASELINE))

@@ -61,7 +61,7 @@ class RecordIndex:
         that differs in a setting of `fixed` never.
         """
         plain, weights = run.plain(), self._weights(run.model.source)
-        best: Match | None = None
+        best: tuple[tuple[Any, ...], Match] | None = None
         wanted = {name: e for e, name in zip(plain["evals"], (e.name for e in run.evals), strict=True)}
         for candidate, unpublished in self._by_group.get(group_key(plain), []):
             if (candidate.synthetic and not synthetic) or not evaluations <= set(candidate.metrics):
@@ -79,11 +79,10 @@ class RecordIndex:
             elif weights is not None and candidate.data["run"]["model"]["source"]["kind"] == "Folder":
                 differences |= dict(_differences(weights, candidate.data["identity"], "model.weights"))
             differences |= _parts(candidate, evaluations)
-            # a real model's record comes before a made-up one's, however near that is
-            rank = (candidate.synthetic, len(differences))
-            if best is None or rank < (best.record.synthetic, len(best.differences)):
-                best = Match(candidate, unpublished, differences)
-        return best
+            rank = _rank(candidate, evaluations, differences)
+            if best is None or rank < best[0]:
+                best = rank, Match(candidate, unpublished, differences)
+        return best and best[1]
 
     def _weights(self, source: Any) -> str | None:
         """Return the identity of a local folder's present weights; None for other sources or no folder."""
@@ -91,6 +90,18 @@ class RecordIndex:
             with contextlib.suppress(UserError, OSError):
                 self._folders[source.path] = source.fingerprint()
         return self._folders.get(source.path) if isinstance(source, Folder) else None
+
+
+def _rank(candidate: Record, evaluations: set[str], differences: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what the nearest record has least of.
+
+    A real model's comes before a synthetic one's, an exact one before others; then the most that was
+    measured, then the fewest settings of the method that differ, then the fewest of all.
+    """
+    infos = [candidate.metrics[name]["info"] for name in evaluations]
+    measured = sum(info.get("windows", 0) + info.get("documents", 0) for info in infos)
+    method = sum(key.startswith(("transform", "quantizer")) for key in differences)
+    return candidate.synthetic, bool(differences), -measured, method, len(differences)
 
 
 def _latest_first(records: Iterable[Record]) -> list[Record]:

@@ -42,7 +42,7 @@ class Sheet:
     rows: Sequence[Sequence[Box]]
     row_models: Sequence[str]
     rules: Sequence[int] = ()  # rows that begin a new block
-    notes: Sequence[str]
+    notes: Sequence[Sequence[str]]  # texts and code in turn
     claims: Sequence[str] = ()
     constant: str = ""
     picture: bool = False  # whether there is a drawing

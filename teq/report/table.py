@@ -43,7 +43,7 @@ def fill(name: str, layout: Layout, jobs: Sequence["Job"], index: RecordIndex) -
             at = dict(zip([*row_axes, *column_axes], (*place, cell_name), strict=True))
             row, column = tuple(at[a] for a in row_axes), tuple(at[a] for a in column_axes)
             filled[row, column] = _cell(name, layout, at, formula, alike, index, fixed)
-    marked = compare.compare_with_baseline(compare.flag_mismatched_inputs(filled), layout.versus)
+    marked = compare.compare_with_baseline(compare.flag_mismatched_inputs(filled), layout)
     marked = compare.recover_gaps(compare.mark_best(marked, column_axes))
     rows = _in_order([row for row, _ in marked])
     columns = _in_order([column for _, column in marked])

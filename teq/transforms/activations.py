@@ -1,5 +1,6 @@
 """Float activations on calibration text: blocks run in order, watched at the inputs of their sites."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,13 +45,11 @@ def watched_blocks(
     for index, (name, module) in enumerate(track(blocks(model, arch).items(), what)):
         here = [site for site in found if site.block == index]
         block = Block(name, module, here, linears(name, module))
-        handles = [at.register_forward_hook(hook, with_kwargs=True) for at, hook in watch(block)]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for at, hook in watch(block):
+                hooks.enter_context(at.register_forward_hook(hook, with_kwargs=True))
             for i, sample in enumerate(hidden):
                 hidden[i] = run_block(module, sample, kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
         yield block
 
 

@@ -169,9 +169,10 @@ def _measure(
         return hook
 
     device = next(iter(inside.values())).weight.device
-    handles = [linear.register_forward_pre_hook(note(name)) for name, linear in inside.items()]
     found: dict[tuple[str, ...], Hessian] = {}
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, linear in inside.items():
+            hooks.enter_context(linear.register_forward_pre_hook(note(name)))
         for sample in hidden:
             readers.clear()
             with contextlib.suppress(_AllSeen):
@@ -181,9 +182,6 @@ def _measure(
                     found[tuple(names)] = Hessian(tensor.shape[-1], tensor.device)
                 # OPT hands its feed-forward part flat tokens: one sample is one sequence whatever its shape
                 found[tuple(names)].add(tensor.reshape(1, -1, tensor.shape[-1]))
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from teq.data import Calibration
 from teq.device import memory
-from teq.device.memory import Estimate, LiveBytes
+from teq.device.memory import Estimate
 from teq.device.runtime import Runtime
 from teq.grid import Grid
 from teq.spec import option
@@ -48,10 +48,7 @@ class Gptq(Quantizer):
 
         lm = load()
         work = functools.partial(
-            self.quantize_on,
-            scales=scales,
-            windows=self.windows(lm.tokenizer),
-            partial=runtime.partial,
+            self.quantize_on, scales=scales, windows=self.windows(lm.tokenizer), partial=runtime.partial
         )
         more = self.estimate(lm).bytes - sum(p.nbytes for p in lm.model.parameters())
         if memory.fits(more, lm.model, runtime):
@@ -115,6 +112,8 @@ class Gptq(Quantizer):
         They grow with the square of the width when the proportions stay.
         """
         import torch
+
+        from teq.device.live_bytes import LiveBytes
 
         small, size = min(columns, SMALL), self.grid.group_size
         few = dataclasses.replace(

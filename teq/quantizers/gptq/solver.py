@@ -97,7 +97,7 @@ def solve(
 def _solve(weight: Tensor, hessian: Tensor, grid: Grid, damping: float, options: Options) -> Solution:
     """Quantize under the Hessian with `damping`; nothing is read back, so that the host runs ahead."""
     columns = weight.shape[1]
-    original, size = weight, columns if grid.group_size == -1 else grid.group_size
+    original, size = weight, grid.width(columns)
     diagonal = hessian.diagonal().clone()
     dead = diagonal == 0
     weight = weight.masked_fill(dead, 0)
@@ -159,7 +159,7 @@ def _columns(
     Until a block ends its codes count from the zero of their group, which saves two operations a column.
     """
     columns = weight.shape[1]
-    size = columns if grid.group_size == -1 else grid.group_size
+    size = grid.width(columns)
     rows = weight.T.contiguous()  # [in, out]: a column of the weight is contiguous here
     codes = torch.empty_like(rows)
     if fixed is None:

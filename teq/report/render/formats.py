@@ -18,7 +18,8 @@ def markdown(sheet: Sheet) -> str:
         parts.append(f"![{sheet.title}](../figures/{sheet.name}.svg)")
     rows = [[f"**{box.ours}**{_rest(box)}" if box.best else _text(box) for box in row] for row in sheet.rows]
     parts.append(aligned([sheet.header, *rows]))
-    parts += ["\n".join(f"- {line}" for line in lines) for lines in (sheet.notes, sheet.claims)]
+    notes = ["`".join(note) for note in sheet.notes]
+    parts += ["\n".join(f"- {line}" for line in lines) for lines in (notes, sheet.claims)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -39,7 +40,9 @@ def latex(sheet: Sheet) -> str:
     lines += [r"\bottomrule", r"\end{tabular}"]
     if sheet.kind == "figure":
         lines += named
-    lines += [rf"\par\footnotesize {escaped(line)}" for line in (*sheet.notes, *sheet.claims)]
+    for note in (*sheet.notes, *((claim,) for claim in sheet.claims)):
+        parts = (rf"\texttt{{{escaped(part)}}}" if i % 2 else escaped(part) for i, part in enumerate(note))
+        lines.append(rf"\par\footnotesize {''.join(parts)}")
     return "\n".join([*lines, rf"\end{{{sheet.kind}}}"]) + "\n"
 
 

@@ -36,6 +36,10 @@ function filter(model) {
   for (const node of document.querySelectorAll("[data-model]")) {
     node.hidden = model !== "" && node.dataset.model !== "" && node.dataset.model !== model;
   }
+  for (const section of document.querySelectorAll("main section")) {  // what shows no cell any more says nothing
+    const cells = [...section.querySelectorAll("[data-cell]")];
+    section.hidden = cells.length > 0 && cells.every((cell) => cell.closest("[data-model][hidden]"));
+  }
 }
 
 function listing(title, rows) {

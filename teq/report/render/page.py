@@ -21,6 +21,7 @@ from teq.report.cells import (
     UNJUDGED,
     WORSE,
 )
+from teq.report.render.forest import forest
 from teq.report.sheet import Sheet
 
 SYMBOLS = {  # a verdict is a sign and a word, so that its colour is never needed
@@ -75,6 +76,7 @@ def render(
         models=models,
         problems=problems,
         symbols=SYMBOLS,
+        forest=forest(cells),
         verdicts=[(SYMBOLS[name], name, meaning) for name, meaning in MEANINGS.items()],
     )
 
@@ -96,7 +98,6 @@ def _section(sheet: Sheet, svg: bytes, cells: list[Mapping[str, Any]]) -> dict[s
         "sheet": sheet,
         "columns": list(zip(sheet.models, sheet.header, strict=True)),
         "rows": rows,
-        "notes": [_coded(line) for line in sheet.notes],
         "counts": counts,
         "figure": Markup(picture[picture.index("<svg") :]) if picture else None,
     }
@@ -161,11 +162,3 @@ def _flat(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(value, f"{path}.{name or i}")
     else:
         yield path, json.dumps(node) if isinstance(node, list) else "–" if node is None else str(node)
-
-
-def _coded(line: str) -> Markup:
-    """Return a note with what stands in backticks as code."""
-    parts = line.split("`")
-    return Markup("").join(
-        Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts)
-    )

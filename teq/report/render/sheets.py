@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from teq.report.cells import NOT_RUN, OURS, PARTIAL, Cell, Place, Table
+from teq.report.cells import NOT_RUN, OURS, PARTIAL, Cell, Comparison, Place, Table
 from teq.report.figure import Figure, Panel
-from teq.report.layout import FULL
+from teq.report.layout import BASELINE, FULL
 from teq.report.render import wording
 from teq.report.sheet import Box, Sheet
 
@@ -79,7 +79,7 @@ def _cell_box(table: Table, cell: Cell, row: Place, column: Place, model: str, n
 
 def _detail(table: Table, cell: Cell, row: Place, column: Place) -> dict[str, Any]:
     """Return what the page says of a cell that is opened."""
-    formula, versus = cell.formula, table.layout.versus
+    formula = cell.formula
     how = {"mean": "mean of", "sum": "sum of", "ratio": "ratio of"}
     kind = next((words for name, words in how.items() if getattr(formula, name)), "setting")
     names = ", ".join(formula.names) or formula.setting or ""
@@ -89,7 +89,7 @@ def _detail(table: Table, cell: Cell, row: Place, column: Place) -> dict[str, An
         "ours": "" if cell.verdict == NOT_RUN else wording.shown(cell, cell.ours),
         "standard error": wording.shown(cell, cell.stderr),
         f"spread over {len(cell.matches)} seeds": wording.shown(cell, cell.spread),
-        f"minus {versus}, paired [95 %]": wording.compared(cell, one),
+        f"minus {one.versus if one else BASELINE}, paired [95 %]": wording.compared(cell, one),
         "p value": "" if one is None else f"{one.difference.p:.2g}",
         "p value, adjusted for the table": "" if one is None else f"{one.adjusted:.2g}",
         "recovered of what RTN costs": "" if cell.gap is None else f"{cell.gap:.1%}",
@@ -100,20 +100,29 @@ def _detail(table: Table, cell: Cell, row: Place, column: Place) -> dict[str, An
     place = [*(wording.coordinate(part) for part in row), wording.heading(table, column)]
     return {
         "title": f"{table.layout.title}: {', '.join(place)}",
+        "group": table.layout.title,
+        "place": ", ".join(place),
         "model": cell.at.get("model", table.constant.get("model", "")),
         "verdict": cell.verdict,
         "records": [match.record.file.stem for match in cell.matches],
         "differences": wording.difference_text(cell),
         "command": wording.command(cell.jobs),
         "numbers": [[key, text] for key, text in lines.items() if text],
+        "interval": None if one is None else _interval(one),
     }
+
+
+def _interval(one: Comparison) -> dict[str, Any]:
+    """Return a comparison as the page draws it."""
+    found = one.difference
+    ends = {name: float(f"{getattr(found, name):.6g}") for name in ("mean", "low", "high")}
+    return {**ends, "unit": one.unit, "significant": one.significant}
 
 
 def _table_data(table: Table) -> list[list[Any]]:
     """Return one line per cell: coordinates, ours with its uncertainty, published, verdict, records."""
-    versus = f"minus_{table.layout.versus}"
-    names = ["ours", "stderr", "seed_sd", "published", "difference", "verdict", versus, f"{versus}_low"]
-    names += [f"{versus}_high", f"{versus}_unit", "p", "p_adjusted", "best", "gap", "published_gap"]
+    names = ["ours", "stderr", "seed_sd", "published", "difference", "verdict", "versus", "paired", "low"]
+    names += ["high", "unit", "p", "p_adjusted", "best", "gap", "published_gap"]
     lines: list[list[Any]] = [
         [*table.row_axes, *table.column_axes, *names, "synthetic", "records", "differs_in"]
     ]
@@ -123,10 +132,10 @@ def _table_data(table: Table) -> list[list[Any]]:
             if cell is None:
                 continue
             one = cell.versus
-            tested = ["", "", "", "", "", ""]
+            tested: list[Any] = [""] * 7
             if one is not None:
                 found = one.difference
-                tested = [found.mean, found.low, found.high, one.unit, found.p, one.adjusted]
+                tested = [one.versus, found.mean, found.low, found.high, one.unit, found.p, one.adjusted]
             numbers = [cell.ours, cell.stderr, cell.spread, cell.published, cell.difference]
             line = [
                 *numbers,
@@ -142,7 +151,7 @@ def _table_data(table: Table) -> list[list[Any]]:
             lines.append([*row, *column, *map(_plain, line), records, differs])
     for place, column, value in _quoted(table):
         if value is not None:
-            lines.append([*place, *column, "", "", "", value, "", "quoted", *[""] * 12])
+            lines.append([*place, *column, "", "", "", value, "", "quoted", *[""] * 13])
     return lines
 
 
@@ -192,13 +201,12 @@ def of_figure(figure: Figure) -> Sheet:
     header += ["last third", "middle moves least"]
     marks: dict[str, str] = {}
     rows = [_panel_boxes(figure, panel, header, marks) for panel in figure.panels]
-    notes = ["movement: the mean of |log2(s / start)|"] if figure.used() else []
-    notes += [f"{mark} {text}" for text, mark in marks.items()]
+    lines = ["movement: the mean of |log2(s / start)|"] if figure.used() else []
+    lines += [f"{mark} {text}" for text, mark in marks.items()]
+    notes = wording.plain(lines)
     if missing := [panel for panel in figure.panels if panel.match is None]:
-        notes.append(
-            f"not run: {len(missing)} of {len(figure.panels)} panels; `{wording.command(missing[0].jobs)}` "
-            "runs the first"
-        )
+        said = f"not run: {len(missing)} of {len(figure.panels)} panels; "
+        notes.append((said, wording.command(missing[0].jobs), " runs the first"))
     return Sheet(
         name=figure.name,
         kind=figure.layout.kind,
@@ -208,7 +216,7 @@ def of_figure(figure: Figure) -> Sheet:
         models=[""] * len(header),
         rows=rows,
         row_models=[panel.model for panel in figure.panels],
-        notes=[*notes, *figure.layout.notes],
+        notes=[*notes, *wording.plain(figure.layout.notes)],
         picture=bool(figure.used()),
         data=_figure_data(figure),
     )

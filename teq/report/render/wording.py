@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from teq.data.sources import SOURCES
 from teq.report import compare
 from teq.report.cells import NOT_RUN, PARTIAL, Cell, ClaimCount, Comparison, Place, Table
-from teq.report.layout import ANY, CELL, FULL
+from teq.report.layout import ANY, BASELINE, CELL, FULL
 
 if TYPE_CHECKING:
     from teq.config import Job
@@ -185,7 +186,8 @@ def compared(cell: Cell, one: Comparison | None) -> str:
     mean, low, high = (
         f"{v:+.{digits}f}" for v in (one.difference.mean, one.difference.low, one.difference.high)
     )
-    return f"{mean}{unit} [{low}, {high}]{'' if one.significant else ' ~'}".replace("-", "−")
+    versus = "" if one.versus == BASELINE else f" vs {one.versus}"
+    return f"{mean}{unit} [{low}, {high}]".replace("-", "−") + versus + ("" if one.significant else " ~")
 
 
 def command(jobs: Sequence["Job"]) -> str:
@@ -193,7 +195,7 @@ def command(jobs: Sequence["Job"]) -> str:
     return f"python run.py {' '.join(jobs[0].overrides)}"
 
 
-def legend(table: Table, notes: Notes) -> list[str]:
+def legend(table: Table, notes: Notes) -> list[tuple[str, ...]]:
     """Return what was measured, what differs, what the signs mean, and what is missing or to be known."""
     cells = list(table.cells.values())
     lines = [f"ours: {'; '.join(notes.common)}"] if notes.common else []
@@ -208,7 +210,7 @@ def legend(table: Table, notes: Notes) -> list[str]:
         )
     if any(cell.versus is not None for cell in cells):
         lines.append(
-            f"signed: paired difference to {table.layout.versus} [95 %], of perplexity in per cent; ~ not "
+            f"signed: paired difference to {BASELINE} [95 %], of perplexity in per cent; ~ not "
             "significant (t or McNemar, Benjamini-Hochberg within the table); without an sd it is of one seed"
         )
     if any(cell.is_best for cell in cells):
@@ -217,11 +219,20 @@ def legend(table: Table, notes: Notes) -> list[str]:
         lines.append("[synthetic] time and memory on made-up weights of the true sizes")
     lines += reproduction(table)
     if missing := [cell for cell in cells if cell.verdict == NOT_RUN]:
-        lines.append(
-            f"not run: {len(missing)} of {len(cells)} cells; `python run.py experiments={table.name}` runs "
-            f"them, `{command(missing[0].jobs)}` the first"
-        )
-    return lines + list(table.layout.notes)
+        lines.append(f"not run: {len(missing)} of {len(cells)} cells; ")
+        runs = [
+            f"python run.py experiments={table.name}",
+            " runs them, ",
+            command(missing[0].jobs),
+            " the first",
+        ]
+        return [*plain(lines[:-1]), (lines[-1], *runs), *plain(table.layout.notes)]
+    return plain([*lines, *table.layout.notes])
+
+
+def plain(lines: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return lines as notes without code."""
+    return [(line,) for line in lines]
 
 
 def reproduction(table: Table) -> list[str]:
@@ -246,14 +257,20 @@ def reproduction(table: Table) -> list[str]:
 
 
 def limits(table: Table) -> list[str]:
-    """Return one line per evaluation of which the shown records hold only a part."""
-    found = {}
+    """Return what the shown records were measured on, where it is a part, and what is known of the files."""
+    found: dict[str, None] = {}
+    caveats: dict[str, str] = {}
     for cell in table.cells.values():
         for match in cell.matches:
-            for name, measured in match.record.metrics.items():
-                if name in cell.formula.evaluations() and (text := _limited(measured["info"])):
+            for name in sorted(cell.formula.evaluations()):
+                info = match.record.metrics[name]["info"]
+                if text := _limited(info):
                     found[f"{name}: {text}"] = None
-    return [f"measured on: {'; '.join(found)}"] if found else []
+                source = SOURCES.get(info.get("name", ""))
+                if source is not None and info.get("sha256") in source.known:
+                    caveats[name] = source.known[info["sha256"]]
+    lines = [f"measured on: {'; '.join(found)}"] if found else []
+    return [*lines, *(f"{name}: {text}" for name, text in caveats.items())]
 
 
 def _limited(info: Mapping[str, Any]) -> str:

@@ -168,7 +168,7 @@ def search_bounds(weight: Tensor, s: Tensor, gram: Gram, grid: Grid) -> Tensor:
             lost = (fake_quant(clamped, grid) - group) / s[start:stop]
             errors.append(((lost @ block) * lost).sum(1))
         chosen.append(bounds.gather(0, torch.stack(errors).argmin(0)[None])[0])
-    part = math.gcd(columns, columns if grid.group_size == -1 else grid.group_size)
+    part = math.gcd(columns, grid.width(columns))
     return spread(torch.stack(chosen, 1), grid, columns)[:, ::part].contiguous()
 
 

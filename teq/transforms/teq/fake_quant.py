@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from teq.files.disk import one_line
-from teq.grid import Grid, decode, encode, fake_quant, qparams
+from teq.grid import Grid, decode, encode, fake_quant, grouped, qparams
 
 log = logging.getLogger(__name__)
 # the quotient w / scale decides codes: as in eager mode, not the faster approximation
@@ -112,13 +112,8 @@ def compiled(grid: Grid, device: torch.device, dtype: torch.dtype) -> FakeQuant:
 
 def _in_one_pass(grid: Grid, weight: Tensor, s: Tensor | None) -> Tensor:
     """Compute the definition itself, without the eager version's in-place passes: the compiler fuses it."""
-    scaled = weight.float() if s is None else weight * s
-    columns = scaled.shape[1]
-    size = columns if grid.group_size == -1 else min(grid.group_size, columns)
-    whole = columns - columns % size
     done = []
-    for part in (scaled[:, :whole].unflatten(1, (-1, size)), scaled[:, None, whole:]):
-        if part.numel():
-            scale, zero = (p[..., None] for p in qparams(part, grid))
-            done.append(decode(encode(part, scale, zero, grid), scale, zero).flatten(1))
+    for part in grouped(weight.float() if s is None else weight * s, grid):
+        scale, zero = (p[..., None] for p in qparams(part, grid))
+        done.append(decode(encode(part, scale, zero, grid), scale, zero).flatten(1))
     return torch.cat(done, 1)

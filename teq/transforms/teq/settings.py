@@ -30,7 +30,6 @@ class Teq(Transform):
     % warm-up first, and training mode, so that dropout is on.
     """
 
-    version = 1
     group = "train"
     grid: Grid
     calib: Calibration

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import measuring
+from benchmarks.contenders import measuring
 from teq.models import arch
 from teq.models.blocks import first_inputs, run_block
 from teq.models.checkpoint import LM
@@ -57,7 +57,7 @@ def port_solve(weight: Tensor, hessian: Tensor, settings: Gptq) -> Tensor:
     """The official column loop for one linear: dequantized weight `[out, in]`, fp32."""
     weight, hessian, levels = weight.float().clone(), hessian.clone(), settings.grid.levels
     columns = weight.shape[1]
-    size = columns if settings.grid.group_size == -1 else settings.grid.group_size
+    size = settings.grid.width(columns)
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
     weight[:, dead] = 0
@@ -123,8 +123,9 @@ def port(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
 
 @torch.no_grad()
 def floor(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
-    """What no GPTQ can do without: every block run twice on every sample, and one product `X^T X` in fp32 for
-    each distinct input of its linears. Nothing is quantized.
+    """Do the work that no GPTQ can avoid; nothing is quantized.
+
+    Every block runs twice on every sample, with one product `X^T X` in fp32 for each distinct input.
     """
     hidden, kwargs = first_inputs(lm.model, lm.arch, windows)
     hessians: dict[int, Tensor] = {}

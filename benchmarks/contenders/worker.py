@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from benchmarks import measuring
+from benchmarks.contenders import measuring
 from teq.models import arch
 from teq.models.checkpoint import LM, Checkpoint
 from teq.models.folder import Folder, Saved
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from teq.pipeline.settings import Run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # glibc otherwise raises, as it goes along, the size from which freed memory goes back to the system, and
 # resident memory says more about that than about the contender
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
@@ -60,8 +60,10 @@ class Spec:
 
 
 def training(run: "Run") -> Teq:
-    """TEQ's settings in a run, changed to what every contender can follow: scales themselves are trained,
-    from ones, at one learning rate. Raises UserError where the method trains none.
+    """Return the TEQ settings of a run, changed to what every contender supports.
+
+    The scales themselves are trained, from ones, at one learning rate. Raises UserError where the method
+    trains none.
     """
     if not isinstance(run.transform, Teq):
         raise UserError(f"method={run.method} trains no scales: choose method=teq")
@@ -83,7 +85,7 @@ class Worker:
     def __init__(self, spec: Spec, python: str | Path = sys.executable, alone: bool = False) -> None:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (MALLOC if alone else {})
-        command = [str(python), "-c", "from benchmarks.worker import serve; serve()"]
+        command = [str(python), "-c", "from benchmarks.contenders.worker import serve; serve()"]
         self.name, pipe = spec.name, subprocess.PIPE
         try:
             self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
@@ -97,9 +99,7 @@ class Worker:
         return answer["seconds"], answer["value"]
 
     def memory(self) -> dict[str, int | None]:
-        """What `measuring.memory` finds for a step, and what was predicted; at least one step has been made
-        before.
-        """
+        """Return what `measuring.memory` finds for a step, and what was predicted; call `step` before."""
         return self._ask("memory")
 
     def close(self) -> None:
@@ -178,10 +178,11 @@ def _answers(spec: Spec) -> Iterator[dict[str, Any]]:
 
 
 def _predicted(spec: Spec, lm: LM) -> int | None:
-    """Peak bytes of a step over the weights as `python -m teq plan` would tell them; None of a contender that
-    is not the project's own.
+    """Return the peak bytes of a step over the weights as `python -m teq plan` predicts them.
+
+    None for a contender that is not the project's own.
     """
-    from benchmarks.steps import STRATEGIES
+    from benchmarks.contenders.steps import STRATEGIES
 
     device = spec.device.partition(":")[0]
     held = sum(t.nbytes for t in {*lm.model.parameters(), *lm.model.buffers()} if t.device.type == device)
@@ -197,13 +198,13 @@ def _predicted(spec: Spec, lm: LM) -> int | None:
 def _made(spec: Spec, lm: LM) -> Stepper:
     """The contender that a spec names."""
     if spec.name == "neural-compressor":
-        from benchmarks.neural_compressor_step import NeuralCompressor
+        from benchmarks.contenders.neural_compressor_step import NeuralCompressor
 
         return NeuralCompressor(lm, spec.settings)
     if spec.name == "gptq":
-        from benchmarks.gptq_step import GptqBlocks
+        from benchmarks.contenders.gptq_step import GptqBlocks
 
         return GptqBlocks(lm, spec.settings)
-    from benchmarks.steps import Contender
+    from benchmarks.contenders.steps import Contender
 
     return Contender(spec.name, lm, spec.settings, spec.device)

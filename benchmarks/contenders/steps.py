@@ -36,8 +36,10 @@ class StraightThrough(torch.autograd.Function):
 
 
 class FloorLinear(torch.autograd.Function):
-    """A frozen linear whose backward pass does the arithmetic that a trained scale cannot do without: the
-    gradient of its input and, for a scale's sake, one more product of the same size and the input kept.
+    """A frozen linear whose backward pass does only the arithmetic that training a scale needs.
+
+    That is the gradient of its input and, where there is a scale, one more product of the same size, with the
+    input stored.
     """
 
     @staticmethod

@@ -25,7 +25,7 @@ BETAS = (0.9, 0.9)  # as ours: the paper's section 3.2
 
 
 class NeuralCompressor:
-    """A contender for `benchmarks.worker`: it keeps the model to itself."""
+    """A contender for `benchmarks.contenders.worker`: it keeps the model to itself."""
 
     def __init__(self, lm: LM, settings: Teq) -> None:
         self.model, grid = lm.model, settings.grid

@@ -1,4 +1,4 @@
-"""GPTQ over the first blocks of a model, as a contender for `benchmarks.worker`."""
+"""GPTQ over the first blocks of a model, as a contender for `benchmarks.contenders.worker`."""
 
 import contextlib
 from collections.abc import Iterator

@@ -38,8 +38,9 @@ def timed(work: Callable[[], T], device: str) -> tuple[float, T]:
 
 
 def memory(work: Callable[[], Any], device: str) -> dict[str, int | None]:
-    """Peak bytes of `work` over what there was before it. It has run once already, because the first time
-    allocates what stays.
+    """Return the peak bytes of `work` over what there was before it.
+
+    It must have run once already: the first run allocates what stays.
 
     `live_bytes` are those of tensors: the profiler's allocation events on a CPU, the allocator's own count on
     a GPU. `resident_bytes` are the process's (null where the system does not tell). `device_bytes` are all

@@ -7,10 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from teq.data.texts import Calibration
-from teq.device.runtime import Runtime
 from teq.grid import Grid, group_params, spread
-from teq.models.arch import sites
-from teq.quantizers.gptq import blocks
 from teq.quantizers.gptq.settings import Gptq
 from teq.quantizers.gptq.solver import Hessian
 from teq.quantizers.rtn import round_to_nearest
@@ -125,61 +122,3 @@ def test_damping_ladder_is_climbed_and_recorded():
 def test_hopeless_hessian_is_refused():
     with pytest.raises(UserError, match="not positive definite"):
         settings().solve([(ORACLE["weight"], torch.eye(224) - 200 * torch.ones(224, 224) / 224)])
-
-
-@pytest.mark.parametrize("after", [1, 2])  # finished blocks of two
-@pytest.mark.parametrize("options", [{}, {"act_order": True, "group_size": 16}], ids=["plain", "act_order"])
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_gptq_goes_on_from_its_last_finished_block(tiny, tmp_path, monkeypatch, family, after, options):
-    """Codes, scales, changed parameters and the report are those of an undisturbed run, to the bit."""
-    chosen, solved = settings(**options), []
-    lm = tiny(family)
-    generator = torch.Generator().manual_seed(0)
-    scales = {s.name: torch.rand(s.width, generator=generator) + 0.5 for s in sites(lm.model, lm.arch)}
-    windows = torch.randint(250, (4, 48), generator=generator)
-    original = blocks._quantize_block
-
-    def counted(*args):
-        result = original(*args)
-        solved.append(None)
-        return result
-
-    def quantized(partial):
-        solved.clear()
-        return chosen.quantize_on(tiny(family), scales, windows, partial=partial)
-
-    monkeypatch.setattr(blocks, "_quantize_block", counted)
-    expected, report = quantized(None)
-    assert len(solved) == 2 and any(name.startswith("param/") for name in expected)
-
-    def interrupted(block, *rest):
-        if len(solved) == after and len(list(tmp_path.iterdir())) == after:
-            raise KeyboardInterrupt
-        return run_block(block, *rest)
-
-    run_block = blocks.run_block
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(blocks, "run_block", interrupted)
-        quantized(tmp_path)
-    resumed, again = quantized(tmp_path)
-    assert len(solved) == 2 - after and again == report and list(again["gptq"]) == list(report["gptq"])
-    assert resumed.keys() == expected.keys()
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
-
-
-def test_gptq_whose_memory_ran_out_goes_on_from_its_last_finished_block(tiny, tmp_path, monkeypatch, caplog):
-    original, solved = blocks._quantize_block, []
-    windows = torch.randint(250, (4, 48), generator=torch.Generator().manual_seed(0))
-
-    def fails_once(*args):
-        solved.append(None)
-        if len(solved) == 2:
-            raise torch.OutOfMemoryError("out of memory")
-        return original(*args)
-
-    monkeypatch.setattr(Gptq, "windows", lambda *_: windows)
-    monkeypatch.setattr("teq.device.memory.fits", lambda *_: True)
-    monkeypatch.setattr(blocks, "_quantize_block", fails_once)
-    chosen = settings(group_size=16)
-    chosen.quantize(lambda: tiny("llama"), {}, Runtime(device="cuda:0", partial=tmp_path))
-    assert len(solved) == 3 and "memory ran out in GPTQ" in caplog.text

@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import inputs_by_linear
 from safetensors.torch import load_file
-from torch import nn
 
 from teq import config
 from teq.data.texts import Calibration, calibration
@@ -19,7 +19,6 @@ from teq.quantizers.rtn import Rtn
 from teq.spec import UserError
 from teq.stage import NothingDone
 from teq.transforms.awq.settings import Awq
-from teq.transforms.smoothquant import SmoothQuant
 
 GRID = Grid(bits=3, group_size=16)
 SMALL = {"calib": Calibration(corpus="python-docs"), "samples": 3, "length": 40}
@@ -35,24 +34,6 @@ def fitted(transform, lm):
 
 def windows_for(lm):
     return calibration(SMALL["calib"], lm.tokenizer, SMALL["samples"], SMALL["length"])
-
-
-def inputs_by_linear(lm, windows):
-    """Every linear's inputs `[sample, token, in]`, from hooks on whole-model forward passes."""
-    found, handles = {}, []
-    for name, module in lm.model.named_modules():
-        if isinstance(module, nn.Linear):
-
-            def hook(_, args, name=name):
-                found.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]))
-
-            handles.append(module.register_forward_pre_hook(hook))
-    with torch.no_grad():
-        for window in windows:
-            lm.model(window[None])
-    for handle in handles:
-        handle.remove()
-    return {name: torch.stack(parts) for name, parts in found.items()}
 
 
 def outputs_of(model, name, windows):
@@ -139,47 +120,6 @@ def test_awq_that_changes_nothing_is_an_error(tiny):
                 target.weight.zero_()
     with pytest.raises(NothingDone, match="AWQ left every scale at 1"):
         fitted(awq(ratios=3), lm)
-
-
-@pytest.mark.parametrize("transform", [awq(ratios=4), SmoothQuant(**SMALL)], ids=["awq", "smoothquant"])
-def test_folding_found_scales_changes_no_logits(tiny, family, transform):
-    lm = tiny(family, "float64")
-    before = {name: p.clone() for name, p in lm.model.named_parameters()}
-    tensors, info = fitted(transform, lm)
-    assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
-    found = arch.sites(lm.model, lm.arch)
-    assert info["sites"] == [site.name for site in found] and site_scales(tensors).keys() == set(
-        info["sites"]
-    )
-    assert all((tensors[f"start/{site.name}"] == 1).all() for site in found)
-    tokens = torch.randint(258, (2, 40), generator=torch.Generator().manual_seed(0))
-    expected = lm.model(tokens).logits
-    fold.fold(found, folded_tensors(tensors))
-    assert ((lm.model(tokens).logits - expected).norm() / expected.norm()).item() < 1e-9
-
-
-@pytest.mark.parametrize("alpha", [0, 0.3, 1])
-def test_smoothquant_is_its_formula(tiny, family, alpha):
-    """At alpha 1 the scaled activations all reach 1, at 0 the scaled weights do."""
-    lm = tiny(family)
-    tensors, _ = fitted(SmoothQuant(**SMALL, alpha=alpha), lm)
-    inputs = inputs_by_linear(lm, windows_for(lm))
-    for site in arch.sites(lm.model, lm.arch):
-        s = tensors[site.name]
-        x = inputs[next(iter(site.targets))].flatten(0, 1).abs().amax(0)
-        w = torch.cat([target.weight for target in site.targets.values()]).abs().amax(0)
-        live = x > 0
-        torch.testing.assert_close(s[live], (x**alpha / w ** (1 - alpha))[live], rtol=1e-4, atol=1e-6)
-        assert (s[~live] == 1).all()
-        if alpha == 1:
-            torch.testing.assert_close((x / s)[live], torch.ones_like(x[live]), rtol=1e-4, atol=0)
-        if alpha == 0:
-            torch.testing.assert_close((w * s)[live], torch.ones_like(w[live]), rtol=1e-4, atol=0)
-
-
-def test_smoothquant_keeps_one_where_a_maximum_is_zero():
-    x, w = torch.tensor([0.0, 4.0, 4.0]), torch.tensor([1.0, 0.0, 0.25])
-    assert SmoothQuant(**SMALL).scale(x, w).tolist() == [1, 1, 4]
 
 
 @pytest.mark.parametrize("group_size", [16, 48, -1])

@@ -1,0 +1,112 @@
+"""Predicted memory is what a real step uses; strategies fit the budget."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from teq import config
+from teq.device import memory
+from teq.device.live_bytes import LiveBytes
+from teq.device.runtime import Runtime
+from teq.models.arch import blocks
+from teq.models.checkpoint import LM
+from teq.pipeline import estimate, store
+from teq.pipeline import run as pipeline
+from teq.spec import UserError
+
+STEP = [
+    "method=teq",
+    "train.length=96",
+    "train.steps=3",
+    "evals=[python-docs]",
+    "ppl.limit=1",
+    "ppl.context=64",
+]
+
+
+def job_of(family, *overrides):
+    return config.jobs([f"model=tiny-{family}", *STEP, *overrides])[0]
+
+
+@pytest.mark.parametrize("strategy", ["keep", "checkpoint", "offload"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prediction_is_within_15_percent_of_a_real_step(family, strategy, batch):
+    run = job_of(family, f"train.batch={batch}").run
+    wanted = run.model.source.dimensions()
+    wanted.num_hidden_layers = 7  # the prediction looks at two and at three
+    predicted = estimate.estimate(run.transform, wanted, run.model.arch, "float32", strategy)
+    model = AutoModelForCausalLM.from_config(wanted).eval().requires_grad_(False)
+    with LiveBytes() as live:
+        run.transform.dry_run(LM(model, None, run.model.arch, ""), strategy)
+    waiting = blocks(model, run.model.arch).values() if strategy == "offload" else ()
+    elsewhere = sum(p.nbytes for block in waiting for p in block.parameters())
+    weights = sum(p.nbytes for p in model.parameters()) - elsewhere
+    assert predicted.flops == live.flops
+    assert predicted.bytes - weights == pytest.approx(live.peak, rel=0.15)
+    assert live.live < live.peak / 2
+
+
+def test_training_needs_no_more_than_its_steps_are_predicted_to(family):
+    """The check of the sites before training, snapshots and all."""
+    run = job_of(family, "train.length=96").run
+    config_of_four = run.model.source.dimensions()
+    config_of_four.num_hidden_layers = 4
+    predicted = estimate.estimate(run.transform, config_of_four, run.model.arch, "float32", "keep").bytes
+    model = AutoModelForCausalLM.from_config(config_of_four).eval().requires_grad_(False)
+    tokens = torch.randint(200, (3, 96), generator=torch.Generator().manual_seed(0))
+    with LiveBytes() as live:
+        run.transform.train_on(model, run.model.arch, tokens, Runtime())
+    weights = sum(p.nbytes for p in model.parameters())
+    assert weights + live.peak <= 1.15 * predicted
+
+
+def test_the_first_strategy_that_fits_is_chosen(monkeypatch):
+    job = job_of("llama")
+    needed = {"keep": 3_000_000, "checkpoint": 2_000_000, "offload": 1_000_000}
+    monkeypatch.setattr(estimate, "estimate", lambda *args: memory.Estimate(needed[args[-1]], 0))
+
+    def chosen(amount, device="cuda:0"):
+        runtime = Runtime(device=device, memory=amount)
+        return estimate.choose(
+            job.run.transform, job.run.model.source.dimensions, job.run.model.arch, "float32", runtime
+        )
+
+    assert [chosen(amount) for amount in ("3MB", "2.5MB", "1MB", "offload")] == [
+        "keep",
+        "checkpoint",
+        "offload",
+        "offload",
+    ]
+    with pytest.raises(UserError, match=r"memory=0.5MB .* the least that would do is memory=1.01MB"):
+        chosen("0.5MB")
+    with pytest.raises(UserError, match=r"the least that would do is memory=2.01MB, with checkpoint"):
+        chosen("1MB", device="cpu")
+
+
+@pytest.mark.parametrize("size", [1, 999_999, 26_043_210_000, 1_000_000_000])
+def test_the_least_that_would_do_does(size):
+    assert size < memory.budget(estimate._amount(size), "cpu") <= size + 10**7
+
+
+def test_a_small_budget_changes_the_strategy_and_no_result(own_home):
+    job = job_of("llama")
+    kept, saved = (
+        estimate.estimate(
+            job.run.transform, job.run.model.source.dimensions(), job.run.model.arch, "float32", strategy
+        ).bytes
+        for strategy in ("keep", "checkpoint")
+    )
+    results = {}
+    for name, amount in (("keep", "auto"), ("checkpoint", f"{(kept + saved) / 2e6:.6f}MB")):
+        home = own_home / name
+        pipeline.run(
+            job.run,
+            store.Store(home / "store"),
+            home,
+            Runtime(memory=amount),
+            None,
+        )
+        (folder,) = (f for f in (home / "store" / "scales").iterdir() if f.is_dir())
+        results[name] = (folder / store.INFO).read_text(), (folder / store.DATA).read_bytes()
+        assert f'"strategy": "{name}"' in results[name][0]
+    assert results["keep"][1] == results["checkpoint"][1]

@@ -1,0 +1,48 @@
+"""The stored form of a quantized model."""
+
+import dataclasses
+
+import pytest
+
+from teq import config
+from teq.device.runtime import Runtime
+from teq.pipeline import run as pipeline
+from teq.pipeline.store import Store
+from teq.quantizers.quantized import restore
+
+QUICK = ["model=tiny-llama", "train.steps=2", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
+GPTQ = ["gptq.samples=4", "gptq.length=64"]
+
+
+def run(home, *overrides, **changes):
+    (job,) = config.jobs([*QUICK, *GPTQ, *overrides])
+    spec = dataclasses.replace(job.run, **changes)
+    store = Store(home / "store")
+    return pipeline.run(spec, store, home, Runtime(device="cpu"), None)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "teq", "teq+gptq"])
+def test_metric_recomputed_from_the_stored_file_alone_is_bit_equal(own_home, method):
+    finished = run(own_home, f"method={method}", "dtype=bfloat16")
+    (job,) = config.jobs([*QUICK, *GPTQ, f"method={method}", "dtype=bfloat16"])
+    from safetensors.torch import load_file
+
+    lm = job.run.model.load("bfloat16", "cpu")
+    stage = finished.data["stages"]["weights"]["key"]
+    restore(
+        lm.model,
+        load_file(own_home / "store" / "weights" / stage / "data.safetensors"),
+        job.run.quantizer.grid,
+    )
+    metric = job.run.evals[0].measure(lm, Runtime())
+    assert metric.values["ppl"] == finished.metrics["python-docs"]["values"]["ppl"]
+    assert (metric.arrays["window_loss"] == finished.array("python-docs", "window_loss")).all()
+
+
+def test_codes_are_stored_with_their_bits_packed(own_home):
+    from safetensors.torch import load_file
+
+    finished = run(own_home, "method=rtn", "bits=3")
+    stage = own_home / "store" / "weights" / finished.data["stages"]["weights"]["key"]
+    tensors = load_file(stage / "data.safetensors")
+    assert tensors["model.layers.0.mlp.down_proj/codes"].numel() == 64 * 160 * 3 // 8

@@ -1,0 +1,101 @@
+"""From a configuration to its job: recipes, methods, what needs weights."""
+
+import pytest
+
+from teq import config
+from teq.grid import Grid
+from teq.models.checkpoint import Checkpoint
+from teq.report import cells
+from teq.report.match import RecordIndex
+from teq.report.read import read
+from teq.spec import UserError
+
+NOTHING = RecordIndex(config.ROOT / "no-such-folder")
+
+
+def test_act_order_methods_differ_from_gptq_in_that_alone():
+    runs = {
+        name: config.jobs([f"method={name}", "model=tiny-opt"])[0].run.quantizer.plain()
+        for name in ("gptq", "gptq-ao", "teq+gptq-ao")
+    }
+    assert {key for key in runs["gptq"] if runs["gptq"][key] != runs["gptq-ao"][key]} == {"act_order"}
+    assert runs["gptq-ao"] == runs["teq+gptq-ao"]
+    assert runs["gptq-ao"]["static_groups"] is False
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["method=teq", "evals=[counts]"],
+            "method=teq needs weights: beside model.weights=none choose method=fp",
+        ),
+        (["method=fp", "evals=[ptb]"], r"evals=ptb needs weights: .* choose evals=\[counts\]"),
+        (["model.weights=nothing"], "model.weights=nothing is not allowed: it must be null .* or none"),
+    ],
+)
+def test_what_needs_weights_is_refused_without_them(overrides, message):
+    with pytest.raises(UserError, match=message):
+        config.jobs(["model=tiny-opt", "model.weights=none", *overrides])
+
+
+def test_table_8_is_what_the_recipe_resolves_to():
+    body = read("table8", (), NOTHING).body
+    assert {value.verdict for value in body.cells.values()} == {cells.AS_STATED}
+    special = {
+        (row[0], column[0]): value.ours
+        for (row, column), value in body.cells.items()
+        if value.ours not in ("ones", 1e-3)
+    }
+    assert special == {
+        ("opt-6.7b", "w4_g128"): "inv_sqrt",
+        ("opt-13b", "w4"): "inv_sqrt",
+        ("opt-13b", "w3_g128"): "inv_sqrt",
+        ("bloom-3b", "w4"): "inv_sqrt",
+        ("bloom-7b1", "w4"): "inv_sqrt",
+        ("llama-7b", "w4"): 4e-4,
+        ("llama-13b", "w4_g128"): 2e-4,
+    }
+
+
+def test_the_hours_on_real_data_train_one_grid_as_long_as_the_paper():
+    trained = {
+        job.run.transform.grid: (job.run.transform.steps, job.run.transform.lr, job.run.transform.parameter)
+        for job in config.jobs(["experiments=smollm2", "method=teq"])
+    }
+    assert trained == {
+        Grid(bits=4, group_size=-1): (1000, 1e-3, "clip"),
+        Grid(bits=4, group_size=128): (100, 1e-2, "log"),
+        Grid(bits=3, group_size=128): (100, 1e-2, "log"),
+    }
+
+
+def test_an_outline_is_a_checkpoint_of_its_own():
+    real, outline = (
+        config.jobs(["model=opt-6.7b", "method=fp", "evals=[counts]", f"model.weights={weights}"])[0].run
+        for weights in ("null", "none")
+    )
+    assert isinstance(outline.model, Checkpoint)
+    assert real.key() != outline.key()
+
+
+def test_a_value_by_hand_and_the_same_value_from_the_recipe_are_one_run():
+    by_recipe, by_hand = (
+        config.jobs(["model=tiny-opt", *extra])[0].run.key()
+        for extra in ([], ["train.lr=0.01", "train.steps=100", "init=ones", "recipe=quick"])
+    )
+    assert by_recipe == by_hand
+
+
+def test_recipes_exceptions_are_the_papers_table_8():
+    def of(model, *grid):
+        (job,) = config.jobs([f"model={model}", "method=teq", *grid])
+        return job.run.transform.init, job.run.transform.lr
+
+    w4, g128 = ("bits=4", "group_size=-1"), ("bits=4", "group_size=128")
+    assert of("opt-13b", *w4) == of("bloom-3b", *w4) == of("bloom-7b1", *w4) == ("inv_sqrt", 1e-3)
+    assert of("opt-6.7b", *g128) == of("opt-13b", "bits=3", "group_size=128") == ("inv_sqrt", 1e-3)
+    assert of("llama-7b", *w4) == ("ones", 4e-4) and of("llama-13b", *g128) == ("ones", 2e-4)
+    assert of("opt-6.7b", *w4) == of("llama-7b", *g128) == ("ones", 1e-3)
+    (job,) = config.jobs(["model=llama-7b", "method=teq", *w4, "train.lr=0.5"])
+    assert job.run.transform.lr == 0.5  # the user's word is the last
