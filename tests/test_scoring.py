@@ -9,7 +9,7 @@ import torch
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from benchmarks.eval_tasks import TASKS, load_requests
 from teq import config
@@ -362,3 +362,63 @@ def test_real_documents_equal_stock(task):
         if len(ranked) > 1 and ranked[0] - ranked[1] > 5e-4:
             choices = [max(range(len(s)), key=lambda i: s[i][0]) for s in (wanted, scores)]
             assert choices[0] == choices[1], document
+
+
+# --- the paper's harness: lm-eval of October 2023
+
+
+def laid_out(family: str) -> transformers.PreTrainedTokenizerFast:
+    """A BPE tokenizer of a few words whose special tokens and spaces are those of the family's."""
+    specials = {
+        "opt": ["<s>", "<pad>", "</s>", "<unk>"],
+        "bloom": ["<unk>", "<s>", "</s>", "<pad>"],
+        "llama": ["<unk>", "<s>", "</s>"],
+    }[family]
+    space = "▁" if family == "llama" else "Ġ"
+    merges = [*zip("tcso", "haan", strict=True), ("th", "e"), ("ca", "t"), ("sa", "t")]
+    merges += [(space, word) for word in ("the", "cat", "sat", "on")]
+    names = [*specials, space, *"acehnost", *("".join(pair) for pair in merges)]
+    bpe = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))
+    if family == "llama":
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bos = {"opt": "</s>", "bloom": "<s>", "llama": "<s>"}[family]
+    if family != "bloom":
+        number = names.index(bos)
+        bpe.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, number)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token="</s>")
+
+
+def tokens_of(lm, monkeypatch, pair):
+    """The tokens of context and continuation that a request becomes."""
+    found = []
+    monkeypatch.setattr(lm, "_loglikelihood_tokens", lambda requests, **_: found.extend(requests))
+    lm.loglikelihood(instances([pair]))
+    return found[0][1:]
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "expected", "today"),
+    [
+        ("opt", "opt-6.7b", ([17, 21, 22], [23]), ([2, 17, 21, 22], [23])),
+        ("bloom", "bloom-3b", ([17, 21, 22], [23]), ([17, 21, 22], [23])),
+        ("llama", "llama-7b", ([19, 20, 21], [3, 22]), ([1, 19, 20, 21], [22])),
+    ],
+)
+def test_the_papers_recipe_makes_the_requests_of_its_harness(family, model, expected, today, monkeypatch):
+    tokenizer, request = laid_out(family), ("the cat sat", " on")
+    (job,) = config.jobs([f"model={model}", "evals=[piqa,lambada_openai]"])
+    task, lambada = job.run.evals
+    assert (lambada.bos, lambada.pair) == (False, "joint")
+    lm = SharedContextLM(build(family), tokenizer, 1, bos=task.bos, pair=task.pair)
+    assert tokens_of(lm, monkeypatch, request) == expected
+    assert tokens_of(ours(build(family), tokenizer), monkeypatch, request) == today
+
+
+def test_a_space_at_a_contexts_end_stays_there_in_separate_tokens(monkeypatch):
+    tokenizer, request = laid_out("llama"), ("the cat ", "sat")
+    separate = SharedContextLM(build("llama"), tokenizer, 1, bos=False, pair="separate")
+    joint = SharedContextLM(build("llama"), tokenizer, 1, bos=False)
+    assert tokens_of(separate, monkeypatch, request) == ([19, 20, 3], [21])
+    assert tokens_of(joint, monkeypatch, request) == ([19, 20], [21])

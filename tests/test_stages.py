@@ -9,6 +9,7 @@ from teq import config
 from teq.data import texts as corpora
 from teq.device import memory
 from teq.device.runtime import Runtime
+from teq.evaluate.perplexity import Perplexity
 from teq.models.checkpoint import Checkpoint
 from teq.pipeline import run as pipeline
 from teq.pipeline.store import Store
@@ -95,3 +96,37 @@ def test_texts_too_short_are_found_before_any_weight_is_loaded(
     monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=said):
         run(own_home, f"method={method}", override)
+
+
+def test_evaluations_compute_in_their_own_precision(own_home, monkeypatch):
+    def ran(*given):
+        (job,) = config.jobs(["model=tiny-llama", "evals=[python-docs]", "ppl.limit=2", *given])
+        found = pipeline.run(job.run, Store(own_home / "store"), own_home, Runtime(), None).data
+        return job.run, found["stages"], found["metrics"]["python-docs"]["values"]["ppl"]
+
+    seen, measure = [], Perplexity.measure
+    monkeypatch.setattr(
+        Perplexity,
+        "measure",
+        lambda self, lm, runtime: seen.append(lm.model.dtype) or measure(self, lm, runtime),
+    )
+    same, plain, _ = ran("method=rtn", "dtype=bfloat16")
+    apart, stages, _ = ran("method=rtn", "dtype=bfloat16", "eval_dtype=float16")
+    assert seen == [torch.bfloat16, torch.float16]
+    assert stages["weights"]["key"] == plain["weights"]["key"]
+    assert stages["python-docs"]["key"] != plain["python-docs"]["key"] and apart.key() != same.key()
+    assert ran("method=rtn", "dtype=bfloat16", "eval_dtype=bfloat16")[0].key() == same.key()
+    # nothing of the other precision is in what is evaluated
+    assert ran("method=fp", "dtype=bfloat16", "eval_dtype=float32")[2] == ran("method=fp", "dtype=float32")[2]
+
+
+def test_the_paper_trains_in_bfloat16_and_evaluates_in_float16():
+    def of(*given):
+        run = config.jobs(["method=rtn", *given])[0].run
+        return run.dtype, run.eval_dtype
+
+    assert of("model=opt-6.7b") == of("model=llama-7b") == ("bfloat16", "float16")
+    assert of("model=opt-6.7b", "dtype=float32") == ("float32", None)
+    assert of("model=opt-6.7b", "dtype=float32", "eval_dtype=float16") == ("float32", "float16")
+    assert of("model=opt-6.7b", "eval_dtype=bfloat16") == ("bfloat16", None)
+    assert of("model=smollm2-135m") == ("float32", None)

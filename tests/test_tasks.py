@@ -59,7 +59,7 @@ def folder(name):
     return str(pathlib.Path(lm_eval.tasks.__file__).parent / tasks.FOLDERS[name])
 
 
-def stock(lm, name, samples=None):
+def stock(lm, name, samples=None, model=None):
     """What lm-eval itself says with its own model class, on the same documents (all if not given)."""
     tasks.import_lm_eval()
     import lm_eval.tasks
@@ -71,7 +71,7 @@ def stock(lm, name, samples=None):
     documents = functools.partial(tasks._split, split, name)
     task = {"task": name, "custom_dataset": documents, "training_split": None}
     found = simple_evaluate(
-        HFLM(lm.model, tokenizer=lm.tokenizer, batch_size=1),
+        (model or HFLM)(lm.model, tokenizer=lm.tokenizer, batch_size=1),
         tasks=[{"group": "all", "task": [task]}],
         task_manager=manager,
         num_fewshot=0,
@@ -147,6 +147,46 @@ def test_the_tokenizers_own_bos_is_recorded(four_sets, tiny):
     }
     assert found["opt"].info["bos"] == "<s>"
     assert found["bloom"].info["bos"] is None
+
+
+def test_the_harness_is_in_the_key_where_it_is_not_todays(four_sets):
+    def key(*given):
+        return config.jobs(["model=tiny-opt", "evals=[piqa]", *given])[0].run.key()
+
+    today = key()
+    assert key("tasks.bos=auto", "tasks.pair=joint", "tasks.chat_template=false") == today
+    others = [key("tasks.bos=false"), key("tasks.pair=separate"), key("tasks.chat_template=true")]
+    assert len({today, *others}) == 4
+    (job,) = config.jobs(["model=opt-6.7b", "evals=[piqa]", "tasks.bos=auto"])
+    assert job.run.evals[0].bos == "auto"  # by hand, though the recipe says false
+    with pytest.raises(UserError, match=r"tasks\.bos='maybe' is not allowed"):
+        config.jobs(["model=tiny-opt", "evals=[piqa]", "tasks.bos=maybe"])
+
+
+def test_without_bos_scores_are_those_of_lm_eval_without(four_sets, tiny):
+    from lm_eval.models.huggingface import HFLM
+
+    lm = tiny("opt")
+    plain, without = (
+        Task(task="piqa").measure(lm, Runtime()),
+        Task(task="piqa", bos=False).measure(lm, Runtime()),
+    )
+    assert (plain.info["bos"], without.info["bos"]) == ("<s>", None)
+    assert "pair" not in without.info
+    assert Task(task="piqa", pair="separate").measure(lm, Runtime()).info["pair"] == "separate"
+    old = functools.partial(HFLM, add_bos_token=False)
+    _, samples = stock(lm, "piqa", model=old)
+    expected = [answer[0] for sample in samples for answer in sample["filtered_resps"]]
+    assert without.arrays["loglikelihood"].ravel().tolist() == pytest.approx(expected, abs=5e-4)
+    assert plain.arrays["loglikelihood"].ravel().tolist() != pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", ["piqa", "lastword-python-docs"])
+def test_what_a_tokenizer_cannot_do_is_said_before_any_work(four_sets, own_home, name):
+    for setting, said in (("bos", "adds no BOS token"), ("chat_template", "has no template")):
+        (job,) = config.jobs(["model=tiny-bloom", f"evals=[{name}]", f"tasks.{setting}=true"])
+        with pytest.raises(UserError, match=rf"tasks\.{setting}=true is not possible: .*{said}"):
+            pipeline.run(job.run, Store(own_home / "store"), own_home, Runtime(), None)
 
 
 def test_documents_longer_than_the_context_are_cut_and_counted(write, tiny):

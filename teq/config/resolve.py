@@ -24,6 +24,7 @@ from teq.spec import UserError
 from teq.transforms.identity import Identity
 
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+LM_EVAL = re.compile(r"lm_eval/([^:]+)(?::(\d+))?")
 BASIC = "basic"  # Hydra's launcher that runs jobs in this process
 
 
@@ -48,15 +49,17 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     """
     cfg = without(cfg, ("hydra", LAYOUT)) if isinstance(cfg, DictConfig) else cfg
     name = str(choices["model"])
+    cfg["eval_dtype"] = cfg["eval_dtype"] or cfg["dtype"]  # by hand, not the recipe's
     _fill_from_recipe(cfg, name)
     source = _make(_source(cfg["model"]), cfg)
     run = Run(
         model=Checkpoint(name=name, source=source, arch=_make(cfg["model"]["arch"], cfg)),
         dtype=cfg["dtype"],
+        eval_dtype=cfg["eval_dtype"],
         method=str(choices["method"]),
         transform=_make(cfg["method"]["transform"], cfg),
         quantizer=_make(cfg["method"]["quantizer"], cfg),
-        evals=tuple(_make(read(folder("conf") / "eval" / f"{e}.yaml"), cfg) for e in _names(cfg["evals"])),
+        evals=tuple(_make(node, cfg) for node in _evaluations(cfg["evals"])),
     )
     _check_weights(run)
     options = Runtime(device=cfg["device"], memory=str(cfg["memory"]), batch_size=cfg["tasks"]["batch_size"])
@@ -109,7 +112,7 @@ def _fill_from_recipe(cfg: dict[str, Any], model: str) -> None:
         recipe = read(folder("conf") / "recipe" / f"{name}.yaml")
     cell = {"model": model, "bits": cfg["bits"], "group_size": cfg["group_size"]}
     for exception in recipe.get("exceptions", []):
-        if exception["when"] == cell:
+        if exception["when"].items() <= cell.items():
             _fill(cfg, {key: value for key, value in exception.items() if key != "when"})
     _fill(cfg, {key: value for key, value in recipe.items() if key != "exceptions"})
 
@@ -122,15 +125,22 @@ def _fill(node: dict[str, Any], values: Mapping[str, Any]) -> None:
             node[key] = value
 
 
-def _names(evals: Any) -> list[str]:
+def _evaluations(evals: Any) -> list[dict[str, Any]]:
+    """Return the node of each evaluation; `lm_eval/<task>:<shots>` becomes one of lm-eval's tasks."""
     names = [evals] if isinstance(evals, str) else list(evals or [])
-    known = option_names(folder("conf") / "eval")
-    for name in names:
-        if name not in known:
-            raise UserError(f"evals={name} is not allowed: it must be some of {', '.join(known)}")
+    files = option_names(folder("conf") / "eval")
+    known, nodes = ", ".join([*files, "lm_eval/<task>[:<shots>]"]), []
     if not names:
-        raise UserError(f"evals is empty: name at least one of {', '.join(known)}")
-    return list(dict.fromkeys(names))
+        raise UserError(f"evals is empty: name at least one of {known}")
+    for name in dict.fromkeys(names):
+        if of_lm_eval := LM_EVAL.fullmatch(str(name)):
+            given = {"task": of_lm_eval[1], "num_fewshot": of_lm_eval[2] and int(of_lm_eval[2])}
+            nodes.append(read(folder("conf") / "eval" / "lm_eval" / "task.yaml") | given)
+        elif name in files:
+            nodes.append(read(folder("conf") / "eval" / f"{name}.yaml"))
+        else:
+            raise UserError(f"evals={name} is not allowed: it must be some of {known}")
+    return nodes
 
 
 def _make(node: Any, cfg: dict[str, Any]) -> Any:

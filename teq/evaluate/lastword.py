@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from teq import data
 from teq.data.embedded import python_docs
 from teq.device.runtime import Runtime
-from teq.evaluate.tasks import dataset, import_lm_eval, score
-from teq.stage import Evaluation, Metric
+from teq.evaluate.tasks import Harness, dataset, import_lm_eval, score
+from teq.stage import Metric
 
 if TYPE_CHECKING:
     from teq.models.checkpoint import LM
@@ -35,11 +35,10 @@ NOT_PROSE = re.compile(r">>>|\||\+-|::=")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LastWord(Evaluation):
+class LastWord(Harness):
     """The whole task: it is small, so it takes no limit."""
 
     version = 1
-    group = "tasks"
 
     @property
     def name(self) -> str:
@@ -70,7 +69,7 @@ class LastWord(Evaluation):
                 "metadata": {"version": self.version},
             }
         )
-        return score(task, None, 0, self.provenance(), lm, runtime)
+        return score(self, {"tasks": {NAME: task}}, self.provenance(), lm, runtime)
 
 
 @functools.cache

@@ -41,7 +41,8 @@ class SharedContextLM(HFLM):
     `batch_size` counts sequences of the longest length in a call: shorter ones are packed to as many tokens,
     so the longest batch sets the memory needed. `truncated` counts the requests that lost tokens on the left
     because context and continuation together exceed `max_length`. Finished batches are noted in the folder
-    `partial`; those that are there are not computed again.
+    `partial`; those that are there are not computed again. `bos` None leaves the BOS token to the tokenizer;
+    `pair` joint tokenizes context and continuation as one text, separate each as a text of its own.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class SharedContextLM(HFLM):
         batch_size: int,
         max_length: int | None = None,
         partial: Path | None = None,
+        bos: bool | None = None,
+        pair: str = "joint",
     ) -> None:
         super().__init__(
             pretrained=model,
@@ -58,14 +61,29 @@ class SharedContextLM(HFLM):
             backend="causal",
             batch_size=batch_size,
             max_length=max_length,
+            add_bos_token=bos,
         )
         self.truncated = 0
-        self.partial, self.calls = partial, 0
+        self.partial, self.calls, self.pair = partial, 0, pair
         check_head(model)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """Score `requests` in order; progress bars appear only where standard error is a terminal."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts as `HFLM` does, with the same rule for progress bars."""
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Generate as `HFLM` does, with the same rule for progress bars."""
+        return super().generate_until(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of both; `separate` as lm-eval did before its pull request 531 (June 2023)."""
+        if self.pair == "joint":
+            return super()._encode_pair(context, continuation)
+        return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None

@@ -83,8 +83,8 @@ def stages(
 ) -> Iterator[Stage]:
     """Yield what each stage of a run needs; the scales once for each strategy, the picked one marked."""
 
-    def needed(stage: Any, strategy: str = "keep", device: str = "cpu") -> memory.Estimate:
-        return estimate.estimate(stage, sizes, run.model.arch, run.dtype, strategy, device)
+    def needed(stage: Any, strategy: str = "keep", device: str = "cpu", dtype: str = "") -> memory.Estimate:
+        return estimate.estimate(stage, sizes, run.model.arch, dtype or run.dtype, strategy, device)
 
     if run.transform.dry_run is not None:
         given = (allowed,) if allowed in STRATEGIES else ()
@@ -107,12 +107,12 @@ def stages(
         yield Stage("weights", None)
     for evaluation in run.evals:
         if evaluation.dry_run is not None:
-            one = needed(evaluation)
+            one = needed(evaluation, dtype=run.eval_dtype or "")
             yield Stage(evaluation.name, one.bytes, one.flops * (evaluation.limit or 0) or None)
         elif (work := WORKLOADS.get(evaluation.name)) is not None:
             documents = min(getattr(evaluation, "limit", None) or work.documents, work.documents)
             scoring = Scoring(work, documents, batch_size)
-            one = needed(scoring)
+            one = needed(scoring, dtype=run.eval_dtype or "")
             yield Stage(evaluation.name, one.bytes, scoring.flops(one), about=True)
         else:
             yield Stage(evaluation.name, None)

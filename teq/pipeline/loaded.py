@@ -20,41 +20,44 @@ class LoadedModel:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.identity = checkpoint.source.fingerprint(device)
         self._lm: LM | None = None
-        self._state: str | None = PRISTINE  # or the key of the weights in it, or None: used up
+        # dtype, and PRISTINE or the key of the weights in it; None: used up
+        self._state: tuple[str, str] | None = None
 
-    def pristine(self, device: str | None = None) -> LM:
-        """Return the model as it was loaded, on `device` (by default its own); the caller leaves it so.
+    def pristine(self, device: str | None = None, dtype: str | None = None) -> LM:
+        """Return the model as it was loaded, on `device` in `dtype` (by default its own); to be left so.
 
         Raises UserError if the weights have changed since the run's keys were made.
         """
-        if self._lm is None or self._state != PRISTINE:
+        dtype = dtype or self.dtype
+        if self._lm is None or self._state != (dtype, PRISTINE):
             self._lm = None
             memory.release(self.device)  # the old model, before another one needs its room
             log.info("loading model=%s", self.checkpoint.name)
             with uncounted():
-                self._lm = self.checkpoint.load(self.dtype, device or self.device, self.device)
+                self._lm = self.checkpoint.load(dtype, device or self.device, self.device)
                 if (now := self.checkpoint.source.fingerprint(self.device)) != self.identity:
                     raise UserError(
                         f"the weights of model={self.checkpoint.name} changed while the run was under way "
                         f"({self.identity} is {now} now): start it again, what was finished is kept"
                     )
-            self._state = PRISTINE
+            self._state = dtype, PRISTINE
         elif self._lm.device.type != "meta":
             self._lm.model.to(device or self.device)
         return self._lm
 
-    def to_use_up(self) -> LM:
+    def to_use_up(self, dtype: str | None = None) -> LM:
         """Return the model as it was loaded; the caller may change it."""
-        lm, self._state = self.pristine(), None
+        lm, self._state = self.pristine(dtype=dtype), None
         return lm
 
-    def holding(self, weights: Artefact, grid: Any) -> LM:
+    def holding(self, weights: Artefact, grid: Any, dtype: str | None = None) -> LM:
         """Return the model with the stored weights in it: the file alone decides what is evaluated."""
-        if self._state != weights.key or self._lm is None:
+        wanted = dtype or self.dtype, weights.key
+        if self._state != wanted or self._lm is None:
             from teq.quantizers.quantized import restore
 
-            restore(self.to_use_up().model, weights.tensors(self.device), grid)
-            self._state = weights.key
+            restore(self.to_use_up(dtype).model, weights.tensors(self.device), grid)
+            self._state = wanted
         assert self._lm is not None
         return self._lm
 

@@ -10,17 +10,28 @@ from teq.models.checkpoint import Checkpoint
 from teq.spec import Settings, digest, option
 from teq.stage import Evaluation, Quantizer, Transform
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Settings):
-    """One run, fully resolved. Its key is the id of its record."""
+    """One run, fully resolved. Its key is the id of its record.
+
+    The evaluations compute in `eval_dtype`, everything before them in `dtype`; null is the same for both.
+    """
 
     model: Checkpoint
-    dtype: str = option(among=("float32", "bfloat16", "float16", "float64"))
+    dtype: str = option(among=DTYPES)
+    eval_dtype: str | None = option(None, among=DTYPES, omitted=None)
     method: str = option(hashed=False)  # a display name: two names of one pair are one run
     transform: Transform
     quantizer: Quantizer
     evals: tuple[Evaluation, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_dtype == self.dtype:
+            object.__setattr__(self, "eval_dtype", None)
 
     def key(self) -> str:
         """Return the content hash, which the order of the evaluations does not change."""

@@ -41,8 +41,10 @@ class Chain:
         settings = {**common, "scales": scales.key, **quantizer}
         weights = Stage("weights", settings, self._quantize, {"scales": scales})
         made: dict[str, Stage] = {"scales": scales, "weights": weights}
+        eval_dtype = {} if spec.eval_dtype is None else {"dtype": spec.eval_dtype}
         for each in spec.evals:
             settings = {"weights": weights.key, "evaluation": each.plain(), "text": each.provenance()}
+            settings |= eval_dtype
             measure = functools.partial(self._measure, each)
             made[each.name] = Stage("metrics", settings, measure, {"weights": weights})
         return made
@@ -84,7 +86,8 @@ class Chain:
     def _measure(self, evaluation: Evaluation, partial: Path, weights: Artefact) -> Made:
         how = dataclasses.replace(self.runtime, partial=partial)
         with memory.explained(f"{evaluation.name} is measured", self.runtime.device):
-            metric = evaluation.measure(self.model.holding(weights, self.spec.quantizer.grid), how)
+            lm = self.model.holding(weights, self.spec.quantizer.grid, self.spec.eval_dtype)
+            metric = evaluation.measure(lm, how)
         arrays = {name: record.pack(array) for name, array in metric.arrays.items()}
         info = metric.info | {"attention": self.model.attention()}
         return {}, {"values": metric.values, "arrays": arrays, "info": info}

@@ -15,7 +15,8 @@ from teq.report.layout import ANY, COSTS, FULL, Formula, Layout
 from teq.statistics import LEVEL
 
 ARRAYS = {"ppl": ("window_loss", "ppl"), "acc": ("correct", "mean"), "acc_norm": ("correct_norm", "mean")}
-HARNESS = ("task_version", "lm_eval", "bos", "context")  # what else makes requests of a text
+# what else makes requests of a text
+HARNESS = ("task_version", "lm_eval", "bos", "context", "pair", "chat_template", "num_fewshot")
 
 
 def stderr(record: Record, name: str) -> float | None:

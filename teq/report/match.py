@@ -124,6 +124,8 @@ def varying(runs: Iterable["Run"]) -> dict[tuple[Any, ...], set[str]]:
 
 def _relevant(run: Mapping[str, Any], evals: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     parts = {key: run[key] for key in ("model", "dtype", "transform", "quantizer")}
+    if names:
+        parts["eval_dtype"] = run.get("eval_dtype")
     return parts | {name: evals.get(name, MISSING) for name in sorted(names)}
 
 
