@@ -15,7 +15,7 @@ from teq.models.fold import folded_tensors
 from teq.pipeline import estimate
 from teq.pipeline.cost import uncounted
 from teq.pipeline.loaded import LoadedModel
-from teq.pipeline.settings import Run
+from teq.pipeline.settings import Run, check_unquantized
 from teq.pipeline.store import Artefact, Stage
 from teq.stage import Diverged, Evaluation, Made, OnStep, Quantizer, Transform
 
@@ -127,7 +127,11 @@ def _measure(
 
 
 def _check_texts(spec: Run) -> None:
-    """Raise UserError before the first long stage if a later one's text is too short for the model."""
+    """Raise UserError before the first long stage if a later one's text is too short for the model.
+
+    So it does where the model is quantized already.
+    """
+    check_unquantized(spec)
     if (tokenizer := spec.model.tokenizer()) is not None:
         for reader in (spec.quantizer, *spec.evals):
             reader.check_text(tokenizer)
