@@ -29,8 +29,12 @@ LOADERS = ("torch", "transformers", "compressed-tensors", "gptqmodel", "optimum"
 
 def main(argv: Sequence[str]) -> int:
     """Print the answer to a request. Returns the exit status."""
+    import torch
+
     folder, request = Path(argv[0]), json.loads(Path(argv[1]).read_text())
     lm = load(folder, request["file"], request["dtype"])
+    with torch.inference_mode():
+        lm.model(torch.zeros(1, 1, dtype=torch.int64))  # compressed-tensors dequantizes at the first pass
     state = {name: tensor_digest(tensor) for name, tensor in lm.model.state_dict().items()}
     weights = {}
     for name in request["linears"]:

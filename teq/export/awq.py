@@ -26,7 +26,7 @@ def refusal(plan: Plan) -> str | None:
     if plan.reordered:
         return "awq holds no column order (g_idx), which act-order with groups needs"
     if plan.grid.group_size not in GROUPS:
-        return f"awq holds groups of {', '.join(map(str, GROUPS))}, this run has group_size={plan.grid.group_size}"
+        return f"awq holds groups of {', '.join(map(str, GROUPS))}, this run has {plan.grid.group_size}"
     odd = next((name for name, (rows, _) in plan.shapes.items() if rows % 8), None)
     return odd and f"awq holds multiples of 8 outputs, {odd} has {plan.shapes[odd][0]}"
 

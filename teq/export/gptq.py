@@ -33,7 +33,7 @@ def refusal(plan: Plan) -> str | None:
     if plan.grid.bits not in BITS:
         return f"gptq holds {', '.join(map(str, BITS))} bits, this run has {plan.grid.bits}"
     if plan.grid.group_size not in GROUPS:
-        return f"gptq holds groups of {', '.join(map(str, GROUPS))}, this run has group_size={plan.grid.group_size}"
+        return f"gptq holds groups of {', '.join(map(str, GROUPS))}, this run has {plan.grid.group_size}"
     odd = next((name for name, shape in plan.shapes.items() if any(side % 32 for side in shape)), None)
     return odd and f"gptq holds sides that are multiples of 32, {odd} is {plan.shapes[odd]}"
 

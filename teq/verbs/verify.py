@@ -1,4 +1,4 @@
-"""`python -m teq verify <folder>`: an exported folder, loaded by code that is not ours, has the run's numbers.
+"""`python -m teq verify <folder>`: an exported folder, loaded by other code, has the numbers of its run.
 
 What the folder holds must equal what was stored: codes, scales, zeros and all other tensors, to the bit. The
 loader's weights must equal ours to the bit in its dtype, and its perplexities ours to 1e-6, or to 1e-3 where
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         manifest = json.loads((folder / writer.MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{given.folder} has no readable {writer.MANIFEST}: give a folder that `python -m teq export` wrote"
+            f"{given.folder} has no readable {writer.MANIFEST}: give a folder that `export` wrote"
         ) from error
     source = writer.Exported(path=str(folder))
     run = manifest["run"]
@@ -97,8 +97,7 @@ def _answer(
         done = subprocess.run(
             [sys.executable, "-m", "teq.evaluate.reloaded", str(folder), str(asked)],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             check=False,
         )
