@@ -1,8 +1,8 @@
 """A model folder loaded by stock code and measured: `python -m teq.evaluate.reloaded <folder> <request>`.
 
 It runs in a process, and perhaps an environment, of its own. The request is a JSON file: `evaluations` as
-records hold them, `linears` by name, and `file` (null unless it is GGUF) with its `dtype`; the answer is the last line
-of standard output.
+records hold them, `linears` by name, and `file` (null unless it is GGUF) with its `dtype`; the answer is the
+last line of standard output.
 """
 
 import json

@@ -54,10 +54,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def found_run(words: list[str], form: str) -> tuple[Plan, Artefact, Record]:
+def found_run(words: list[str], form: str | None = None) -> tuple[Plan, Artefact, Record]:
     """Return what the command line names: a stored run by its id, or one by overrides, run where it is not.
 
-    Raises UserError where the format cannot hold it, before any heavy work.
+    Raises UserError where the format, if one is given, cannot hold it, before any heavy work.
     """
     if len(words) == 1 and "=" not in words[0]:
         return _stored(words[0], form)
@@ -67,7 +67,7 @@ def found_run(words: list[str], form: str) -> tuple[Plan, Artefact, Record]:
     return _run(jobs[0], form)
 
 
-def _stored(run: str, form: str) -> tuple[Plan, Artefact, Record]:
+def _stored(run: str, form: str | None) -> tuple[Plan, Artefact, Record]:
     """Return the run with this id out of the records and the cache."""
     every = record.load(config.home() / "records")
     found = max((one for one in every if one.id == run), key=lambda one: one.data["created"], default=None)
@@ -77,7 +77,8 @@ def _stored(run: str, form: str) -> tuple[Plan, Artefact, Record]:
             "run.py's overrides, which run it"
         )
     plan = plan_of(found.data["run"], checkpoint_of(found.data["run"], found.data["identity"]))
-    formats.check(form, plan)
+    if form is not None:
+        formats.check(form, plan)
     if (now := plan.checkpoint.source.fingerprint()) != found.data["identity"]:
         raise UserError(
             f"run {run} had the weights {found.data['identity']}, they are {now} now: run it again"
@@ -92,10 +93,11 @@ def _stored(run: str, form: str) -> tuple[Plan, Artefact, Record]:
     return plan, artefact, found
 
 
-def _run(job: Job, form: str) -> tuple[Plan, Artefact, Record]:
+def _run(job: Job, form: str | None) -> tuple[Plan, Artefact, Record]:
     """Return the run of a job; stages that are not stored are made."""
     plan = plan_of(job.run.plain(), job.run.model)
-    formats.check(form, plan)
+    if form is not None:
+        formats.check(form, plan)
     home, store = config.home(), Store(config.home() / "store")
     with locks.taken(job.options.device) as device:
         runtime = dataclasses.replace(job.options, device=resolve(device))
