@@ -1,6 +1,5 @@
 """`python -m teq verify`: a folder that stock code loads to the run's numbers, and ones that it does not."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import pytest
 
 from teq import config
 from teq.__main__ import main
-from teq.export import writer
+from teq.verbs import verify
 
 SHORT = ["model=tiny-llama", "method=rtn", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
 GRID = ["bits=4", "group_size=32", "symmetric=true", "quant_grid.scale_dtype=float16"]
@@ -35,11 +34,21 @@ def test_an_exported_folder_has_the_numbers_of_its_run(tmp_path, capsys):
     assert "run in float32, loaded in float32 as Linear" in text
     assert "0.0e+00" in text and "equal: 14 linears, 7 other tensors" in text
 
-    manifest = json.loads((folder / writer.MANIFEST).read_text())
-    manifest["metrics"]["python-docs"]["values"]["ppl"] *= 1 + 1e-5
-    (folder / writer.MANIFEST).write_text(json.dumps(manifest))
-    assert main(["verify", str(folder)]) == 1
-    assert "differs: python-docs: ppl\n" in capsys.readouterr().out
+
+@pytest.mark.parametrize(
+    ("dtype", "change", "tolerated"),
+    [("float32", 1e-7, True), ("float32", 1e-5, False), ("float16", 5e-4, True), ("float16", 2e-3, False)],
+)
+def test_a_perplexity_may_differ_more_where_the_loader_computes_in_another_dtype(dtype, change, tolerated):
+    info = {"tokens_sha256": "0"}
+    stored = {"python-docs": {"values": {"ppl": 20.0}, "info": info}}
+    found = {"python-docs": {"values": {"ppl": 20.0 * (1 + change)}, "info": info}}
+    manifest = {"run": {"dtype": "float32"}, "metrics": stored}
+    rows, wrong = verify._numbers(manifest, {"dtype": dtype, "metrics": found})
+    assert wrong == ([] if tolerated else ["python-docs: ppl"])
+    assert rows[0][:2] == ["python-docs", "ppl"]
+    found["python-docs"]["info"] = {"tokens_sha256": "1"}
+    assert "python-docs: the text or its tokens" in verify._numbers(manifest, {"dtype": dtype, "metrics": found})[1]
 
 
 def test_an_edited_file_is_found(tmp_path, capsys):
