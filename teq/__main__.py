@@ -1,4 +1,4 @@
-"""The other verbs than run.py: `python -m teq report|publish|plan|prefetch|cache ...`."""
+"""The other verbs than run.py: `python -m teq report|publish|plan|prefetch|export|verify|cache ...`."""
 
 import importlib
 import logging
@@ -16,6 +16,8 @@ usage: python -m teq <verb> ...
   publish <experiment> ...                  copy the records an experiment shows to results/ and render them
   plan [--calibrate] [overrides]            memory and seconds that a run would take, without its weights
   prefetch [name ...|all]                   download evaluation sets into the mirror TEQ_DATA
+  export <run id|overrides> --to <folder>   a quantized model as a folder that other code loads
+  verify <folder>                           load an exported folder with that code, compare the numbers
   cache [prune --stage <what> --older 30d]  what the cache holds, and freeing space in it"""
 
 

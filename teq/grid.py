@@ -17,11 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid(Settings):
-    """How finely a weight is represented: `2 ** bits` levels per group of `group_size` input channels."""
+    """How finely a weight is represented: `2 ** bits` levels per group of `group_size` input channels.
+
+    Scales are rounded to `scale_dtype` before codes are computed, so that a file of such scales is exact.
+    """
 
     bits: int = option(at_least=1, at_most=8)
     group_size: int = option(at_least=-1)
     symmetric: bool = False
+    scale_dtype: str = option(
+        "float32",
+        among=("float32", "float16", "bfloat16"),
+        key="quant_grid.scale_dtype",
+        omitted="float32",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,9 +77,13 @@ def qparams(block: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
     empty = (lo == 0) & (hi == 0)
     lo, hi = lo.masked_fill_(empty, -1), hi.masked_fill_(empty, 1)
     scale = (hi - lo).div_(grid.levels)
+    if grid.scale_dtype != "float32":
+        dtype = getattr(torch, grid.scale_dtype)
+        held = torch.finfo(dtype)
+        scale = scale.clamp_(held.smallest_normal * held.eps, held.max).to(dtype).to(scale)
     if grid.symmetric:
         return scale, torch.full_like(scale, 2 ** (grid.bits - 1))
-    return scale, lo.neg_().div_(scale).round_()
+    return scale, lo.neg_().div_(scale).round_().clamp_(max=grid.levels)
 
 
 def grouped(weight: "Tensor", grid: Grid) -> list["Tensor"]:

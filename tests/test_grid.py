@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teq.grid import Grid, decode, encode, fake_quant, group_params, pack, spread, unpack
+from teq.quantizers.rtn import round_to_nearest
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 70))
 GRIDS = st.builds(
@@ -83,3 +84,22 @@ def test_rounding_is_half_to_even():
     grid = Grid(bits=3, group_size=-1)
     weight = torch.tensor([[-3.0, 0.5, 1.5, 4.0]])  # scale 1, zero 3
     assert torch.equal(fake_quant(weight, grid), torch.tensor([[-3.0, 0.0, 2.0, 4.0]]))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_are_rounded_before_codes_are_computed(dtype, symmetric):
+    name = str(dtype).removeprefix("torch.")
+    grid = Grid(bits=8, group_size=16, symmetric=symmetric, scale_dtype=name)
+    weight = torch.cat([weights((8, 64), 3), torch.zeros(1, 64), torch.full((1, 64), 1e-9)])
+    scale, zero = group_params(weight, grid)
+    assert torch.equal(scale, scale.to(dtype).float()) and (scale > 0).all()
+    assert zero.min() >= 0 and zero.max() <= grid.levels
+    assert torch.equal(fake_quant(weight, grid), round_to_nearest(weight, grid).dequantize(grid))
+
+
+def test_the_dtype_of_scales_is_in_the_key_where_it_is_not_the_default():
+    plain = Grid(bits=3, group_size=16)
+    assert plain.key() == Grid(bits=3, group_size=16, scale_dtype="float32").key()
+    assert plain.key() != Grid(bits=3, group_size=16, scale_dtype="float16").key()
+    assert "scale_dtype" not in plain.plain()

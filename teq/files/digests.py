@@ -13,9 +13,13 @@ import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from teq.files import disk
 from teq.files.disk import user_cache
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 UNSETTLED = 2.0  # seconds: the coarsest resolution of file systems' time stamps
@@ -46,6 +50,14 @@ def file_digests(folder: Path, found: Iterable[Path]) -> dict[str, str]:
     if unread > LARGE:
         log.info("reading %.1f GB of %s for its digest, once", unread / 1e9, folder)
     return {str(file.relative_to(folder)): file_digest(file) for file in found}
+
+
+def tensor_digest(tensor: "Tensor") -> str:
+    """Return 16 hex digits of the SHA-256 of a tensor's bytes."""
+    import torch
+
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(raw).hexdigest()[:16]
 
 
 def _state(file: Path) -> State:

@@ -34,8 +34,9 @@ class LM:
 class Checkpoint(Settings):
     """A model as the user names it: where it comes from and which family it is.
 
-    A source offers `fingerprint(device)`, which identifies its weights, `dimensions()`, `tokenizer()` and
-    `model(dtype, device, drawn_on)`; `at_hand` tells whether its dimensions are known without fetching files.
+    A source offers `fingerprint(device)`, which identifies its weights, `dimensions()`, `tokenizer()`,
+    `model(dtype, device, drawn_on)`, its `tensors(dtype)` by name and its `generation()` settings; `at_hand`
+    tells whether its dimensions are known without fetching files.
     """
 
     group = "model"

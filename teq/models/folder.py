@@ -1,7 +1,7 @@
 """Checkpoints in folders, in the layout of `save_pretrained`."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,7 +11,8 @@ from teq.files.disk import one_line
 from teq.spec import Settings, UserError, digest
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS = "*.safetensors"
 
@@ -61,6 +62,50 @@ class Saved(Settings):
                 "make them up; give a folder that save_pretrained wrote of the whole model"
             )
         return model.to(device)
+
+    def tensors(self, dtype: str) -> "Mapping[str, Tensor]":
+        """Return the tensors by the model's names, each read when it is asked for; see `SavedTensors`."""
+        return SavedTensors(self.folder(), dtype)
+
+    def generation(self) -> "GenerationConfig":
+        """Return how the model generates: the folder's file, or what its configuration implies."""
+        from transformers import GenerationConfig
+
+        if (self.folder() / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.folder(), local_files_only=True)
+        return GenerationConfig.from_model_config(self.dimensions())
+
+
+class SavedTensors(Mapping[str, "Tensor"]):
+    """The tensors of a folder's safetensors in one dtype, read one by one.
+
+    A checkpoint of the model without its head names them without the model's prefix, such as `transformer.`.
+    """
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        from safetensors import safe_open
+
+        self.folder, self.dtype = folder, dtype
+        self.files: dict[str, Any] = {}  # the open file of each tensor
+        for path in sorted(folder.glob(WEIGHTS)):
+            opened = safe_open(path, "pt")
+            self.files |= dict.fromkeys(opened.keys(), opened)
+
+    def __getitem__(self, name: str) -> "Tensor":
+        """Return a tensor. Raises UserError where there is none of that name."""
+        import torch
+
+        stored = name if name in self.files else name.partition(".")[2]
+        if stored not in self.files:
+            raise UserError(f"{self.folder} lacks {name}: give a folder that save_pretrained wrote")
+        tensor = self.files[stored].get_tensor(stored)
+        return tensor.to(getattr(torch, self.dtype)) if tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
 
 @dataclass(frozen=True, kw_only=True)

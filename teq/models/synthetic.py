@@ -1,6 +1,7 @@
 """Models made in memory: architectures, seeded random weights, and a byte-level tokenizer."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,7 +10,7 @@ from teq.spec import Settings, option
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,16 @@ class _InMemory(Settings):
     def tokenizer(self) -> "PreTrainedTokenizerFast | None":
         """Return the byte tokenizer, with or without a token at the beginning."""
         return byte_tokenizer(bos=self.bos)
+
+    def tensors(self, dtype: str) -> "Mapping[str, Tensor]":
+        """Return the model's tensors by name, all in memory."""
+        return self.model(dtype, "cpu", "cpu").state_dict()
+
+    def generation(self) -> "GenerationConfig":
+        """Return how the model generates, as its dimensions imply."""
+        from transformers import GenerationConfig
+
+        return GenerationConfig.from_model_config(self.dimensions())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +160,16 @@ def fill(parameter: "Tensor", bias: bool, generator: "torch.Generator") -> None:
     else:
         parameter.normal_(std=channels**-0.5, generator=generator)
         parameter.mul_(b.to(parameter.dtype)).mul_(sizes(len(parameter))[:, None].to(parameter.dtype))
+
+
+def skeleton(dimensions: "PretrainedConfig") -> "PreTrainedModel":
+    """Return the causal LM of these dimensions on PyTorch's meta device, tied as a loaded one is."""
+    import torch
+
+    with torch.device("meta"):
+        model = architecture(dimensions)
+    model.tie_weights()
+    return model
 
 
 def architecture(dimensions: "PretrainedConfig", dtype: str | None = None) -> "PreTrainedModel":

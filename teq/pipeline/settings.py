@@ -7,8 +7,9 @@ from typing import Any
 
 from teq import data
 from teq.models.checkpoint import Checkpoint
-from teq.spec import Settings, digest, option
+from teq.spec import Settings, UserError, digest, option
 from teq.stage import Evaluation, Quantizer, Transform
+from teq.transforms.identity import Identity
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -53,7 +54,20 @@ def checks(spec: Run) -> list[dict[str, Callable[[], Any]]]:
     """
     names = filter(None, (spec.transform.corpus(), spec.quantizer.corpus()))
     texts = {f"text {name}": functools.partial(data.provenance, name) for name in names}
+    known = {}
+    if spec.model.source.at_hand:
+        known[f"{spec.model.source!r} {spec.quantizer.grid}"] = functools.partial(check_unquantized, spec)
     return [
         {repr(spec.model.source): spec.model.source.fingerprint},
-        texts | {evaluation.key(): evaluation.provenance for evaluation in spec.evals},
+        known | texts | {evaluation.key(): evaluation.provenance for evaluation in spec.evals},
     ]
+
+
+def check_unquantized(spec: Run) -> None:
+    """Raise UserError where a quantized model is to be changed: it can be evaluated with method=fp alone."""
+    unchanged = isinstance(spec.transform, Identity) and spec.quantizer.grid is None
+    if not unchanged and getattr(spec.model.source.dimensions(), "quantization_config", None) is not None:
+        raise UserError(
+            f"model={spec.model.name} is quantized already and method={spec.method} would do it again: "
+            "evaluate it with method=fp, or give the model it was made from"
+        )

@@ -13,7 +13,7 @@ from teq.models.fold import folded_tensors
 from teq.pipeline import estimate
 from teq.pipeline.cost import uncounted
 from teq.pipeline.loaded import LoadedModel
-from teq.pipeline.settings import Run
+from teq.pipeline.settings import Run, check_unquantized
 from teq.pipeline.store import Artefact, Stage
 from teq.stage import Diverged, Evaluation, Made, OnStep, Quantizer, Transform
 
@@ -93,7 +93,11 @@ class Chain:
         return {}, {"values": metric.values, "arrays": arrays, "info": info}
 
     def _check_texts(self) -> None:
-        """Raise UserError before the first long stage if a later one's text is too short for the model."""
+        """Raise UserError before the first long stage if a later one's text is too short for the model.
+
+        Also raise it if the model is quantized already.
+        """
+        check_unquantized(self.spec)
         tokenizer = None if self.texts_checked else self.spec.model.tokenizer()
         if tokenizer is not None:
             for reader in (self.spec.quantizer, *self.spec.evals):

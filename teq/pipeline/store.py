@@ -124,6 +124,11 @@ class Store:
             self._got[folder] = found
         return found
 
+    def find(self, name: str, key: str) -> Artefact | None:
+        """Return the stored result of a stage by name and key with its tensors checked; None is not made."""
+        in_use.register(self.root, f"{name}/{key}")
+        return self._open(self.root / name / key, Stage(name, {}, _not_made), content=True)
+
     def _stale(self, stage: Stage) -> bool:
         """Return whether a stage before this one has another result now than this one was made from."""
         try:
@@ -237,6 +242,10 @@ def _write(folder: Path, tensors: Mapping[str, "Tensor"], info: dict[str, Any], 
     manifest = about | {"files": written, "result": written.get(DATA, written[INFO])[:16]}
     (folder / MANIFEST).write_text(json.dumps(manifest | {"digest": digest(manifest)}, indent=1))
     return str(manifest["result"])
+
+
+def _not_made(partial: Path, **_: Artefact) -> Made:
+    raise AssertionError("a stage that is looked up by its key is not made")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,164 @@
+"""`python -m teq verify <folder>`: an exported folder, loaded by other code, has the numbers of its run.
+
+What the folder holds must equal what was stored: codes, scales, zeros and all other tensors, to the bit. The
+loader's weights must equal ours to the bit in its dtype, and its perplexities ours to 1e-6, or to 1e-3 where
+it computes in another dtype than the run did.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from teq.config import ROOT
+from teq.console import aligned
+from teq.evaluate.reloaded import KINDS
+from teq.export import formats, gguf, writer
+from teq.export.plan import Plan
+from teq.files import disk
+from teq.files.digests import tensor_digest
+from teq.models import Checkpoint
+from teq.spec import UserError
+from teq.verbs.export import arch_of, plan_of
+
+TEXTS = ("tokens_sha256", "documents_sha256")
+SAME, OTHER = 1e-6, 1e-3  # relative tolerances of a perplexity in the run's dtype and in another
+
+
+def main(argv: list[str]) -> int:
+    """Print stored, reloaded and difference. Returns 1 where they differ by more than is tolerated."""
+    parser = argparse.ArgumentParser(
+        prog="python -m teq verify", description="Load an exported folder and compare it with its run."
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--install", action="store_true", help="fetch the loader into the user's cache first")
+    parser.add_argument("--skip-evaluations", action="store_true", help="compare tensors alone")
+    try:
+        given = parser.parse_args(argv)
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    folder = given.folder.expanduser().absolute()
+    try:
+        manifest = json.loads((folder / writer.MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{given.folder} has no readable {writer.MANIFEST}: give a folder that `export` wrote"
+        ) from error
+    source = writer.Exported(path=str(folder))
+    run = manifest["run"]
+    plan = plan_of(run, Checkpoint(name=run["model"]["name"], source=source, arch=arch_of(run)))
+    answer = _answer(folder, manifest, plan, given.install, not given.skip_evaluations)
+    versions = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
+    print(f"{manifest['format']}: run in {run['dtype']}, loaded in {answer['dtype']} as {answer['linear']}")
+    print(f"by {versions}")
+    wrong = [*_tensors(folder, manifest, plan, answer)]
+    rows, off = _numbers(manifest, answer)
+    if rows:
+        print(aligned([["evaluation", "metric", "stored", "reloaded", "difference", "tolerated"], *rows]))
+    for problem in (wrong := [*wrong, *off]):
+        print(f"differs: {problem}")
+    if not wrong:
+        print(f"equal: {len(plan.shapes)} linears, {len(manifest['tensors'])} other tensors")
+    return 1 if wrong else 0
+
+
+def _answer(
+    folder: Path, manifest: Mapping[str, Any], plan: Plan, install: bool, evaluate: bool
+) -> dict[str, Any]:
+    """Return what a process that loads the folder with stock code finds in it."""
+    form = formats.find(manifest["format"])
+    loaders = disk.user_cache() / "loaders" / manifest["format"]
+    if install:
+        _install(form.INSTALL, loaders)
+    if PathFinder.find_spec(form.MODULE, [str(loaders), *sys.path]) is None:
+        raise UserError(
+            f"{form.INSTALL[0]} is not installed, which loads {manifest['format']}: "
+            f"`python -m teq verify {folder} --install` fetches it, for itself alone"
+        )
+    known = [plain for plain in manifest["run"]["evals"] if plain["kind"] in KINDS and evaluate]
+    request = {
+        "evaluations": known,
+        "linears": list(plan.shapes),
+        "file": gguf.FILE if form is gguf else None,
+        "dtype": manifest["dtype"],
+    }
+    paths = [str(loaders), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    with tempfile.TemporaryDirectory() as temporary:
+        asked = Path(temporary) / "request.json"
+        asked.write_text(json.dumps(request))
+        done = subprocess.run(
+            [sys.executable, "-m", "teq.evaluate.reloaded", str(folder), str(asked)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        last = (done.stderr.strip() or "it ended without a word").splitlines()[-1]
+        raise UserError(f"{folder} could not be loaded and measured: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _install(requirements: Sequence[str], into: Path) -> None:
+    """Install a loader for `verify` alone, on the libraries that are here. Raises UserError."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    done = subprocess.run(
+        [*command, "--upgrade", "--target", str(into), *requirements],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
+        raise UserError(f"{requirements[0]} could not be installed ({lines[-1]})")
+
+
+def _tensors(
+    folder: Path, manifest: Mapping[str, Any], plan: Plan, answer: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield what in the folder, or in the loaded model, is other than what was stored."""
+    import torch
+
+    try:
+        for name, linear in writer.read(plan, manifest["format"], folder):
+            found, stored = writer.digests(linear, plan.grid.bits), manifest["linears"][name]
+            if other := [part for part in found | stored if found.get(part) != stored.get(part)]:
+                yield f"{name}: {', '.join(other)} in the folder"
+            weight = answer["weights"][name]
+            if (
+                tensor_digest(linear.dequantize(plan.grid).to(getattr(torch, weight["dtype"])))
+                != weight["digest"]
+            ):
+                yield f"{name}: the weight as loaded ({weight['dtype']})"
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{folder} has no readable weights: {disk.one_line(error)}") from error
+    for name, stored in manifest["tensors"].items():
+        if answer["tensors"].get(name) != stored:
+            yield f"{name}: as loaded"
+
+
+def _numbers(manifest: Mapping[str, Any], answer: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
+    """Return the rows of the table, and what differs by more than is tolerated."""
+    rows, wrong = [], []
+    same = answer["dtype"] == manifest["run"]["dtype"]
+    for name, found in answer["metrics"].items():
+        stored = manifest["metrics"][name]
+        if any(found["info"].get(key) != stored["info"].get(key) for key in TEXTS):
+            wrong.append(f"{name}: the text or its tokens")
+        for metric in (metric for metric in found["values"] if not metric.endswith("_stderr")):
+            before, after = stored["values"][metric], found["values"][metric]
+            tolerated = SAME if same else OTHER if metric == "ppl" else None  # single documents may tip over
+            change = abs(after - before) / abs(before) if before else abs(after)
+            shown = "any" if tolerated is None else f"{tolerated:.0e}"
+            rows.append([name, metric, f"{before:.6f}", f"{after:.6f}", f"{change:.1e}", shown])
+            if tolerated is not None and not change <= tolerated:
+                wrong.append(f"{name}: {metric}")
+    return rows, wrong
