@@ -67,7 +67,8 @@ class _Calibrated(Work):
 
     def corpus(self) -> str | None:
         """Return the name of the calibration text, or None."""
-        return self.calib.corpus if hasattr(self, "calib") else None
+        calib = getattr(self, "calib", None)
+        return None if calib is None else calib.corpus
 
     def windows(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
         """Return the calibration windows `[samples, length]`. Raises UserError if the text is too short."""
