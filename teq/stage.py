@@ -99,6 +99,9 @@ class Quantizer(_Calibrated):
         """Return the tensors of `teq.quantizers.quantized.stored`; the model of `load()` may be used up."""
         raise NotImplementedError
 
+    def dry_runs(self, blocks: int) -> int | None:
+        """Return how often the work of `dry_run` is done on a model of so many blocks; None is not known."""
+
 
 class Evaluation(Work):
     """A measurement of a quantized model; `name` is what records and tables call it."""

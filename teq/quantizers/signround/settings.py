@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 from teq.data import Calibration
 from teq.device.runtime import Runtime
 from teq.grid import Grid
+from teq.models.fold import FoldedModel
 from teq.spec import UserError, option
 from teq.stage import Load, Made, NothingDone, Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from teq.models.checkpoint import LM
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +68,17 @@ class SignRound(Quantizer):
             lr=self.lr,
             seed=self.calib.seed,
         )
-        windows, partial = self.windows(lm.tokenizer), runtime.partial
         tensors, report = quantize_blocks(
-            lm.model, lm.arch, scales, windows, self.grid, train, "SignRound", targets=True, partial=partial
+            lm.model,
+            lm.arch,
+            scales,
+            self.windows(lm.tokenizer),
+            self.grid,
+            train,
+            "SignRound",
+            targets=True,
+            waiting="cpu",  # a step reads few of them and computes long
+            partial=runtime.partial,
         )
         if as_it_was := [name for name, entry in report.items() if entry["kept"] == "start"]:
             log.warning("%d of %d blocks keep the rounding they began with", len(as_it_was), len(report))
@@ -78,3 +88,27 @@ class SignRound(Quantizer):
                 "name; raise signround.iterations or signround.samples"
             )
         return tensors, {"linears": sum(name.endswith("/codes") for name in tensors), "signround": report}
+
+    def dry_run(self, lm: "LM", strategy: str) -> None:
+        """Do a training step of the first block while the hidden states of all samples wait."""
+        import torch
+
+        from teq.models.blocks import block_inputs
+        from teq.quantizers.blockwise import Calibrated
+        from teq.quantizers.signround.train import BlockTrainer
+
+        tokens = torch.zeros(self.batch, self.length, dtype=torch.int64, device=lm.device)
+        hidden, kwargs = block_inputs(lm.model, lm.arch, tokens)
+        host = torch.empty_like(hidden[:1], device="cpu")
+        waiting = [[torch.zeros_like(host) for _ in range(self.samples)] for _ in range(2)]
+        folded = FoldedModel(lm.model, lm.arch, {}).blocks()[0]
+        exact = {name: folded.weight(name) for name in folded.linears}
+        block = Calibrated(folded, exact, *waiting, kwargs, lambda _: kwargs)
+        with BlockTrainer(block, self.grid.unsearched) as trainer:
+            best = trainer.snapshot()
+            trainer.move(trainer.loss(range(self.batch)), 0.0)
+            del best
+
+    def dry_runs(self, blocks: int) -> int:
+        """Return how many such steps the stage takes on a model of so many blocks."""
+        return self.iterations * blocks

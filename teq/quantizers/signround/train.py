@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from teq.grid import Grid
@@ -55,13 +55,21 @@ class BlockTrainer:
 
     def snapshot(self) -> list[Tensor]:
         """Return copies of all that is trained."""
-        return [p.detach().clone() for r in self.roundings.values() for p in (r.offset, r.shrink)]
+        return [parameter.detach().clone() for parameter in self._trained()]
 
     def restore(self, snapshot: Sequence[Tensor]) -> None:
         """Put a snapshot back."""
-        trained = [p for r in self.roundings.values() for p in (r.offset, r.shrink)]
-        for parameter, kept in zip(trained, snapshot, strict=True):
+        for parameter, kept in zip(self._trained(), snapshot, strict=True):
             parameter.data.copy_(kept)
+
+    def begin_again(self) -> None:
+        """Put everything back to where it began."""
+        for rounding in self.roundings.values():
+            rounding.offset.data.zero_()
+            rounding.shrink.data.fill_(1)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for rounding in self.roundings.values() for p in (rounding.offset, rounding.shrink)]
 
 
 def quantize_block(
@@ -80,26 +88,22 @@ def quantize_block(
             parts = [checked[i : i + batch] for i in range(0, len(checked), batch)]
             return sum(trainer.loss(part).item() * len(part) for part in parts) / len(checked)
 
-        start = best = trainer.snapshot()
-        losses, lowest = {"start": mean_loss()}, math.inf
+        losses, lowest, best = {"start": mean_loss()}, math.inf, trainer.snapshot()
         for step, samples in zip(range(iterations), batches(count, batch, seed), strict=False):
             with torch.enable_grad():
                 loss = trainer.loss(samples)
                 if (value := loss.item()) < lowest:
                     best, lowest = trainer.snapshot(), value
                 trainer.move(loss, lr * (1 - step / iterations))
-        candidates = {
-            "start": start,
-            "best": best,
-            "last": trainer.snapshot(),
-        }  # the first of equal ones is kept
-        losses["last"] = mean_loss()
+        losses["last"], last = mean_loss(), trainer.snapshot()
         trainer.restore(best)
         losses["best"] = mean_loss()
-        kept = min(
-            (name for name in candidates if math.isfinite(losses[name])), key=losses.get, default="start"
-        )
-        trainer.restore(candidates[kept])
+        finite = [name for name in ("start", "best", "last") if math.isfinite(losses[name])]
+        kept = min(finite, key=losses.__getitem__, default="start")  # the first of equal ones
+        if kept == "start":
+            trainer.begin_again()
+        elif kept == "last":
+            trainer.restore(last)
         quantized = {name: rounding.quantized() for name, rounding in trainer.roundings.items()}
     return quantized, {block.folded.name: {"loss": losses, "kept": kept}}
 
