@@ -76,14 +76,21 @@ def qparams(block: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
         lo = hi.neg()
     empty = (lo == 0) & (hi == 0)
     lo, hi = lo.masked_fill_(empty, -1), hi.masked_fill_(empty, 1)
-    scale = (hi - lo).div_(grid.levels)
-    if grid.scale_dtype != "float32":
-        dtype = getattr(torch, grid.scale_dtype)
-        held = torch.finfo(dtype)
-        scale = scale.clamp_(held.smallest_normal * held.eps, held.max).to(dtype).to(scale)
+    scale = storable((hi - lo).div_(grid.levels), grid)
     if grid.symmetric:
         return scale, torch.full_like(scale, 2 ** (grid.bits - 1))
     return scale, lo.neg_().div_(scale).round_().clamp_(max=grid.levels)
+
+
+def storable(scale: "Tensor", grid: Grid) -> "Tensor":
+    """Return positive scales rounded to the grid's `scale_dtype`, in their own dtype."""
+    import torch
+
+    if grid.scale_dtype == "float32":
+        return scale
+    dtype = getattr(torch, grid.scale_dtype)
+    held = torch.finfo(dtype)
+    return scale.clamp(held.smallest_normal * held.eps, held.max).to(dtype).to(scale)
 
 
 def grouped(weight: "Tensor", grid: Grid) -> list["Tensor"]:
