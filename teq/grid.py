@@ -93,21 +93,21 @@ def params_between(lo: "Tensor", hi: "Tensor", grid: Grid) -> tuple["Tensor", "T
         lo = hi.neg()
     empty = (lo == 0) & (hi == 0)
     lo, hi = lo.masked_fill_(empty, -1), hi.masked_fill_(empty, 1)
-    scale = held((hi - lo).div_(grid.levels), grid)
+    scale = storable((hi - lo).div_(grid.levels), grid)
     if grid.symmetric:
         return scale, torch.full_like(scale, 2 ** (grid.bits - 1))
     return scale, lo.neg_().div_(scale).round_().clamp_(max=grid.levels)
 
 
-def held(scale: "Tensor", grid: Grid) -> "Tensor":
-    """Return positive scales in fp32 as the grid's `scale_dtype` holds them."""
+def storable(scale: "Tensor", grid: Grid) -> "Tensor":
+    """Return positive scales rounded to the grid's `scale_dtype`, in their own dtype."""
     import torch
 
     if grid.scale_dtype == "float32":
         return scale
     dtype = getattr(torch, grid.scale_dtype)
-    limits = torch.finfo(dtype)
-    return scale.clamp(limits.smallest_normal * limits.eps, limits.max).to(dtype).to(scale)
+    held = torch.finfo(dtype)
+    return scale.clamp(held.smallest_normal * held.eps, held.max).to(dtype).to(scale)
 
 
 def grouped(weight: "Tensor", grid: Grid) -> list["Tensor"]:

@@ -16,7 +16,8 @@ from teq.files import disk
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = ("model", "method", "bits", "group_size", "grid", "init", "recipe", "logger")
-INTERNAL = ("method", "quant_grid", "calibration")  # what groups' files refer to, most of it no user's to set
+# what groups' files refer to, most of it no user's to set
+INTERNAL = ("method", "quant_grid", "calibration", "finetuning")
 OF_THE_GRID = ("quant_grid.scale_dtype", "quant_grid.search")
 LAYOUT = "layout"  # the node of an experiment file that says how its records are shown; no run reads it
 

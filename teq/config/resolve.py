@@ -18,6 +18,7 @@ from teq.config.options import LAYOUT, experiment, folder, option_names, read
 from teq.device.runtime import Runtime
 from teq.evaluate.counts import Counts
 from teq.evaluate.tasks import FOLDERS
+from teq.finetune.settings import PARTS
 from teq.models.checkpoint import Checkpoint, Outline
 from teq.pipeline.settings import Run
 from teq.quantizers.keep import Keep
@@ -61,6 +62,7 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
         method=str(choices["method"]),
         transform=_make(cfg["method"]["transform"], cfg),
         quantizer=_make(cfg["method"]["quantizer"], cfg),
+        finetune=_finetune(cfg),
         evals=tuple(_make(node, cfg) for node in _evaluations(cfg["evals"], cfg["tasks"]["limit"])),
     )
     _check_weights(run)
@@ -70,6 +72,14 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     logger = None if cfg["logger"] is None else _make(cfg["logger"], cfg)
     dimensions = cfg["model"].get("config")
     return Job(list(overrides), run, options, logger, named, layout, dimensions)
+
+
+def _finetune(cfg: dict[str, Any]) -> Any:
+    """Return the last stage, None without one: `finetune` comes before what the method's file says."""
+    parts = cfg["finetune"] = str(cfg["finetune"] or cfg["method"].get("finetune", "none"))
+    if parts not in ("none", *PARTS):
+        raise UserError(f"finetune={parts} is not allowed: {did_you_mean(parts, ('none', *PARTS))}")
+    return None if parts == "none" else _make(cfg["finetuning"], cfg)
 
 
 def _source(model: Mapping[str, Any]) -> Any:

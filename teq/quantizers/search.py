@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from teq.grid import Grid, decode, encode, extremes, grouped, held, params_between
+from teq.grid import Grid, decode, encode, extremes, grouped, params_between, storable
 from teq.quantizers.blockwise import Calibrated, measure
 
 SHRINKS = [1 - step / 20 for step in range(12)]  # of a group's extremes
@@ -107,7 +107,7 @@ def _by_diagonal(weight: Tensor, gram: Tensor, grid: Grid) -> tuple[Tensor, Tens
     best.take(_error(weight, importance, widest, zero, grid), widest, zero)
 
     def attempt(scale: Tensor) -> None:
-        scale = held(scale, grid)
+        scale = storable(scale, grid)
         middle = (grid.levels - (lo + hi) / scale).div_(2).round_()
         for offset in OFFSETS if not grid.symmetric else (None,):
             zero_here = zero if offset is None else (middle + offset).clamp_(0, grid.levels)
