@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from teq.device.offload import Stream
 from teq.grid import Grid
-from teq.models.arch import Arch, blocks, linears, sites
+from teq.models.arch import Arch, Site, blocks, linears, sites
 from teq.transforms.teq.fake_quant import FakeQuant, select_fake_quant
 
 
@@ -74,6 +74,8 @@ def fake_quantized(
 ) -> Iterator[FakeQuant]:
     """Context manager: all block linears use fake-quantized weights, targets also their site's scale.
 
+    A source's rows are not divided: that changes no code of theirs, and the targets divide their input.
+
     Yields the function that rounds, whose `name` a record holds. What the backward pass of a block needs is
     kept (strategy `keep`) or computed again from the block's input (`checkpoint`); with `offload` the block's
     weights are copied to the device for that as well.
@@ -84,7 +86,7 @@ def fake_quantized(
     quantize = select_fake_quant(grid, device, model.dtype)
     stream = Stream(list(found_blocks.values()), device) if strategy == "offload" else None
     shared = [
-        SharedInputLinears(site.targets, quantize, functools.partial(scale, site.name))
+        SharedInputLinears(site.targets, quantize, functools.partial(_over_inputs, site, scale))
         for site in sites(model, arch)
     ]
     readers = {target: group for group in shared for target in group.linears}
@@ -102,6 +104,10 @@ def fake_quantized(
     finally:
         for module in replaced:
             del module.forward
+
+
+def _over_inputs(site: Site, scale: Callable[[str], Tensor]) -> Tensor:
+    return site.over_inputs(scale(site.name))
 
 
 class SharedInputLinears:
