@@ -55,15 +55,19 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     cfg["eval_dtype"] = cfg["eval_dtype"] or cfg["dtype"]  # by hand, not the recipe's
     _fill_from_recipe(cfg, name)
     source = _make(_source(cfg["model"]), cfg)
+    transform = _make(cfg["method"]["transform"], cfg)
+    evaluations = tuple(_make(node, cfg) for node in _evaluations(cfg["evals"], cfg["tasks"]["limit"]))
+    counted = any(isinstance(evaluation, Counts) for evaluation in evaluations)
+    arch = _arch(cfg["model"]["arch"], cfg["sites"], read=counted or not isinstance(transform, Identity))
     run = Run(
-        model=Checkpoint(name=name, source=source, arch=_make(cfg["model"]["arch"], cfg)),
+        model=Checkpoint(name=name, source=source, arch=_make(arch, cfg)),
         dtype=cfg["dtype"],
         eval_dtype=cfg["eval_dtype"],
         method=str(choices["method"]),
-        transform=_make(cfg["method"]["transform"], cfg),
+        transform=transform,
         quantizer=_make(cfg["method"]["quantizer"], cfg),
         finetune=_finetune(cfg),
-        evals=tuple(_make(node, cfg) for node in _evaluations(cfg["evals"], cfg["tasks"]["limit"])),
+        evals=evaluations,
     )
     _check_weights(run)
     options = Runtime(device=cfg["device"], memory=str(cfg["memory"]), batch_size=cfg["tasks"]["batch_size"])
@@ -93,6 +97,16 @@ def _source(model: Mapping[str, Any]) -> Any:
             "(random ones of true size) or none (its architecture alone)"
         )
     return {"_target_": "teq.models.Folder", "path": model["path"]} if model["path"] else model["source"]
+
+
+def _arch(arch: dict[str, Any], chosen: str, read: bool) -> dict[str, Any]:
+    """Return the node of the architecture, without sites beyond the paper's where none is to be `read`."""
+    if chosen not in ("paper", "all"):
+        raise UserError(f"sites={chosen} is not allowed: it must be paper or all")
+    if chosen == "all" and not arch.get("more_sites"):
+        raise UserError(f"sites=all: arch={arch['name']} has the paper's sites alone: choose sites=paper")
+    paper = chosen == "paper" or not read
+    return {key: value for key, value in arch.items() if not (paper and key == "more_sites")}
 
 
 def _check_weights(run: Run) -> None:

@@ -27,7 +27,7 @@ class Run(Settings):
     method: str = option(hashed=False)  # a display name: two names of one pair are one run
     transform: Transform
     quantizer: Quantizer
-    finetune: Tuner | None = option(None, omitted=None)  # noqa: RUF009 (it is a field)
+    finetune: Tuner | None = option(None, omitted=None)
     evals: tuple[Evaluation, ...]
 
     def __post_init__(self) -> None:

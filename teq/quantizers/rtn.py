@@ -27,7 +27,7 @@ class Rtn(Quantizer):
 
     group = "gptq"
     grid: Grid
-    calib: Calibration | None = option(None, omitted=None)  # noqa: RUF009 (frozen)
+    calib: Calibration | None = option(None, omitted=None)
     samples: int | None = option(None, at_least=1, omitted=None)
     length: int | None = option(None, at_least=2, omitted=None)
 

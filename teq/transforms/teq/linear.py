@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from teq.device.offload import saving
 from teq.grid import Grid
-from teq.models.arch import Arch, blocks, linears, sites
+from teq.models.arch import Arch, Site, blocks, linears, sites
 from teq.transforms.teq.fake_quant import FakeQuant, select_fake_quant
 
 
@@ -73,6 +73,8 @@ def fake_quantized(
 ) -> Iterator[FakeQuant]:
     """Context manager: all block linears use fake-quantized weights, targets also their site's scale.
 
+    A source's rows are not divided: that changes no code of theirs, and the targets divide their input.
+
     Yields the function that rounds, whose `name` a record holds. The `strategy` is that of
     `teq.device.offload.saving`.
     """
@@ -81,7 +83,7 @@ def fake_quantized(
     device = model.get_input_embeddings().weight.device
     quantize = select_fake_quant(grid, device, model.dtype)
     shared = [
-        SharedInputLinears(site.targets, quantize, functools.partial(scale, site.name))
+        SharedInputLinears(site.targets, quantize, functools.partial(_over_inputs, site, scale))
         for site in sites(model, arch)
     ]
     readers = {target: group for group in shared for target in group.linears}
@@ -96,6 +98,10 @@ def fake_quantized(
     finally:
         for module in replaced:
             del module.forward
+
+
+def _over_inputs(site: Site, scale: Callable[[str], Tensor]) -> Tensor:
+    return site.over_inputs(scale(site.name))
 
 
 class SharedInputLinears:
