@@ -49,11 +49,12 @@ def quantize_blocks(
     RTN's, the output error. Raises NothingDone when all codes equal RTN's.
     """
     device = model.get_input_embeddings().weight.device
-    hidden, kwargs = first_inputs(model, arch, windows, waiting)
+    hidden, keywords = first_inputs(model, arch, windows, waiting)
     tensors: dict[str, Tensor] = {}
     report: dict[str, dict[str, float]] = {}
     finished = BlockFiles(partial, "GPTQ")
     for index, block in enumerate(track(FoldedModel(model, arch, scales).blocks(), "GPTQ blocks")):
+        kwargs = keywords[index]
         if (known := finished.read(index)) is not None:
             part, entries = known
             restore(model, {name: t.to(device) for name, t in part.items()}, grid)
