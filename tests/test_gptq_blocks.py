@@ -29,6 +29,7 @@ def test_gptq_that_equals_rounding_is_an_error(own_home, tiny, monkeypatch):
         job.run.quantizer.quantize(lambda: lm, {}, Runtime())
 
 
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "gemma3"])
 @pytest.mark.parametrize(
     "options",
     [[], ["act_order"], ["act_order", "static_groups"], ["true_sequential"]],

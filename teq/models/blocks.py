@@ -79,7 +79,7 @@ def one_sequence_a_row() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_casts_to_fp32() -> Iterator[None]:
-    """Context manager: `Tensor.float` leaves fp64 as it is: Gemma's norms would round their product to fp32."""
+    """Context manager: `Tensor.float` leaves fp64 as it is, where Gemma's norms would round to fp32."""
     import torch
     from torch.overrides import TorchFunctionMode
 
