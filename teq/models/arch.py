@@ -113,12 +113,21 @@ def sites(model: "nn.Module", arch: Arch) -> list[Site]:
                 raise UserError(
                     f"arch={arch.name} names the linear {missing[0]!r}, which the model does not have"
                 )
-            found.append(make_site(f"{block_name}.{source}", index, block.get_submodule(source), targets))
+            found.append(make_site(f"{block_name}.{source}", index, _source(block, source, arch), targets))
     if not found:
         raise UserError(
             f"arch={arch.name} has no site in this model: there is nothing that a transform could train"
         )
     return found
+
+
+def _source(block: "nn.Module", name: str, arch: Arch) -> "nn.Module":
+    try:
+        return block.get_submodule(name)
+    except AttributeError:
+        raise UserError(
+            f"arch={arch.name} names the source {name!r}, which the model does not have"
+        ) from None
 
 
 def make_site(name: str, block: int, source: "nn.Module", targets: dict[str, "nn.Linear"]) -> Site:
