@@ -84,7 +84,7 @@ def _source(model: Mapping[str, Any]) -> Any:
     if model["weights"] in made_up:
         if model["config"] is None:
             raise UserError(
-                f"model.weights={model['weights']} needs dimensions, which model=auto does not give: choose a "
+                f"model.weights={model['weights']} needs dimensions, which model=auto has not: choose a "
                 "model of conf/model"
             )
         return {"_target_": made_up[model["weights"]], "config": model["config"]}

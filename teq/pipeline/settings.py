@@ -68,9 +68,9 @@ def checks(spec: Run) -> list[dict[str, Callable[[], Any]]]:
 
 
 def check_quantizable(spec: Run) -> None:
-    """Raise UserError where a model that cannot be changed is to be: it can be evaluated with method=fp alone.
+    """Raise UserError where a method cannot change the model, which method=fp can still evaluate.
 
-    It is quantized already, or is not what its architecture's file describes.
+    The model is quantized already, or is not what its architecture's file describes.
     """
     if isinstance(spec.transform, Identity) and spec.quantizer.grid is None:
         return
