@@ -10,6 +10,7 @@ from teq.models import arch, fold
 from teq.models.blocks import block_inputs, first_inputs, run_block
 from teq.quantizers.quantized import restore
 from teq.spec import UserError
+from teq.verbs.run import checked_jobs
 
 UNTRAINED = ("gemma2", "granite")  # their logits are more than the head's output
 SMALL = ["bits=3", "group_size=16", "gptq.samples=4", "gptq.length=48", "train.steps=3", "train.length=48"]
@@ -88,3 +89,26 @@ def test_the_weight_of_a_norm_that_adds_one_folds_exactly(tiny):
 
     with pytest.raises(UserError, match="Squared multiplies neither by its weight nor by 1"):
         fold.norm_offset(Squared())
+
+
+def test_fused_experts_are_listed_and_refused_before_the_run(no_weights):
+    """Only the floating-point model can be evaluated."""
+    for method in ("rtn", "gptq", "teq"):
+        with pytest.raises(UserError) as caught:
+            checked_jobs(["model=tiny-qwen3_moe", f"method={method}", "evals=[python-docs]"])
+        line = str(caught.value)
+        assert "arch=qwen3_moe is refused" in line and "evaluate the model with method=fp" in line
+        for name in ("mlp.experts.gate_up_proj [4, 96, 64]", "mlp.experts.down_proj [4, 64, 48]", "mlp.gate"):
+            assert name in line
+    assert checked_jobs(["model=tiny-qwen3_moe", "method=fp", "evals=[python-docs]"])
+
+
+def test_a_foreign_arch_is_refused_before_the_run_with_the_known_families(no_weights):
+    with pytest.raises(
+        UserError, match=r"looks for blocks at 'transformer\.h'.*model/arch=bloom\|falcon\|.*\|opt"
+    ):
+        checked_jobs(["model=tiny-llama", "model/arch=bloom", "method=rtn", "evals=[python-docs]"])
+    with pytest.raises(
+        UserError, match=r"arch=gemma2 names the source 'pre_feedforward_layernorm', which the"
+    ):
+        checked_jobs(["model=tiny-llama", "model/arch=gemma2", "method=rtn", "evals=[python-docs]"])
