@@ -1,4 +1,4 @@
-"""A local Hugging Face hub of three small sets: as much of its HTTP interface as `datasets` asks for."""
+"""A local Hugging Face hub: as much of its HTTP interface as its clients ask for sets and models."""
 
 import contextlib
 import gzip
@@ -75,18 +75,20 @@ def serve(repos):
 
         def do_GET(self):
             parts = urllib.parse.unquote(self.path.partition("?")[0]).strip("/").split("/")
-            api = parts[:2] == ["api", "datasets"]
-            repo = repos.get("/".join(parts[2:4] if api else parts[1:3]))
+            api = parts[0] == "api"
+            parts = parts[api:]
+            parts = parts[parts[0] in ("datasets", "models") :]  # owner, name, what, revision, path
+            repo = repos.get("/".join(parts[:2]))
             if repo is None:
                 return self.answer(404, X_Error_Code="RepoNotFound")
             commit, files = repo["commit"], repo["files"]
             if api and "tree" in parts:
-                return self.answer(200, json.dumps(_tree(files, "/".join(parts[6:]))).encode())
+                return self.answer(200, json.dumps(_tree(files, "/".join(parts[4:]))).encode())
             if api:
                 siblings = [{"rfilename": name} for name in files]
-                found = {"id": "/".join(parts[2:4]), "sha": commit, "siblings": siblings, "private": False}
+                found = {"id": "/".join(parts[:2]), "sha": commit, "siblings": siblings, "private": False}
                 return self.answer(200, json.dumps(found).encode())
-            body = files.get("/".join(parts[5:]))
+            body = files.get("/".join(parts[4:]))
             if body is None:
                 return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
             return self.answer(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=commit)

@@ -97,6 +97,8 @@ def test_compressed_tensors_own_code_unpacks_our_words():
         ("compressed-tensors", ["model=tiny-llama", "method=smoothquant", "bits=3", "group_size=32"]),
         ("compressed-tensors", ["model=tiny-opt", "method=gptq", "grid=w8", "symmetric=true"]),
         ("compressed-tensors", ["model=tiny-bloom", "method=rtn", "bits=5", "group_size=64"]),
+        ("compressed-tensors", ["model=tiny-gemma3", "method=smoothquant", "bits=4", "group_size=32"]),
+        ("compressed-tensors", ["model=tiny-phi3", "method=smoothquant", "bits=4", "group_size=32"]),
         ("gptq", ["model=tiny-llama", "method=gptq-ao", "bits=3", "group_size=32", HALF, "dtype=float16"]),
         ("awq", ["model=tiny-llama", "method=rtn", "bits=4", "group_size=32", HALF, "dtype=float16"]),
     ],
@@ -161,6 +163,11 @@ def test_the_card_says_what_the_record_says(tmp_path):
         ("gptq", ["bits=5", HALF], r"gptq holds 2, 3, 4, 8 bits.*: choose --format compressed-tensors"),
         ("gguf", ["bits=4", HALF], r"symmetric grids.*: choose --format compressed-tensors"),
         ("gguf", ["model=tiny-opt", *GGUF], r"llama architectures, this model is opt: choose --format"),
+        (
+            "gptq",
+            ["model=tiny-gpt2"],
+            r"as \[in, out\], such as transformer\.h\.0\.attn\.c_attn: .*not exported",
+        ),
         ("compressed-tensors", ["method=fp"], r"in floating point is not exported"),
         ("gtpq", [], r"--format gtpq is not allowed: did you mean gptq\?"),
     ],
@@ -221,11 +228,14 @@ def test_a_quantized_folder_is_a_model_to_evaluate(tmp_path, own_home):
     assert found[0].metrics["python-docs"]["values"] == first.metrics["python-docs"]["values"]
 
 
-@pytest.mark.parametrize("form", ["gguf", "compressed-tensors"])
-def test_stock_code_generates_what_our_model_generates(tmp_path, form):
+@pytest.mark.parametrize(
+    ("form", "model"),
+    [("gguf", "llama"), *(("compressed-tensors", name) for name in ("llama", "gemma3", "phi3", "gpt_neox"))],
+)
+def test_stock_code_generates_what_our_model_generates(tmp_path, form, model):
     if form == "compressed-tensors":
         pytest.importorskip("compressed_tensors", reason="needs the export extra")
-    run = f"model=tiny-llama method=rtn {' '.join([*GGUF, *SHORT])}"
+    run = f"model=tiny-{model} method=rtn {' '.join([*GGUF, *SHORT])}"
     exported(tmp_path / "out", form, *run.split())
     ours, tokenizer = teq.load(run)
     theirs, _ = teq.load(tmp_path / "out")

@@ -30,6 +30,7 @@ def test_gptq_that_equals_rounding_is_an_error(own_home, tiny, monkeypatch):
         job.run.quantizer.quantize(lambda: lm, {}, Runtime())
 
 
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "gemma3"])
 @pytest.mark.parametrize(
     "options",
     [[], ["order=act"], ["order=static"], ["order=group"], ["true_sequential=true"]],

@@ -89,11 +89,11 @@ def port_solve(weight: Tensor, hessian: Tensor, settings: Gptq) -> Tensor:
 @torch.no_grad()
 def port(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
     """Quantize the model in place; returns the first block's error tr(E H E^T)."""
-    hidden, kwargs = first_inputs(lm.model, lm.arch, windows)
+    hidden, keywords = first_inputs(lm.model, lm.arch, windows)
     solve, run = clock.timed("quantizing", port_solve), run_block
     first = 0.0
     for index, (name, block) in enumerate(arch.blocks(lm.model, lm.arch).items()):
-        inside = arch.linears(name, block)
+        inside, kwargs = arch.linears(name, block), keywords[index]
         hessians = {k: torch.zeros(m.in_features, m.in_features, device=lm.device) for k, m in inside.items()}
         seen = dict.fromkeys(inside, 0)
 
@@ -127,7 +127,7 @@ def floor(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
 
     Every block runs twice on every sample, with one product `X^T X` in fp32 for each distinct input.
     """
-    hidden, kwargs = first_inputs(lm.model, lm.arch, windows)
+    hidden, keywords = first_inputs(lm.model, lm.arch, windows)
     hessians: dict[int, Tensor] = {}
     given: list[Tensor] = []
 
@@ -139,7 +139,7 @@ def floor(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
         hessian.addmm_(flat.t(), flat)
         given.append(args[0])
 
-    for name, block in arch.blocks(lm.model, lm.arch).items():
+    for kwargs, (name, block) in zip(keywords, arch.blocks(lm.model, lm.arch).items(), strict=True):
         hooks = [m.register_forward_pre_hook(note) for m in arch.linears(name, block).values()]
         for sample in hidden:
             given.clear()

@@ -75,6 +75,8 @@ def _expanded(file: Path) -> dict[str, Any]:
         if default == "_self_":  # comes last anyway
             continue
         ((key, name),) = default.items()
+        if name is None:
+            continue
         group, _, package = key.partition("@")
         home = folder("conf") / group[1:] if group.startswith("/") else file.parent / group
         _merge(node, {package or group: _expanded(home / f"{name}.yaml")})

@@ -13,8 +13,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from teq.files import disk
+from teq.files.disk import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 GROUPS = ("model", "method", "bits", "group_size", "grid", "init", "recipe", "logger")
 # what groups' files refer to, most of it no user's to set
 INTERNAL = ("method", "quant_grid", "calibration", "finetuning")
@@ -24,7 +24,7 @@ LAYOUT = "layout"  # the node of an experiment file that says how its records ar
 
 def folder(name: str = "") -> Path:
     """Return the folder `conf`, `experiments` or `results` of the project (TEQ_ROOT, or this clone)."""
-    return Path(os.environ.get("TEQ_ROOT") or ROOT).absolute() / name
+    return disk.project() / name
 
 
 def home() -> Path:

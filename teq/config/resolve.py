@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -19,15 +20,19 @@ from teq.device.runtime import Runtime
 from teq.evaluate.counts import Counts
 from teq.evaluate.tasks import FOLDERS
 from teq.finetune.settings import PARTS
+from teq.models.arch import families, sites
 from teq.models.checkpoint import Checkpoint, Outline
+from teq.models.synthetic import skeleton
 from teq.pipeline.settings import Run
 from teq.quantizers.keep import Keep
 from teq.spec import UserError, did_you_mean
 from teq.transforms.identity import Identity
 
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 LM_EVAL = re.compile(r"lm_eval/([^:]+)(?::(\d+))?")
 DEFAULT = "default"  # in a map of limits: the tasks that it does not name
+AUTO = "auto"  # the model whose file names no checkpoint
 BASIC = "basic"  # Hydra's launcher that runs jobs in this process
 
 
@@ -51,14 +56,17 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     From here on a configuration is plain data, which is filled in place.
     """
     cfg = without(cfg, ("hydra", LAYOUT)) if isinstance(cfg, DictConfig) else cfg
-    name = str(choices["model"])
+    name, model = str(choices["model"]), cfg["model"]
+    if name == AUTO:
+        name = _auto_name(model)
     cfg["eval_dtype"] = cfg["eval_dtype"] or cfg["dtype"]  # by hand, not the recipe's
     _fill_from_recipe(cfg, name)
-    source = _make(_source(cfg["model"]), cfg)
+    source = _make(_source(model), cfg)
     transform = _make(cfg["method"]["transform"], cfg)
     evaluations = tuple(_make(node, cfg) for node in _evaluations(cfg["evals"], cfg["tasks"]["limit"]))
     counted = any(isinstance(evaluation, Counts) for evaluation in evaluations)
-    arch = _arch(cfg["model"]["arch"], cfg["sites"], read=counted or not isinstance(transform, Identity))
+    family = model.get("arch") or _family(source, name)
+    arch = _arch(family, cfg["sites"], read=counted or not isinstance(transform, Identity))
     run = Run(
         model=Checkpoint(name=name, source=source, arch=_make(arch, cfg)),
         dtype=cfg["dtype"],
@@ -74,7 +82,7 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     named = choices.get("experiments")
     layout = None if named is None else experiment(str(named)).get(LAYOUT)
     logger = None if cfg["logger"] is None else _make(cfg["logger"], cfg)
-    dimensions = cfg["model"].get("config")
+    dimensions = model.get("config")
     return Job(list(overrides), run, options, logger, named, layout, dimensions)
 
 
@@ -90,13 +98,53 @@ def _source(model: Mapping[str, Any]) -> Any:
     """Return the source of the weights: `model.weights` and `model.path` come before the model's own."""
     made_up = {"synthetic": "teq.models.Synthetic", "none": "teq.models.Outline"}
     if model["weights"] in made_up:
+        if model["config"] is None:
+            raise UserError(
+                f"model.weights={model['weights']} needs dimensions, which model=auto has not: choose a "
+                "model of conf/model"
+            )
         return {"_target_": made_up[model["weights"]], "config": model["config"]}
     if model["weights"] is not None:
         raise UserError(
             f"model.weights={model['weights']} is not allowed: it must be null (the model's own), synthetic "
             "(random ones of true size) or none (its architecture alone)"
         )
-    return {"_target_": "teq.models.Folder", "path": model["path"]} if model["path"] else model["source"]
+    if not model["path"] or (model["config"] is None and _is_hub_id(model["path"])):
+        return model["source"]
+    return {"_target_": "teq.models.Folder", "path": model["path"]}
+
+
+def _is_hub_id(path: str) -> bool:
+    """Return whether a path is no folder here and could be the name of a repository of the hub."""
+    return HUB_ID.fullmatch(path) is not None and not Path(path).is_dir()
+
+
+def _auto_name(model: Mapping[str, Any]) -> str:
+    """Return the name of the checkpoint that model=auto is pointed to: the last part of its path."""
+    if not model["path"]:
+        raise UserError("model=auto needs a checkpoint: give model.path=<folder or hub id>")
+    return Path(model["path"]).expanduser().absolute().name
+
+
+def _family(source: Any, name: str) -> dict[str, Any]:
+    """Return the file of conf/model/arch that describes a checkpoint, by its configuration's model_type.
+
+    Of several it is the first whose sites the model has.
+    """
+    dimensions, files = source.dimensions(), folder("conf") / "model" / "arch"
+    every = [read(files / f"{family}.yaml") for family in families()]
+    found = [arch for arch in every if arch.get("model_type", arch["name"]) == dimensions.model_type]
+    if not found:
+        known = sorted({arch.get("model_type", arch["name"]) for arch in every})
+        raise UserError(
+            f"{name} has model_type={dimensions.model_type}, which is no known family: it must be one of "
+            f"{', '.join(known)}; describe it in conf/model/arch/{dimensions.model_type}.yaml"
+        )
+    for arch in found[:-1]:
+        with contextlib.suppress(UserError):
+            sites(skeleton(dimensions), instantiate(arch))
+            return arch
+    return found[-1]
 
 
 def _arch(arch: dict[str, Any], chosen: str, read: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from types import ModuleType
 
 from teq.export import awq, compressed_tensors, gguf, gptq
 from teq.export.plan import Plan
+from teq.models.conv1d import TransposedLinear
 from teq.spec import UserError, did_you_mean
 
 FORMATS: dict[str, ModuleType] = {each.NAME: each for each in (compressed_tensors, gptq, awq, gguf)}
@@ -20,6 +21,11 @@ def find(name: str) -> ModuleType:
 
 def check(name: str, plan: Plan) -> None:
     """Raise UserError where a format cannot hold a model, naming one that can."""
+    if turned := next((n for n, m in plan.outline.named_modules() if isinstance(m, TransposedLinear)), None):
+        raise UserError(
+            f"no format holds a linear whose checkpoint has its weight as [in, out], such as {turned}: a "
+            "model with Conv1D layers can be run and evaluated, not exported"
+        )
     reason = find(name).refusal(plan) or _tail(plan)
     if reason is not None:
         able = [one for one, each in FORMATS.items() if not (each.refusal(plan) or _tail(plan))]

@@ -21,9 +21,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+ROOT = Path(__file__).resolve().parents[2]
 MAKING = "making-"
 ABANDONED = 7 * 24 * 3600.0  # seconds after which what another machine left is taken for left behind
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def project() -> Path:
+    """Return the project's folder: TEQ_ROOT, or this clone."""
+    return Path(os.environ.get("TEQ_ROOT") or ROOT).absolute()
 
 
 def user_cache() -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from teq.files import disk
 from teq.spec import Settings, UserError, did_you_mean, option
 
 if TYPE_CHECKING:
@@ -20,9 +21,11 @@ class Arch(Settings):
     `sites` maps each source to the linears that read its output; names are relative to the block.
     `more_sites` are those beyond the paper's, None where they are not used. A source may be mapped to
     `targets` with `heads`, the name of a value of the model's configuration, `parts` and `part`: see `Site`.
+    The `model_type` of its models' configurations is its name where it is not given.
     """
 
     name: str = option(hashed=False)
+    model_type: str = option("", hashed=False)
     blocks: str
     sites: dict[str, Any]
     more_sites: dict[str, Any] | None = option(None, omitted=None)
@@ -98,9 +101,34 @@ def blocks(model: "nn.Module", arch: Arch) -> dict[str, "nn.Module"]:
     except AttributeError:
         raise UserError(
             f"arch={arch.name} looks for blocks at {arch.blocks!r}, which {type(model).__name__} does not "
-            "have: choose the model's own family with model/arch=opt|bloom|llama"
+            f"have: choose the model's own family with model/arch={'|'.join(families())}"
         ) from None
-    return {f"{arch.blocks}.{i}": block for i, block in enumerate(stack)}
+    found = {f"{arch.blocks}.{i}": block for i, block in enumerate(stack)}
+    _check_covered(found, arch)
+    return found
+
+
+def families() -> list[str]:
+    """Return the names of the known families: the files of conf/model/arch."""
+    return sorted(file.stem for file in (disk.project() / "conf" / "model" / "arch").glob("*.yaml"))
+
+
+def _check_covered(blocks: "dict[str, nn.Module]", arch: Arch) -> None:
+    """Raise UserError, naming them, if matrices inside the blocks belong to no linear."""
+    from torch import nn
+
+    found: dict[str, str] = {}  # by relative name, the same in all blocks
+    for block in blocks.values():
+        linear = {id(m.weight) for m in block.modules() if isinstance(m, nn.Linear)}
+        for name, parameter in block.named_parameters():
+            if parameter.ndim > 1 and id(parameter) not in linear:
+                owner = type(block.get_submodule(name.rpartition(".")[0])).__name__
+                found[name] = f"{name} {list(parameter.shape)} of {owner}"
+    if found:
+        raise UserError(
+            f"arch={arch.name} is refused: no rule quantizes these weights of the blocks, which are no "
+            f"nn.Linear: {', '.join(found.values())}; evaluate the model with method=fp"
+        )
 
 
 def linears(block_name: str, block: "nn.Module") -> dict[str, "nn.Linear"]:
@@ -150,7 +178,7 @@ def block_sites(
             )
         count = 1 if heads is None else getattr(config, heads)
         part = wiring.get("part", 0)
-        module = block.get_submodule(source)
+        module = _source(block, source, arch)
         site = Site(f"{block_name}.{source}", index, module, targets, count, parts, part)
         channels = module.weight.shape[0]
         fits = site.inputs % site.width == 0 if heads else site.inputs == site.width
@@ -161,3 +189,12 @@ def block_sites(
                 "attention needs heads); correct it or leave it out of the arch"
             )
         yield site
+
+
+def _source(block: "nn.Module", name: str, arch: Arch) -> "nn.Module":
+    try:
+        return block.get_submodule(name)
+    except AttributeError:
+        raise UserError(
+            f"arch={arch.name} names the source {name!r}, which the model does not have"
+        ) from None

@@ -15,36 +15,49 @@ class _Caught(Exception):
     pass
 
 
-def block_inputs(model: "nn.Module", arch: Arch, tokens: "Tensor") -> tuple["Tensor", dict[str, Any]]:
-    """Return hidden `[batch, token, width]` and keywords of the first block for `tokens [batch, token]`."""
+def block_inputs(
+    model: "nn.Module", arch: Arch, tokens: "Tensor", count: int | None = None
+) -> tuple["Tensor", list[dict[str, Any]]]:
+    """Return the first block's hidden `[batch, token, width]` for `tokens [batch, token]`, and keywords.
+
+    The keywords are those of the first `count` blocks, by default all: sliding and full attention get masks
+    and position embeddings of their own. Blocks of one kind share the tensors.
+    """
     import torch
 
-    caught: dict[str, Any] = {}
+    hidden: list[Tensor] = []
+    keywords: list[dict[str, Any]] = []
+    watched = list(blocks(model, arch).values())[:count]
 
     def catch(_: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught["hidden"] = args[0] if args else kwargs["hidden_states"]
-        caught["kwargs"] = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        raise _Caught
+        if not hidden:
+            hidden.append(args[0] if args else kwargs["hidden_states"])
+        keywords.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+        if len(keywords) == len(watched):
+            raise _Caught
 
-    first = next(iter(blocks(model, arch).values()))
-    hook = first.register_forward_pre_hook(catch, with_kwargs=True)
-    with hook, torch.no_grad(), one_sequence_a_row(), contextlib.suppress(_Caught):
-        model(tokens, use_cache=False)
-    return caught["hidden"], caught["kwargs"]
+    with contextlib.ExitStack() as hooks, torch.no_grad(), one_sequence_a_row():
+        for block in watched:
+            hooks.enter_context(block.register_forward_pre_hook(catch, with_kwargs=True))
+        with contextlib.suppress(_Caught):
+            model(tokens, use_cache=False)
+    return hidden[0], keywords
 
 
 def first_inputs(
     model: "nn.Module", arch: Arch, windows: "Tensor", kept: str | None = None
-) -> tuple[list["Tensor"], dict[str, Any]]:
-    """Return the first block's inputs for `windows [sample, token]`, and its keywords, the same for all.
+) -> tuple[list["Tensor"], list[dict[str, Any]]]:
+    """Return the first block's inputs for `windows [sample, token]`, and each block's keywords.
 
-    The inputs are `[1, token, width]` each, on the device `kept` (by default the model's).
+    The inputs are `[1, token, width]` each, on the device `kept` (by default the model's). The keywords are
+    the same for all windows.
     """
     device, hidden = model.get_input_embeddings().weight.device, []
+    _, keywords = block_inputs(model, arch, windows[:1].to(device))
     for window in windows:
-        one, kwargs = block_inputs(model, arch, window[None].to(device))
+        one, _ = block_inputs(model, arch, window[None].to(device), count=1)
         hidden.append(one.to(kept or device))
-    return hidden, kwargs
+    return hidden, keywords
 
 
 @contextlib.contextmanager
@@ -62,6 +75,22 @@ def one_sequence_a_row() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = kept
+
+
+@contextlib.contextmanager
+def no_casts_to_fp32() -> Iterator[None]:
+    """Context manager: `Tensor.float` leaves fp64 as it is, where Gemma's norms would round to fp32."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Exact(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.float and args[0].dtype == torch.float64:
+                return args[0]
+            return func(*args, **(kwargs or {}))
+
+    with Exact():
+        yield
 
 
 def run_block(block: "nn.Module", hidden: "Tensor", kwargs: dict[str, Any]) -> "Tensor":
@@ -82,5 +111,6 @@ def check_head(model: "nn.Module") -> None:
     if not torch.allclose(made, expected, rtol=1e-3, atol=tolerance, equal_nan=True):
         raise UserError(
             f"{type(model).__name__} does more to its logits than its output embeddings do: neither the "
-            "training loss nor tasks can be computed from its hidden states"
+            "training loss nor tasks can be computed from its hidden states; choose method=rtn, gptq, awq or "
+            "smoothquant, and evals of perplexity"
         )

@@ -1,17 +1,22 @@
 """Folding: scales go into the weights, the float function stays the same, and a probe proves it."""
 
 import copy
+import functools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from teq.models.arch import Arch, Site, block_sites, blocks, linears, sites
-from teq.models.blocks import block_inputs, run_block
+from teq.models.blocks import block_inputs, no_casts_to_fp32, run_block
 from teq.spec import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
+    from transformers import PretrainedConfig
 
+log = logging.getLogger(__name__)
 CLIP = "clip/"  # before a linear's name: the bounds of its folded weight, among the scales of the sites
 
 
@@ -62,15 +67,49 @@ class Folding:
         return weight
 
     def divided(self, name: str, module: "nn.Module") -> dict[str, "Tensor"]:
-        """Return a source's one-dimensional parameters (norm weight, biases) over s, in their own dtype."""
+        """Return a source's one-dimensional parameters (norm weight, biases) over s, in their own dtype.
+
+        The weight w of a norm that multiplies by 1 + w becomes (1 + w) / s - 1.
+        """
         import torch
 
         out = {}
         for key, value in module.named_parameters(recurse=False):
             if value.ndim == 1 and name in self.rows:
                 exact = value.detach().to(torch.promote_types(value.dtype, torch.float32))
-                out[f"{name}.{key}"] = (exact / self.rows[name].to(exact)).to(value.dtype)
+                added = norm_offset(module) if key == "weight" else 0
+                out[f"{name}.{key}"] = ((exact + added) / self.rows[name].to(exact) - added).to(value.dtype)
         return out
+
+
+def norm_offset(norm: "nn.Module") -> int:
+    """Return c of a norm whose output is (c + weight) * x_hat + bias: 0, or 1 as in Gemma.
+
+    The norm is asked: with weights of 0 its output is 0, or half of that with weights of 1. Raises UserError
+    where it is neither.
+    """
+    import torch
+    from torch.func import functional_call
+
+    given = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in norm.named_parameters()}
+    x = torch.linspace(-1, 2, given["weight"].numel(), device=given["weight"].device)[None]
+    without, with_one = (
+        functional_call(norm, {**given, "weight": torch.full_like(given["weight"], w)}, (x,)) for w in (0, 1)
+    )
+    if not without.any():
+        return 0
+    if torch.allclose(2 * without, with_one):
+        _say_offset(type(norm).__name__)
+        return 1
+    raise UserError(
+        f"{type(norm).__name__} multiplies neither by its weight nor by 1 + weight: no scale folds into it; "
+        "leave its site out of the arch"
+    )
+
+
+@functools.cache
+def _say_offset(kind: str) -> None:
+    log.info("%s multiplies by 1 + weight: scales fold into it as (1 + weight) / s - 1", kind)
 
 
 @dataclass(frozen=True)
@@ -134,11 +173,12 @@ def fold(sites: list[Site], scales: Mapping[str, "Tensor"]) -> None:
 
 
 def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -> None:
-    """Fold random scales from 0.01 to 100 into each site of the first block and compare the block's output.
+    """Fold random scales from 0.01 to 100 into each site of a block and compare the block's output.
 
-    Works on a copy of the block in fp64 in the host's memory: the model is never touched, and a device that
-    it hardly fits need not hold the copy. Raises UserError with the name of the site whose folding changes
-    the function.
+    One block of each kind is probed: sliding and full attention, blocks of other modules or shapes. Works on
+    a copy of the block in fp64 in the host's memory: the model is never touched, and a device that it hardly
+    fits need not hold the copy. Raises UserError with the name of the site whose folding changes the
+    function.
     """
     import torch
 
@@ -146,9 +186,40 @@ def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (1, 16), generator=generator).to(device)
-    hidden, kwargs = block_inputs(model, arch, tokens)
-    hidden, kwargs = hidden.cpu().double(), _exact(kwargs)
-    name, original = next(iter(blocks(model, arch).items()))
+    chosen = one_of_each_kind(model, arch)
+    hidden, keywords = block_inputs(model, arch, tokens, count=max(chosen) + 1)
+    hidden = hidden.cpu().double()
+    for index, (name, block) in enumerate(blocks(model, arch).items()):
+        if index in chosen:
+            _check_block(
+                arch, model.config, index, name, block, hidden, _exact(keywords[index]), generator, tolerance
+            )
+
+
+def one_of_each_kind(model: "nn.Module", arch: Arch) -> list[int]:
+    """Return the indices of the first blocks of each kind: type of attention, modules, shapes."""
+    types = getattr(model.config, "layer_types", None) or []
+    first: dict[Any, int] = {}
+    for index, block in enumerate(blocks(model, arch).values()):
+        modules = tuple((name, type(m)) for name, m in block.named_modules())
+        shapes = tuple(p.shape for p in block.parameters())
+        first.setdefault((*types[index : index + 1], modules, shapes), index)
+    return list(first.values())
+
+
+def _check_block(
+    arch: Arch,
+    config: "PretrainedConfig",
+    index: int,
+    name: str,
+    original: "nn.Module",
+    hidden: "Tensor",
+    kwargs: dict[str, Any],
+    generator: "torch.Generator",
+    tolerance: float,
+) -> None:
+    import torch
+
     here = {
         id(t): t.detach().to("cpu", torch.float64 if t.is_floating_point() else t.dtype, copy=True)
         for t in (*original.parameters(), *original.buffers())
@@ -156,9 +227,9 @@ def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -
     for parameter in original.parameters():
         here[id(parameter)] = torch.nn.Parameter(here[id(parameter)], requires_grad=False)
     block = copy.deepcopy(original, here)  # which takes what `here` holds for what it finds
-    with torch.no_grad():
+    with torch.no_grad(), no_casts_to_fp32():
         expected = run_block(block, hidden, kwargs)
-        for site in block_sites(arch, model.config, 0, name, block):
+        for site in block_sites(arch, config, index, name, block):
             s = torch.empty(site.width, dtype=torch.float64).uniform_(-2, 2, generator=generator)
             folded = [p for m in (site.source, *site.targets.values()) for p in m.parameters(recurse=False)]
             kept = [parameter.clone() for parameter in folded]
@@ -167,8 +238,9 @@ def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -
             if not change <= tolerance:
                 raise UserError(
                     f"site {site.name} -> {', '.join(site.targets)} of arch={arch.name} is refused: folding "
-                    f"random positive scales into block 0 changes its output by {change:.1e} (relative), at "
-                    f"most {tolerance:.0e} is allowed; correct the site in conf/model/arch/{arch.name}.yaml"
+                    f"random positive scales into block {index} changes its output by {change:.1e} "
+                    f"(relative), at most {tolerance:.0e} is allowed; correct the site in "
+                    f"conf/model/arch/{arch.name}.yaml"
                 )
             for parameter, value in zip(folded, kept, strict=True):
                 parameter.copy_(value)

@@ -29,9 +29,7 @@ class Saved(Settings):
 
     def dimensions(self) -> "PretrainedConfig":
         """Return the dimensions of the architecture."""
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.folder(), local_files_only=True, trust_remote_code=False)
+        return dimensions_in(self.folder())
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Load the tokenizer. Raises UserError where its files cannot be read."""
@@ -45,6 +43,8 @@ class Saved(Settings):
         """Load the model. Raises UserError where tensors are missing or files cannot be read."""
         import torch
         from transformers import AutoModelForCausalLM
+
+        from teq.models.conv1d import with_linears
 
         folder = self.folder()
         with _loading(folder):
@@ -61,7 +61,7 @@ class Saved(Settings):
                 f"{folder} lacks {len(absent)} of the model's tensors, {absent[0]} first: transformers would "
                 "make them up; give a folder that save_pretrained wrote of the whole model"
             )
-        return model.to(device)
+        return with_linears(model).to(device)
 
     def tensors(self, dtype: str) -> "Mapping[str, Tensor]":
         """Return the tensors by the model's names, each read when it is asked for; see `SavedTensors`."""
@@ -144,6 +144,14 @@ class Folder(Saved):
                 "(no pickles are loaded)"
             )
         return folder
+
+
+def dimensions_in(folder: Path) -> "PretrainedConfig":
+    """Return the dimensions in a folder's config.json. Raises UserError where transformers knows no such."""
+    from transformers import AutoConfig
+
+    with _loading(folder):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 @contextlib.contextmanager

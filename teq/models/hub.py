@@ -4,13 +4,18 @@ import contextlib
 import json
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from teq.files import disk
 from teq.files.disk import one_line, user_cache
-from teq.models.folder import WEIGHTS, Saved
+from teq.models.folder import WEIGHTS, Saved, dimensions_in
 from teq.spec import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 ELSEWHERE = (
@@ -34,7 +39,7 @@ class Hub(Saved):
     def folder(self) -> Path:
         """Return the snapshot's folder, downloaded where it is missing."""
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
         patterns = [WEIGHTS, "*.json", "*.model", "*.txt", "*.jinja"]
         commit = self._commit()
@@ -44,8 +49,25 @@ class Hub(Saved):
             )
             if _complete(cached):
                 return cached
-        try:
+        with self._fetching(commit):
             return Path(snapshot_download(self.repo, revision=commit, allow_patterns=patterns))
+
+    def dimensions(self) -> "PretrainedConfig":
+        """Return the dimensions of the architecture; of the files only the configuration is fetched."""
+        from huggingface_hub import hf_hub_download
+
+        commit = self._commit()
+        with self._fetching(commit):
+            file = hf_hub_download(self.repo, "config.json", revision=commit)
+        return dimensions_in(Path(file).parent)
+
+    @contextlib.contextmanager
+    def _fetching(self, commit: str) -> Iterator[None]:
+        """Context manager: convert the hub client's errors to UserError."""
+        from huggingface_hub.errors import GatedRepoError
+
+        try:
+            yield
         except GatedRepoError:
             raise self._gated() from None
         except Exception as error:  # the client raises many kinds; each means the same to the user

@@ -173,11 +173,16 @@ def skeleton(dimensions: "PretrainedConfig") -> "PreTrainedModel":
 
 
 def architecture(dimensions: "PretrainedConfig", dtype: str | None = None) -> "PreTrainedModel":
-    """Return the causal LM of these dimensions as transformers makes it, on the default device."""
+    """Return the causal LM of these dimensions as transformers makes it, on the default device.
+
+    Only its Conv1D layers are linears instead.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(dimensions, dtype=dtype and getattr(torch, dtype))
+    from teq.models.conv1d import with_linears
+
+    return with_linears(AutoModelForCausalLM.from_config(dimensions, dtype=dtype and getattr(torch, dtype)))
 
 
 def byte_tokenizer(bos: bool) -> "PreTrainedTokenizerFast":

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from teq import data
+from teq.models.arch import sites
 from teq.models.checkpoint import Checkpoint
+from teq.models.synthetic import skeleton
 from teq.spec import Settings, UserError, digest, option
 from teq.stage import Evaluation, Quantizer, Transform, Tuner
 from teq.transforms.identity import Identity
@@ -68,18 +70,26 @@ def checks(spec: Run) -> list[dict[str, Callable[[], Any]]]:
     texts = {f"text {name}": functools.partial(data.provenance, name) for name in names}
     known = {}
     if spec.model.source.at_hand:
-        known[f"{spec.model.source!r} {spec.quantizer.grid}"] = functools.partial(check_unquantized, spec)
+        known[f"{spec.model.source!r} {spec.model.arch.name} {spec.method}"] = functools.partial(
+            check_quantizable, spec
+        )
     return [
         {repr(spec.model.source): spec.model.source.fingerprint},
         known | texts | {evaluation.key(): evaluation.provenance for evaluation in spec.evals},
     ]
 
 
-def check_unquantized(spec: Run) -> None:
-    """Raise UserError where a quantized model is to be changed: it can be evaluated with method=fp alone."""
-    unchanged = isinstance(spec.transform, Identity) and spec.quantizer.grid is None
-    if not unchanged and getattr(spec.model.source.dimensions(), "quantization_config", None) is not None:
+def check_quantizable(spec: Run) -> None:
+    """Raise UserError where a method cannot change the model, which method=fp can still evaluate.
+
+    The model is quantized already, or is not what its architecture's file describes.
+    """
+    if isinstance(spec.transform, Identity) and spec.quantizer.grid is None:
+        return
+    dimensions = spec.model.source.dimensions()
+    if getattr(dimensions, "quantization_config", None) is not None:
         raise UserError(
             f"model={spec.model.name} is quantized already and method={spec.method} would do it again: "
             "evaluate it with method=fp, or give the model it was made from"
         )
+    sites(skeleton(dimensions), spec.model.arch)

@@ -14,7 +14,7 @@ from teq.models.fold import folded_tensors
 from teq.pipeline import estimate
 from teq.pipeline.cost import uncounted
 from teq.pipeline.loaded import LoadedModel
-from teq.pipeline.settings import Run, check_unquantized
+from teq.pipeline.settings import Run, check_quantizable
 from teq.pipeline.store import Artefact, Stage
 from teq.stage import Diverged, Evaluation, Made, OnStep, Quantizer, Transform, Tuner
 
@@ -122,9 +122,9 @@ class Chain:
     def _check_texts(self) -> None:
         """Raise UserError before the first long stage if a later one's text is too short for the model.
 
-        Also raise it if the model is quantized already.
+        Also raise it if the model cannot be quantized.
         """
-        check_unquantized(self.spec)
+        check_quantizable(self.spec)
         tokenizer = None if self.texts_checked else self.spec.model.tokenizer()
         if tokenizer is not None:
             for reader in (*self.spec.calibrated[1:], *self.spec.evals):

@@ -27,16 +27,17 @@ class Calibrated:
     """A block with its folded weights in it and what goes through it, one entry `[1, token, width]` a sample.
 
     `exact` are its folded weights `[out, in]` in fp32 by linear. `targets` are the outputs of the float
-    model's block, empty where nobody asked for them. `kwargs` are those of one sample, `together(n)` those of
-    n in one batch.
+    model's block, empty where nobody asked for them. `kwargs` are those of one sample, `together(n)` those
+    of n in one batch, of every block.
     """
 
     folded: FoldedBlock
+    index: int
     exact: dict[str, Tensor]
     hidden: list[Tensor]
     targets: list[Tensor]
     kwargs: dict[str, Any]
-    together: Callable[[int], dict[str, Any]]
+    together: Callable[[int], list[dict[str, Any]]]
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
@@ -70,24 +71,25 @@ def quantize_blocks(
     Returns the stored tensors and all reports.
     """
     device = model.get_input_embeddings().weight.device
-    hidden, kwargs = first_inputs(model, arch, windows, waiting)
+    hidden, keywords = first_inputs(model, arch, windows, waiting)
     exact_hidden = list(hidden) if targets else []
 
     @functools.cache
-    def together(count: int) -> dict[str, Any]:
+    def together(count: int) -> list[dict[str, Any]]:
         return block_inputs(model, arch, windows[:count].to(device))[1]
 
     tensors: dict[str, Tensor] = {}
     report: Report = {}
     finished = BlockFiles(partial, what)
     for index, block in enumerate(track(FoldedModel(model, arch, scales).blocks(), f"{what} blocks")):
+        kwargs = keywords[index]
         pass_on(block.module, exact_hidden, kwargs, device)
         if (known := finished.read(index)) is not None:
             part, entries = known
             restore(model, {name: t.to(device) for name, t in part.items()}, grid)
         else:
             part, entries = _quantized(
-                model, grid, quantize, Calibrated(block, {}, hidden, exact_hidden, kwargs, together)
+                model, grid, quantize, Calibrated(block, index, {}, hidden, exact_hidden, kwargs, together)
             )
             finished.write(index, part, entries)
         tensors |= part

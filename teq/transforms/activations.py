@@ -41,7 +41,7 @@ def watched_blocks(
     """
     check_equivalence(model, arch)
     found = sites(model, arch)
-    hidden, kwargs = first_inputs(model, arch, windows)
+    hidden, keywords = first_inputs(model, arch, windows)
     for index, (name, module) in enumerate(track(blocks(model, arch).items(), what)):
         here = [site for site in found if site.block == index]
         block = Block(name, module, here, linears(name, module))
@@ -49,7 +49,7 @@ def watched_blocks(
             for at, hook in watch(block):
                 hooks.enter_context(at.register_forward_hook(hook, with_kwargs=True))
             for i, sample in enumerate(hidden):
-                hidden[i] = run_block(module, sample, kwargs)
+                hidden[i] = run_block(module, sample, keywords[index])
         yield block
 
 

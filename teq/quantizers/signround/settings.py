@@ -98,12 +98,12 @@ class SignRound(Quantizer):
         from teq.quantizers.signround.train import BlockTrainer
 
         tokens = torch.zeros(self.batch, self.length, dtype=torch.int64, device=lm.device)
-        hidden, kwargs = block_inputs(lm.model, lm.arch, tokens)
+        hidden, keywords = block_inputs(lm.model, lm.arch, tokens, count=1)
         host = torch.empty_like(hidden[:1], device="cpu")
         waiting = [[torch.zeros_like(host) for _ in range(self.samples)] for _ in range(2)]
         folded = FoldedModel(lm.model, lm.arch, {}).blocks()[0]
         exact = {name: folded.weight(name) for name in folded.linears}
-        block = Calibrated(folded, exact, *waiting, kwargs, lambda _: kwargs)
+        block = Calibrated(folded, 0, exact, *waiting, keywords[0], lambda _: keywords)
         with BlockTrainer(block, self.grid.unsearched) as trainer:
             best = trainer.snapshot()
             trainer.move(trainer.loss(range(self.batch)), 0.0)

@@ -44,7 +44,8 @@ class BlockTrainer:
             torch.cat([waiting[i] for i in samples]).to(self.device)
             for waiting in (self.block.hidden, self.block.targets)
         )
-        output = run_block(self.block.folded.module, hidden, self.block.together(len(samples)))
+        kwargs = self.block.together(len(samples))[self.block.index]
+        output = run_block(self.block.folded.module, hidden, kwargs)
         return functional.mse_loss(output.float(), target.float())
 
     def move(self, loss: Tensor, rate: float) -> None:
