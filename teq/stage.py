@@ -67,7 +67,8 @@ class _Calibrated(Work):
 
     def corpus(self) -> str | None:
         """Return the name of the calibration text, or None."""
-        return self.calib.corpus if hasattr(self, "calib") else None
+        calib = getattr(self, "calib", None)
+        return None if calib is None else calib.corpus
 
     def windows(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
         """Return the calibration windows `[samples, length]`. Raises UserError if the text is too short."""
@@ -97,6 +98,9 @@ class Quantizer(_Calibrated):
     def quantize(self, load: Load, scales: Mapping[str, "Tensor"], runtime: Runtime) -> Made:
         """Return the tensors of `teq.quantizers.quantized.stored`; the model of `load()` may be used up."""
         raise NotImplementedError
+
+    def dry_runs(self, blocks: int) -> int | None:
+        """Return how often the work of `dry_run` is done on a model of so many blocks; None is not known."""
 
 
 class Tuner(_Calibrated):

@@ -30,7 +30,7 @@ def no_added_sizes(monkeypatch):
     [
         ("+tasks.num_fewshot=5", "tasks.limit"),
         ("++tasks.num_fewshot=5", "tasks.limit"),
-        ("+ppl.stride=512", "ppl.context"),
+        ("+ppl.stride=512", "ppl.windows"),
         ("+train={stepz: 3}", "train"),
         ("+evaluation=ptb", "evals"),
         ("+eval=ptb", "evals"),

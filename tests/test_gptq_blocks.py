@@ -10,6 +10,7 @@ from teq.device.live_bytes import LiveBytes
 from teq.device.runtime import Runtime
 from teq.grid import Grid
 from teq.models.arch import sites
+from teq.quantizers import blockwise
 from teq.quantizers.gptq import blocks
 from teq.quantizers.gptq.settings import Gptq
 from teq.quantizers.gptq.solver import Hessian
@@ -110,9 +111,9 @@ def test_gptq_goes_on_from_its_last_finished_block(tiny, tmp_path, monkeypatch, 
             raise KeyboardInterrupt
         return run_block(block, *rest)
 
-    run_block = blocks.run_block
+    run_block = blockwise.run_block
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(blocks, "run_block", interrupted)
+        patch.setattr(blockwise, "run_block", interrupted)
         quantized(tmp_path)
     resumed, again = quantized(tmp_path)
     assert len(solved) == 2 - after and again == report and list(again["gptq"]) == list(report["gptq"])

@@ -17,6 +17,7 @@ LAUNCHERS = {  # that Hydra's documentation names, with what installs them
     "submitit_local": "hydra-submitit-launcher",
     "submitit_slurm": "hydra-submitit-launcher",
 }
+MAPS = ("tasks.limit",)  # options whose value may be a map
 
 
 def one_line(error: Exception, overrides: Sequence[str], known: Sequence[str] = ()) -> str:
@@ -85,7 +86,7 @@ def _unread(cfg: Mapping[str, Any], base: Mapping[str, Any], prefix: str = "") -
             yield from _unread(value, base[key], f"{prefix}{key}.")
         elif key not in base and key in fields:
             continue
-        elif isinstance(value, dict) and value:
+        elif isinstance(value, dict) and value and f"{prefix}{key}" not in MAPS:
             yield from (name for name, _ in flat(value, (), f"{prefix}{key}."))
         elif key not in base:
             yield f"{prefix}{key}"

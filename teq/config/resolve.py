@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from teq.config.options import LAYOUT, experiment, folder, option_names, read
 from teq.device.runtime import Runtime
 from teq.evaluate.counts import Counts
+from teq.evaluate.tasks import FOLDERS
 from teq.finetune.settings import PARTS
 from teq.models.checkpoint import Checkpoint, Outline
 from teq.pipeline.settings import Run
@@ -26,6 +27,7 @@ from teq.transforms.identity import Identity
 
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 LM_EVAL = re.compile(r"lm_eval/([^:]+)(?::(\d+))?")
+DEFAULT = "default"  # in a map of limits: the tasks that it does not name
 BASIC = "basic"  # Hydra's launcher that runs jobs in this process
 
 
@@ -61,7 +63,7 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
         transform=_make(cfg["method"]["transform"], cfg),
         quantizer=_make(cfg["method"]["quantizer"], cfg),
         finetune=_finetune(cfg),
-        evals=tuple(_make(node, cfg) for node in _evaluations(cfg["evals"])),
+        evals=tuple(_make(node, cfg) for node in _evaluations(cfg["evals"], cfg["tasks"]["limit"])),
     )
     _check_weights(run)
     options = Runtime(device=cfg["device"], memory=str(cfg["memory"]), batch_size=cfg["tasks"]["batch_size"])
@@ -127,16 +129,20 @@ def _fill_from_recipe(cfg: dict[str, Any], model: str) -> None:
     _fill(cfg, {key: value for key, value in recipe.items() if key != "exceptions"})
 
 
-def _fill(node: dict[str, Any], values: Mapping[str, Any]) -> None:
+def _fill(cfg: dict[str, Any], values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        if isinstance(value, dict):
-            _fill(node[key], value)
-        elif node[key] is None:
-            node[key] = value
+        section, leaves = (cfg[key], value) if isinstance(cfg[key], dict) else (cfg, {key: value})
+        for name, leaf in leaves.items():  # a map of limits is a leaf: the user's is not filled up
+            if section[name] is None:
+                section[name] = leaf
 
 
-def _evaluations(evals: Any) -> list[dict[str, Any]]:
-    """Return the node of each evaluation; `lm_eval/<task>:<shots>` becomes one of lm-eval's tasks."""
+def _evaluations(evals: Any, limit: Any) -> list[dict[str, Any]]:
+    """Return the node of each evaluation; `lm_eval/<task>:<shots>` becomes one of lm-eval's tasks.
+
+    A `limit` that is a map by task is resolved here: each task takes its own, so that its key is that of the
+    plain number; one that is not named takes the entry `default`, else all documents.
+    """
     names = [evals] if isinstance(evals, str) else list(evals or [])
     files = option_names(folder("conf") / "eval")
     known, nodes = ", ".join([*files, "lm_eval/<task>[:<shots>]"]), []
@@ -150,7 +156,15 @@ def _evaluations(evals: Any) -> list[dict[str, Any]]:
             nodes.append(read(folder("conf") / "eval" / f"{name}.yaml"))
         else:
             raise UserError(f"evals={name} is not allowed: it must be some of {known}")
-    return nodes
+    if not isinstance(limit, dict):
+        return nodes
+    tasks = [DEFAULT, *dict.fromkeys([*FOLDERS, *(node["task"] for node in nodes if "task" in node)])]
+    if unknown := next((name for name in limit if name not in tasks), None):
+        raise UserError(f"tasks.limit={unknown} is not allowed: {did_you_mean(unknown, tasks)}")
+    return [
+        node | {"limit": limit.get(node["task"], limit.get(DEFAULT))} if "task" in node else node
+        for node in nodes
+    ]
 
 
 def _make(node: Any, cfg: dict[str, Any]) -> Any:

@@ -101,7 +101,8 @@ def stages(
         yield from trained("scales", run.transform)
     if run.quantizer.dry_run is not None:
         on = "meta" if target.kind == "cuda" else "cpu"  # from a GPU the packed codes go to the host's memory
-        yield Stage("weights", needed(run.quantizer, device=on).bytes)  # its time is no matrix products'
+        one, times = needed(run.quantizer, device=on), run.quantizer.dry_runs(sizes.num_hidden_layers)
+        yield Stage("weights", one.bytes, times and times * one.flops)  # RTN's time is no matrix products'
     elif run.quantizer.estimate is not None:
         one = run.quantizer.estimate(outline(sizes, run.dtype, run.model.arch))
         moved = one.movable if target.kind == "cuda" and one.bytes > target.budget else 0

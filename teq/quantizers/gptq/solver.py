@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teq.grid import Grid, group_params, qparams
+from teq.grid import Grid, group_params
 from teq.quantizers.quantized import Quantized
+from teq.quantizers.search import searched_params
 from teq.spec import UserError
 
 LADDER = 3  # times the damping is raised tenfold when the Hessian is not positive definite
@@ -103,7 +104,7 @@ def _solve(weight: Tensor, hessian: Tensor, grid: Grid, damping: float, options:
     weight = weight.masked_fill(dead, 0)
     fixed = None  # the grid of each group where it is known before the first column
     if grid.group_size == -1 or options.static_groups:
-        fixed = group_params(original if grid.group_size == -1 else weight, grid)
+        fixed = _params(original if grid.group_size == -1 else weight, hessian, grid)
     order = group_of = torch.arange(columns, device=weight.device)
     alive = diagonal.masked_fill(dead, 1)
     if options.act_order:
@@ -112,7 +113,11 @@ def _solve(weight: Tensor, hessian: Tensor, grid: Grid, damping: float, options:
     group_of = (order if fixed is not None else group_of) // size
     added = damping * alive.mean()
     inverse, failed = _inverse_factor(hessian, alive + added, order if options.act_order else None)
-    codes, scale, zero, errors = _columns(weight, inverse, fixed, group_of, grid, options.block_size)
+    reordered = options.act_order and grid.search != "none" and fixed is None
+    measured = hessian[order][:, order] if reordered else hessian
+    codes, scale, zero, errors = _columns(
+        weight, measured, inverse, fixed, group_of, grid, options.block_size
+    )
     g_idx = None
     if options.act_order:
         back = torch.argsort(order)
@@ -122,6 +127,14 @@ def _solve(weight: Tensor, hessian: Tensor, grid: Grid, damping: float, options:
     lost = quantized.dequantize(grid).sub_(original).masked_fill_(dead, 0)
     # E = errors @ inverse and inverse^T inverse = (H + added)^-1, so tr(E (H + added) E^T) = |errors|^2
     return Solution(quantized, damping, failed, errors - added * lost.square_().sum(dtype=torch.float64))
+
+
+def _params(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return scale and zero `[out, groups]` of the weight's groups, searched under the Hessian if asked."""
+    if grid.search == "none":
+        return group_params(weight, grid)
+    spans = grid.spans(weight.shape[1])
+    return searched_params(weight, [hessian[start:stop, start:stop] for start, stop in spans], grid)
 
 
 def _inverse_factor(hessian: Tensor, diagonal: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -143,6 +156,7 @@ def _inverse_factor(hessian: Tensor, diagonal: Tensor, order: Tensor | None) -> 
 
 def _columns(
     weight: Tensor,
+    hessian: Tensor,
     inverse: Tensor,
     fixed: tuple[Tensor, Tensor] | None,
     group_of: Tensor,
@@ -183,7 +197,9 @@ def _columns(
             for i in range(first, last):
                 at = i if fixed is not None else (start + i) // size
                 if fixed is None and (start + i) % size == 0:
-                    scale[at], zero[at] = qparams(rows[start + i : start + i + size].T, grid)
+                    here = slice(start + i, start + i + size)
+                    found = _params(rows[here].T, hessian[here, here], grid)
+                    scale[at], zero[at] = (params[:, 0] for params in found)
                     torch.sub(grid.levels, zero[at], out=highest[at])
                     torch.neg(zero[at], out=lowest[at])
                 code = torch.div(now[i], params[0][at], out=code_of[i]).round_()
