@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import pytest
 import torch
@@ -9,18 +10,24 @@ from torch.nn import functional
 
 import run as entry
 from teq import config, load, record
+from teq.__main__ import main
 from teq.config.composition import merged
+from teq.data.embedded import CALIBRATION_END, python_docs
+from teq.data.texts import tokenize
 from teq.device.live_bytes import LiveBytes
 from teq.device.runtime import STRATEGIES, Runtime
 from teq.finetune.linear import DequantizedLinear
 from teq.finetune.train import finetune
 from teq.finetune.tuned import normalizations
 from teq.grid import Grid, decode, spread
+from teq.models.arch import blocks
 from teq.models.checkpoint import LM
 from teq.models.loss import CHUNK, ChunkedDivergence, causal_loss
+from teq.models.synthetic import architecture
 from teq.pipeline import estimate
 from teq.quantizers.quantized import restore
 from teq.quantizers.rtn import Rtn
+from teq.report import match
 from teq.stage import Diverged, NothingDone
 from teq.verbs.export import found_run
 
@@ -207,9 +214,6 @@ def test_the_memory_of_a_step_is_predicted(family, strategy):
     stage, wanted = job.run.finetune, job.run.model.source.dimensions()
     wanted.num_hidden_layers = 7
     predicted = estimate.estimate(stage, wanted, job.run.model.arch, "float32", strategy)
-    from teq.models.arch import blocks
-    from teq.models.synthetic import architecture
-
     model = architecture(wanted).eval().requires_grad_(False)
     waiting = blocks(model, job.run.model.arch).values() if strategy == "offload" else ()
     elsewhere = {p for block in waiting for p in block.parameters()}
@@ -224,12 +228,29 @@ def test_the_memory_of_a_step_is_predicted(family, strategy):
         assert live.live < weights
 
 
-def test_the_held_out_text_is_in_no_step():
+def test_tuning_is_planned(no_weights, capsys):
+    argv = ["model=tiny-llama", "method=rtn", "finetune=scales", *TINY]
+    assert main(["plan", *argv]) == 0
+    cells = [
+        line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("| tuned")
+    ]
+    assert [strategy.strip() for _, _, strategy in cells] == ["keep (picked)", "checkpoint"]
+
+
+def test_the_held_out_text_is_in_no_step(tiny):
     (job,) = config.jobs(["model=tiny-llama", "method=rtn", "finetune=scales", "tune.steps=4000"])
-    windows = job.run.finetune.windows(job.run.model.tokenizer())
-    assert windows.numel() <= 55000 and len(windows) < 4000
-    (job,) = config.jobs(["model=tiny-llama", "method=rtn", "finetune=scales"])
-    assert job.run.finetune.windows(job.run.model.tokenizer()).shape == (176, 256)
+    tokenizer = job.run.model.tokenizer()
+    windows = job.run.finetune.windows(tokenizer)
+    stream = tokenize(python_docs(), tokenizer)[:CALIBRATION_END]
+    assert len(windows) < 4000 and torch.equal(windows.flatten(), stream[: windows.numel()])
+    (_, info), (_, other) = (
+        finetune(lm.model, lm.arch, rounded("llama"), text, **(KERNEL | {"steps": 12}))
+        for lm, text in (
+            (tiny("llama"), tokens()),
+            (tiny("llama"), torch.cat([tokens()[:2] * 0, tokens()[2:]])),
+        )
+    )
+    assert info["loss"] == other["loss"] and info["held_out"] != other["held_out"]
 
 
 def test_a_run_is_tuned_recorded_evaluated_and_exported_with_the_tuned_weights(own_home, family, capsys):
@@ -260,8 +281,9 @@ def test_the_options_of_tuning(capsys):
 
     assert of("method=rtn").finetune is None and of("method=rtn", "finetune=none") == of("method=rtn")
     assert of("method=rtn", "finetune=none").key() == of("method=rtn").key()
-    keys = {of("method=rtn", *more).key() for more in ([], ["finetune=scales"], ["finetune=scales+norms"])}
-    assert len(keys) == 3
+    three = [of("method=rtn", *more) for more in ([], ["finetune=scales"], ["finetune=scales+norms"])]
+    assert len({each.key() for each in three}) == 3
+    assert len({match.group_key(each.plain()) for each in three}) == 3  # none stands for another in a table
     assert of("method=rtn", "finetune=scales", "tune.loss=lm", "recipe=paper").finetune.loss == "lm"
     for given, said in (
         (["method=fp", "finetune=scales"], "finetune=scales has no effect on method=fp"),
@@ -278,8 +300,6 @@ def test_the_options_of_tuning(capsys):
 
 
 def test_a_method_may_bring_its_tuning(tmp_path, monkeypatch):
-    import shutil
-
     for name in ("conf", "experiments"):
         shutil.copytree(config.folder(name), tmp_path / name)
     plain = (tmp_path / "conf" / "method" / "rtn.yaml").read_text()

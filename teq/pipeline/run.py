@@ -1,4 +1,4 @@
-"""The whole chain: configuration -> scales -> quantized weights -> metrics -> record."""
+"""The whole chain: configuration -> scales -> quantized weights (-> tuned) -> metrics -> record."""
 
 import datetime
 from pathlib import Path
