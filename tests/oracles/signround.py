@@ -2,9 +2,9 @@
 
     python tests/oracles/signround.py        # an environment with torch and auto-round, without this project
 
-It calls auto-round's `SignRoundQuantizer.quantize_block`, whose loop, `WrapperLinear`, quantization functions,
-`SignSGD`, schedule and sampler are theirs; nothing of the arithmetic is repeated here. Everything is float32
-on one thread; K = 20 steps, learning rate 1/K falling linearly to 0 (step k, from 0, has (1 - k/K)/K).
+It calls auto-round's `SignRoundQuantizer.quantize_block`, so that loop, `WrapperLinear`, quantization
+functions, `SignSGD`, schedule and sampler are theirs; no arithmetic is repeated here. Everything is float32 on
+one thread; K = 20 steps, learning rate 1/K falling linearly to 0 (step k, from 0, has (1 - k/K)/K).
 
 Inputs, for the cases of one linear: `weight [24, 96]` (its first 32 columns are positive in row 1,
 negative in row 2), `inputs [64, 96]`, `targets [64, 24]` (those of the
@@ -101,11 +101,11 @@ class Recorder(SignRoundQuantizer):
     )
 
     @property
-    def calibration_context(self):  # noqa: D102
+    def calibration_context(self):
         return SimpleNamespace(batch_size=self.batch)
 
     @property
-    def block_forward(self):  # noqa: D102
+    def block_forward(self):
         return self.runner
 
     def _get_loss(self, pred, ref, indices, *rest):
@@ -132,7 +132,7 @@ class Recorder(SignRoundQuantizer):
 
 @torch.no_grad()
 def parameters(module) -> dict[str, torch.Tensor]:
-    """Return what a WrapperLinear has now; asking it for the weight clamps the factors, as its next use does."""
+    """Return what a WrapperLinear has now; to ask it for the weight clamps the factors, as its next use does."""
     weight, scale, zero = module._qdq_weight(module.value, module.min_scale, module.max_scale)
     rows, columns = weight.shape
     padding = -columns % module.orig_layer.group_size
