@@ -3,12 +3,12 @@
     python tests/oracles/signround.py        # an environment with torch and auto-round, without this project
 
 It calls auto-round's `SignRoundQuantizer.quantize_block`, so that loop, `WrapperLinear`, quantization
-functions, `SignSGD`, schedule and sampler are theirs; no arithmetic is repeated here. Everything is float32 on
-one thread; K = 20 steps, learning rate 1/K falling linearly to 0 (step k, from 0, has (1 - k/K)/K).
+functions, `SignSGD`, schedule and sampler are theirs; no arithmetic is repeated here. Everything is float32
+on one thread; K = 20 steps, learning rate 1/K falling linearly to 0 (step k, from 0, has (1 - k/K)/K).
 
-Inputs, for the cases of one linear: `weight [24, 96]` (its first 32 columns are positive in row 1,
-negative in row 2), `inputs [64, 96]`, `targets [64, 24]` (those of the
-unquantized linear plus noise, so that the targets are no function of the inputs, as with a quantized prefix).
+Inputs, for the cases of one linear: `weight [24, 96]` (its first 32 columns are positive in row 1, negative
+in row 2), `inputs [64, 96]`, `targets [64, 24]` (those of the unquantized linear plus noise, so that the
+targets are no function of the inputs, as with a quantized prefix).
 Each step sees all inputs as one sample of 64 tokens. For the block `fc2(silu(fc1(x)))`, without biases:
 `block.fc1.weight [48, 32]`, `block.fc2.weight [32, 48]`, `block.inputs [8, 6, 32]`, `block.targets` alike;
 `block.batches [20, 3]` are the samples that each step sees.
@@ -132,7 +132,7 @@ class Recorder(SignRoundQuantizer):
 
 @torch.no_grad()
 def parameters(module) -> dict[str, torch.Tensor]:
-    """Return what a WrapperLinear has now; to ask it for the weight clamps the factors, as its next use does."""
+    """Return what a WrapperLinear has now; asking for its weight clamps the factors, as its next use does."""
     weight, scale, zero = module._qdq_weight(module.value, module.min_scale, module.max_scale)
     rows, columns = weight.shape
     padding = -columns % module.orig_layer.group_size
