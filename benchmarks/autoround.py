@@ -303,6 +303,8 @@ def main(argv: list[str]) -> int:
         folder=(arguments.folder or config.home() / "benchmarks-autoround").absolute(),
         **{name: getattr(arguments, name) for name in ("windows", "context", "batch", "threads", "compile")},
     )
+    if setup.calibration.grid.symmetric:
+        raise UserError("symmetric=true is not allowed: auto-round's symmetric grid is not this project's")
     names = contenders(arguments, setup)
     found: dict[str, Any] = {"settings": setup.plain(), "contenders": {}}
     if arguments.json.is_file():

@@ -220,6 +220,8 @@ def test_settings_are_measured_and_kept_without_an_environment_of_auto_round(tmp
         written(autoround.main, [*argv, "--auto-round", "/no/python"], file)
     with pytest.raises(UserError, match="with the grid of all"):
         written(autoround.main, [*argv, "--settings", "method=rtn bits=4"], file)
+    with pytest.raises(UserError, match="symmetric grid"):
+        written(autoround.main, ["symmetric=true", *argv], file)
     argv += ["--only", "fp", "method=rtn"]
     found = written(autoround.main, argv, file)
     losses = {name: row["losses"]["python-docs"] for name, row in found["contenders"].items()}
