@@ -80,12 +80,15 @@ class Setup:
         """Return settings with the grid, the calibration text and its windows."""
         return self.base.quantizer
 
+    def given(self) -> dict[str, Any]:
+        """Return what every quantization is given."""
+        shared = {name: self.calibration.plain()[name] for name in ("grid", "calib", "samples", "length")}
+        return {"model": self.base.model.plain(), "dtype": self.base.dtype, **shared}
+
     def plain(self) -> dict[str, Any]:
         """Return what results depend on."""
         kept = ("windows", "context", "corpora", "batch", "threads", "compile")
-        wanted = {name: getattr(self, name) for name in kept}
-        shared = {name: self.calibration.plain()[name] for name in ("grid", "calib", "samples", "length")}
-        return {"model": self.base.model.plain(), "dtype": self.base.dtype, **shared, **wanted}
+        return self.given() | {name: getattr(self, name) for name in kept}
 
     def load(self) -> LM:
         """Return the model as it is."""
@@ -98,7 +101,7 @@ def autoround(setup: Setup, iterations: int) -> tuple[dict[str, Any], LM]:
     work = setup.folder / f"{THEIRS}{iterations}"
     job = {"grid": calibration.grid.plain(), "iterations": iterations}
     job |= {name: getattr(setup, name) for name in ("batch", "threads", "compile")}
-    asked = json.dumps(setup.plain() | job, sort_keys=True)
+    asked = json.dumps(setup.given() | job, sort_keys=True)
     if not (work / "found.json").is_file() or (work / "asked.json").read_text() != asked:
         work.mkdir(parents=True, exist_ok=True)
         (work / "found.json").unlink(missing_ok=True)
@@ -225,7 +228,8 @@ def told(found: dict[str, Any]) -> Iterator[str]:
         figures = "".join(shown(row["perplexity"][each], 14, 3) for each in corpora)
         yield f"{name:<{width}}{shown(row['seconds'], 10, 1)}{row['token_visits']:>10}{figures}"
     for reference, others in found["paired"].items():
-        yield f"perplexity over {reference}'s, in per cent"
+        if others:
+            yield f"perplexity over {reference}'s, in per cent"
         for name, tests in others.items():
             cells = [
                 f"{each} "
