@@ -32,7 +32,10 @@ class Chain:
         self.texts_checked = False
 
     def stages(self) -> dict[str, Stage]:
-        """Return every stage by name, in the order in which they run: scales, weights, the evaluations."""
+        """Return every stage by name, in the order in which they run: scales, weights, the evaluations.
+
+        An evaluation that compares with the float model has a stage `reference/<evaluation>` before it.
+        """
         spec = self.spec
         common = {"model": self.model.identity, "dtype": spec.dtype, "arch": spec.model.arch.plain()}
         transform = {"transform": spec.transform.plain(), "text": text(spec.transform)}
@@ -43,10 +46,13 @@ class Chain:
         made: dict[str, Stage] = {"scales": scales, "weights": weights}
         eval_dtype = {} if spec.eval_dtype is None else {"dtype": spec.eval_dtype}
         for each in spec.evals:
-            settings = {"weights": weights.key, "evaluation": each.plain(), "text": each.provenance()}
-            settings |= eval_dtype
-            measure = functools.partial(self._measure, each)
-            made[each.name] = Stage("metrics", settings, measure, {"weights": weights})
+            reads, what = {"weights": weights}, {"evaluation": each.plain(), "text": each.provenance()}
+            if each.needs_reference:
+                refer = functools.partial(self._refer, each)
+                reads["reference"] = Stage("reference", common | what | eval_dtype, refer)
+                made[f"reference/{each.name}"] = reads["reference"]
+            settings = {"weights": weights.key, **what, **eval_dtype}
+            made[each.name] = Stage("metrics", settings, functools.partial(self._measure, each), reads)
         return made
 
     def _fit(self, partial: Path) -> Made:
@@ -83,11 +89,19 @@ class Chain:
             how = dataclasses.replace(self.runtime, partial=partial)
             return self.spec.quantizer.quantize(self.model.to_use_up, moved, how)
 
-    def _measure(self, evaluation: Evaluation, partial: Path, weights: Artefact) -> Made:
+    def _refer(self, evaluation: Evaluation, partial: Path) -> Made:
         how = dataclasses.replace(self.runtime, partial=partial)
+        with memory.explained(f"the reference of {evaluation.name} is computed", self.runtime.device):
+            return evaluation.reference(self.model.pristine(dtype=self.spec.eval_dtype), how), {}
+
+    def _measure(
+        self, evaluation: Evaluation, partial: Path, weights: Artefact, reference: Artefact | None = None
+    ) -> Made:
+        how = dataclasses.replace(self.runtime, partial=partial)
+        given = {} if reference is None else {"reference": reference.tensors()}
         with memory.explained(f"{evaluation.name} is measured", self.runtime.device):
             lm = self.model.holding(weights, self.spec.quantizer.grid, self.spec.eval_dtype)
-            metric = evaluation.measure(lm, how)
+            metric = evaluation.measure(lm, how, **given)
         arrays = {name: record.pack(array) for name, array in metric.arrays.items()}
         info = metric.info | {"attention": self.model.attention()}
         return {}, {"values": metric.values, "arrays": arrays, "info": info}
