@@ -45,6 +45,15 @@ def test_an_addition_that_nothing_reads_is_refused(override, nearest):
     assert line.startswith(f"{override} is read by no run: did you mean {nearest}")
 
 
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+@pytest.mark.parametrize(("name", "order"), [("act_order", "act"), ("static_groups", "static")])
+def test_the_flags_of_gptqs_order_are_refused_with_the_order_that_replaces_them(prefix, name, order):
+    with pytest.raises(UserError) as refused:
+        config.jobs(["model=tiny-llama", "method=gptq", f"{prefix}gptq.{name}=true"])
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(f"gptq.{name} is no option any more: give gptq.order={order}")
+
+
 @pytest.mark.parametrize("command", [entry.main, lambda argv: main(["plan", *argv])])
 def test_every_such_addition_has_its_line_in_every_command(command, capsys):
     assert command([*TINY, "+tasks.num_fewshot=5", "+ppl.stride=512"]) == 2

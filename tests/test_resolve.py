@@ -24,6 +24,22 @@ def test_act_order_methods_differ_from_gptq_in_that_alone():
     assert runs["gptq-ao"]["static_groups"] is False
 
 
+def test_orders_are_hashed_as_the_official_flags():
+    flags = {}
+    for order in ("natural", "act", "static", "group"):
+        (job,) = config.jobs(["method=gptq", "model=tiny-opt", f"gptq.order={order}"])
+        plain = job.run.quantizer.plain()
+        flags[order] = plain["act_order"], plain["static_groups"], plain.get("group_aware")
+    assert flags == {
+        "natural": (False, False, None),
+        "act": (True, False, None),
+        "static": (True, True, None),
+        "group": (False, False, True),
+    }
+    with pytest.raises(UserError, match=r"gptq\.order='desc' is not .* one of natural, act, static, group"):
+        config.jobs(["method=gptq", "model=tiny-opt", "gptq.order=desc"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

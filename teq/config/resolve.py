@@ -18,6 +18,7 @@ from teq.config.options import LAYOUT, experiment, folder, option_names, read
 from teq.device.runtime import Runtime
 from teq.evaluate.counts import Counts
 from teq.evaluate.tasks import FOLDERS
+from teq.finetune.settings import PARTS
 from teq.models.checkpoint import Checkpoint, Outline
 from teq.pipeline.settings import Run
 from teq.quantizers.keep import Keep
@@ -54,14 +55,19 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     cfg["eval_dtype"] = cfg["eval_dtype"] or cfg["dtype"]  # by hand, not the recipe's
     _fill_from_recipe(cfg, name)
     source = _make(_source(cfg["model"]), cfg)
+    transform = _make(cfg["method"]["transform"], cfg)
+    evaluations = tuple(_make(node, cfg) for node in _evaluations(cfg["evals"], cfg["tasks"]["limit"]))
+    counted = any(isinstance(evaluation, Counts) for evaluation in evaluations)
+    arch = _arch(cfg["model"]["arch"], cfg["sites"], read=counted or not isinstance(transform, Identity))
     run = Run(
-        model=Checkpoint(name=name, source=source, arch=_make(cfg["model"]["arch"], cfg)),
+        model=Checkpoint(name=name, source=source, arch=_make(arch, cfg)),
         dtype=cfg["dtype"],
         eval_dtype=cfg["eval_dtype"],
         method=str(choices["method"]),
-        transform=_make(cfg["method"]["transform"], cfg),
+        transform=transform,
         quantizer=_make(cfg["method"]["quantizer"], cfg),
-        evals=tuple(_make(node, cfg) for node in _evaluations(cfg["evals"], cfg["tasks"]["limit"])),
+        finetune=_finetune(cfg),
+        evals=evaluations,
     )
     _check_weights(run)
     options = Runtime(device=cfg["device"], memory=str(cfg["memory"]), batch_size=cfg["tasks"]["batch_size"])
@@ -70,6 +76,14 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     logger = None if cfg["logger"] is None else _make(cfg["logger"], cfg)
     dimensions = cfg["model"].get("config")
     return Job(list(overrides), run, options, logger, named, layout, dimensions)
+
+
+def _finetune(cfg: dict[str, Any]) -> Any:
+    """Return the last stage, None without one: `finetune` comes before what the method's file says."""
+    parts = cfg["finetune"] = str(cfg["finetune"] or cfg["method"].get("finetune", "none"))
+    if parts not in ("none", *PARTS):
+        raise UserError(f"finetune={parts} is not allowed: {did_you_mean(parts, ('none', *PARTS))}")
+    return None if parts == "none" else _make(cfg["finetuning"], cfg)
 
 
 def _source(model: Mapping[str, Any]) -> Any:
@@ -83,6 +97,16 @@ def _source(model: Mapping[str, Any]) -> Any:
             "(random ones of true size) or none (its architecture alone)"
         )
     return {"_target_": "teq.models.Folder", "path": model["path"]} if model["path"] else model["source"]
+
+
+def _arch(arch: dict[str, Any], chosen: str, read: bool) -> dict[str, Any]:
+    """Return the node of the architecture, without sites beyond the paper's where none is to be `read`."""
+    if chosen not in ("paper", "all"):
+        raise UserError(f"sites={chosen} is not allowed: it must be paper or all")
+    if chosen == "all" and not arch.get("more_sites"):
+        raise UserError(f"sites=all: arch={arch['name']} has the paper's sites alone: choose sites=paper")
+    paper = chosen == "paper" or not read
+    return {key: value for key, value in arch.items() if not (paper and key == "more_sites")}
 
 
 def _check_weights(run: Run) -> None:
