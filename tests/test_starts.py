@@ -11,12 +11,12 @@ from teq.data.texts import Calibration, calibration
 from teq.device.runtime import STRATEGIES, Runtime
 from teq.grid import Grid
 from teq.models.fold import folded_tensors, site_scales
+from teq.models.loss import causal_loss
 from teq.quantizers.quantized import restore
 from teq.quantizers.rtn import Rtn
 from teq.spec import UserError
 from teq.transforms.awq.settings import Awq
 from teq.transforms.smoothquant import SmoothQuant
-from teq.transforms.teq.loss import causal_loss
 from teq.transforms.teq.settings import HELD_OUT, SEARCHES, Teq
 
 GRID, TEXT = Grid(bits=3, group_size=16), Calibration(corpus="python-docs")

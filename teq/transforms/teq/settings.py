@@ -56,6 +56,7 @@ class Teq(Transform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "grid", self.grid.unsearched)
         for name in SEARCHES:
             if name != self.init:
                 object.__setattr__(self, name, None)  # not read, so not in the key
@@ -71,10 +72,6 @@ class Teq(Transform):
     def search(self) -> Awq | SmoothQuant | None:
         """Return the transform that finds the start, or None."""
         return self.awq or self.smoothquant
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "grid", self.grid.unsearched)
 
     def windows(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
         """Return the windows of all steps `[steps * batch, length]`."""
