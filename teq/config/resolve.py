@@ -62,6 +62,8 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     cfg["eval_dtype"] = cfg["eval_dtype"] or cfg["dtype"]  # by hand, not the recipe's
     _fill_from_recipe(cfg, name)
     source = _make(_source(model), cfg)
+    grid = cfg["quant_grid"]
+    grid["search"] = grid["search"] or cfg["method"].get("search", "none")
     transform = _make(cfg["method"]["transform"], cfg)
     evaluations = tuple(_make(node, cfg) for node in _evaluations(cfg["evals"], cfg["tasks"]["limit"]))
     counted = any(isinstance(evaluation, Counts) for evaluation in evaluations)
