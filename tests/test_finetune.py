@@ -82,7 +82,10 @@ def test_the_closed_gradient_is_autograds_through_dequantization(columns, ordere
 @pytest.mark.parametrize("biased", [True, False])
 def test_the_chunked_divergence_is_torchs(count, biased):
     draw = torch.Generator().manual_seed(0)
-    hidden, reference = torch.randn(count, 24, generator=draw, requires_grad=True), torch.randn(count, 24)
+    hidden, reference = (
+        torch.randn(count, 24, generator=draw, requires_grad=True),
+        torch.randn(count, 24, generator=draw),
+    )
     weight, bias = torch.randn(500, 24, generator=draw), torch.randn(500, generator=draw) if biased else None
     ours, theirs = (functional.linear(h, weight, bias).log_softmax(-1) for h in (hidden, reference))
     plain = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)

@@ -43,6 +43,10 @@ class Finetune(Tuner):
     length: int = option(at_least=2)
     loss: str = option(among=("kl", "lm"))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "grid", self.grid.unsearched)
+
     def windows(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
         """Return the windows of all steps and a tenth more, which is held out, `[windows, length]`.
 
