@@ -37,7 +37,8 @@ from teq.device.runtime import resolve
 from teq.models import arch
 from teq.models.checkpoint import LM
 from teq.pipeline import cost as measure
-from teq.quantizers.gptq import blocks, solver
+from teq.quantizers import blockwise
+from teq.quantizers.gptq import solver
 from teq.quantizers.gptq.settings import Gptq
 from teq.spec import UserError
 
@@ -46,9 +47,9 @@ PARTS = ("total", "measuring", "quantizing", "rest")
 
 def ours(lm: LM, settings: Gptq, windows: Tensor, clock: Clock) -> float:
     """The project's own, with its parts timed; returns the first block's error."""
-    measuring = clock.timed("measuring", blocks._measure)
+    measuring = clock.timed("measuring", blockwise.measure)
     quantizing = clock.timed("quantizing", solver.solve)
-    with mock.patch.object(blocks, "_measure", measuring), mock.patch.object(solver, "solve", quantizing):
+    with mock.patch.object(blockwise, "measure", measuring), mock.patch.object(solver, "solve", quantizing):
         _, info = settings.quantize_on(lm, {}, windows)
     first = next(iter(arch.blocks(lm.model, lm.arch)))
     return sum(e.get("error", 0.0) for name, e in info["gptq"].items() if name.startswith(f"{first}."))

@@ -5,6 +5,7 @@ row whose length is not a multiple of it ends in one shorter group. Groups are s
 everywhere.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ class Grid(Settings):
     """How finely a weight is represented: `2 ** bits` levels per group of `group_size` input channels.
 
     Scales are rounded to `scale_dtype` before codes are computed, so that a file of such scales is exact.
+    `search` is how a quantizer finds them: from a group's extremes, or see `teq.quantizers.search`.
     """
 
     bits: int = option(at_least=1, at_most=8)
@@ -31,6 +33,7 @@ class Grid(Settings):
         key="quant_grid.scale_dtype",
         omitted="float32",
     )
+    search: str = option("none", among=("none", "clip", "hessian"), key="quant_grid.search", omitted="none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,6 +41,11 @@ class Grid(Settings):
             raise UserError(
                 "group_size=0 is not allowed: it must be a positive whole number, or -1 for whole rows"
             )
+
+    @property
+    def unsearched(self) -> "Grid":
+        """Return the same grid with scales from extremes, for work that a search would be too slow in."""
+        return dataclasses.replace(self, search="none")
 
     @property
     def levels(self) -> int:
@@ -67,23 +75,39 @@ def qparams(block: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
     both 0 -> -1, 1; scale = (hi - lo) / (2^b - 1); zero = round(-lo / scale). Symmetric: scale = 2 max|w| /
     (2^b - 1), zero = 2^(b-1), as GPTQ's code does for a group that has a negative weight.
     """
+    return params_between(*extremes(block), grid)
+
+
+def extremes(block: "Tensor") -> tuple["Tensor", "Tensor"]:
+    """Return `min(w, 0)` and `max(w, 0)` `[...]` of groups `[..., group]`."""
+    # two passes: torch.aminmax over a short last dimension is ten times slower than both together on a CPU
+    return block.amin(-1).clamp_(max=0), block.amax(-1).clamp_(min=0)
+
+
+def params_between(lo: "Tensor", hi: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
+    """Return scale and zero of groups whose weights lie between lo <= 0 and hi >= 0, which are used up."""
     import torch
 
-    # two passes: torch.aminmax over a short last dimension is ten times slower than both together on a CPU
-    lo, hi = block.amin(-1).clamp_(max=0), block.amax(-1).clamp_(min=0)
     if grid.symmetric:
         hi = torch.maximum(hi, lo.neg())
         lo = hi.neg()
     empty = (lo == 0) & (hi == 0)
     lo, hi = lo.masked_fill_(empty, -1), hi.masked_fill_(empty, 1)
-    scale = (hi - lo).div_(grid.levels)
-    if grid.scale_dtype != "float32":
-        dtype = getattr(torch, grid.scale_dtype)
-        held = torch.finfo(dtype)
-        scale = scale.clamp_(held.smallest_normal * held.eps, held.max).to(dtype).to(scale)
+    scale = storable((hi - lo).div_(grid.levels), grid)
     if grid.symmetric:
         return scale, torch.full_like(scale, 2 ** (grid.bits - 1))
     return scale, lo.neg_().div_(scale).round_().clamp_(max=grid.levels)
+
+
+def storable(scale: "Tensor", grid: Grid) -> "Tensor":
+    """Return positive scales rounded to the grid's `scale_dtype`, in their own dtype."""
+    import torch
+
+    if grid.scale_dtype == "float32":
+        return scale
+    dtype = getattr(torch, grid.scale_dtype)
+    held = torch.finfo(dtype)
+    return scale.clamp(held.smallest_normal * held.eps, held.max).to(dtype).to(scale)
 
 
 def grouped(weight: "Tensor", grid: Grid) -> list["Tensor"]:

@@ -178,7 +178,7 @@ def frame(records: Iterable[Record]) -> "pd.DataFrame":
 def _row(record: Record) -> dict[str, Any]:
     run, row = record.data["run"], {"id": record.id, "model": record.data["run"]["model"]["name"]}
     row |= {"method": run["method"], "dtype": run["dtype"], **dict(_flat(run["transform"], "transform"))}
-    row |= dict(_flat(run["quantizer"], "quantizer"))
+    row |= dict(_flat(run["quantizer"], "quantizer")) | dict(_flat(run.get("finetune", {}), "finetune"))
     grid = run["quantizer"].get("grid") or {}
     row |= {key: grid.get(key) for key in ("bits", "group_size", "symmetric")}
     for name, metric in record.metrics.items():

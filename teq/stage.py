@@ -1,4 +1,4 @@
-"""The contract of a method: what the pipeline asks of a transform, a quantizer and an evaluation.
+"""The contract of a method: what the pipeline asks of a transform, a quantizer, a tuner and an evaluation.
 
 A method is a frozen `Settings` class with the fields that its stage reads; the defaults below do the rest.
 """
@@ -48,7 +48,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Work(Settings):
-    """What all three have in common.
+    """What all of them have in common.
 
     A stage that can tells what it will need: `dry_run(lm, strategy)` does a unit of its work (a training
     step, a window) on a model whose tensors have no contents, `estimate(lm)` computes it from the shapes.
@@ -67,7 +67,8 @@ class _Calibrated(Work):
 
     def corpus(self) -> str | None:
         """Return the name of the calibration text, or None."""
-        return self.calib.corpus if hasattr(self, "calib") else None
+        calib = getattr(self, "calib", None)
+        return None if calib is None else calib.corpus
 
     def windows(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
         """Return the calibration windows `[samples, length]`. Raises UserError if the text is too short."""
@@ -96,6 +97,22 @@ class Quantizer(_Calibrated):
 
     def quantize(self, load: Load, scales: Mapping[str, "Tensor"], runtime: Runtime) -> Made:
         """Return the tensors of `teq.quantizers.quantized.stored`; the model of `load()` may be used up."""
+        raise NotImplementedError
+
+    def dry_runs(self, blocks: int) -> int | None:
+        """Return how often the work of `dry_run` is done on a model of so many blocks; None is not known."""
+
+
+class Tuner(_Calibrated):
+    """Training of what a quantized model has in floating point; `parts` says of what, as users name it."""
+
+    parts: str
+
+    def tune(self, load: Load, weights: Mapping[str, "Tensor"], runtime: Runtime) -> Made:
+        """Return a quantizer's tensors `weights`, some of them trained, codes and zeros as they were.
+
+        The floating-point model of `load()` may be used up.
+        """
         raise NotImplementedError
 
 

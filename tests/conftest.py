@@ -44,11 +44,11 @@ def every_family():
 
 @pytest.fixture
 def tiny():
-    """Make a tiny model: `tiny("opt", dtype="float64")` -> LM."""
+    """Make a tiny model: `tiny("opt", "float64", "sites=all")` -> LM."""
     from teq import config
 
-    def make(family: str, dtype: str = "float32"):
-        (job,) = config.jobs([f"model=tiny-{family}"])
+    def make(family: str, dtype: str = "float32", *overrides: str):
+        (job,) = config.jobs([f"model=tiny-{family}", *overrides])
         return job.run.model.load(dtype, "cpu")
 
     return make

@@ -30,7 +30,7 @@ def no_added_sizes(monkeypatch):
     [
         ("+tasks.num_fewshot=5", "tasks.limit"),
         ("++tasks.num_fewshot=5", "tasks.limit"),
-        ("+ppl.stride=512", "ppl.context"),
+        ("+ppl.stride=512", "ppl.windows"),
         ("+train={stepz: 3}", "train"),
         ("+evaluation=ptb", "evals"),
         ("+eval=ptb", "evals"),
@@ -43,6 +43,15 @@ def test_an_addition_that_nothing_reads_is_refused(override, nearest):
         config.jobs([*TINY, override])
     (line,) = str(refused.value).splitlines()
     assert line.startswith(f"{override} is read by no run: did you mean {nearest}")
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+@pytest.mark.parametrize(("name", "order"), [("act_order", "act"), ("static_groups", "static")])
+def test_the_flags_of_gptqs_order_are_refused_with_the_order_that_replaces_them(prefix, name, order):
+    with pytest.raises(UserError) as refused:
+        config.jobs(["model=tiny-llama", "method=gptq", f"{prefix}gptq.{name}=true"])
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(f"gptq.{name} is no option any more: give gptq.order={order}")
 
 
 @pytest.mark.parametrize("command", [entry.main, lambda argv: main(["plan", *argv])])

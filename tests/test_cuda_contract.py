@@ -104,7 +104,7 @@ def assert_waits_are_few(cuda, ran):
         ["-m", "model=tiny-llama", "method=fp,rtn,gptq,teq,teq+gptq"],
         ["-m", "model=tiny-opt", "method=rtn,teq+gptq"],
         ["-m", "model=tiny-bloom", "method=teq+gptq,awq"],
-        ["model=tiny-llama", "method=smoothquant+gptq", "dtype=bfloat16", "gptq.act_order=true"],
+        ["model=tiny-llama", "method=smoothquant+gptq", "dtype=bfloat16", "gptq.order=act"],
     ],
     ids=" ".join,
 )

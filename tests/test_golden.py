@@ -26,6 +26,7 @@ SHORT = [
     "train.steps=8",
     "train.length=64",
     "ppl.limit=2",
+    "ppl.windows=first",
     "ppl.context=64",
     "evals=[python-docs]",
     *(f"{stage}.{key}" for stage in ("gptq", "awq", "smoothquant") for key in ("samples=4", "length=64")),

@@ -10,6 +10,7 @@ from teq.device.live_bytes import LiveBytes
 from teq.device.runtime import Runtime
 from teq.grid import Grid
 from teq.models.arch import sites
+from teq.quantizers import blockwise
 from teq.quantizers.gptq import blocks
 from teq.quantizers.gptq.settings import Gptq
 from teq.quantizers.gptq.solver import Hessian
@@ -32,7 +33,7 @@ def test_gptq_that_equals_rounding_is_an_error(own_home, tiny, monkeypatch):
 @pytest.mark.parametrize("family", ["opt", "bloom", "llama", "gemma3"])
 @pytest.mark.parametrize(
     "options",
-    [[], ["act_order"], ["act_order", "static_groups"], ["true_sequential"]],
+    [[], ["order=act"], ["order=static"], ["order=group"], ["true_sequential=true"]],
     ids=" ".join,
 )
 def test_gptq_blocks_equal_a_plain_walk(tiny, family, options):
@@ -43,7 +44,7 @@ def test_gptq_blocks_equal_a_plain_walk(tiny, family, options):
     from teq.models.arch import blocks, linears
     from teq.quantizers.quantized import linear_from
 
-    chosen = [f"gptq.{option}=true" for option in options]
+    chosen = [f"gptq.{option}" for option in options]
     (job,) = config.jobs([f"model=tiny-{family}", *GPTQ, "method=gptq", "group_size=16", *chosen])
     settings, grid = job.run.quantizer, job.run.quantizer.grid
     lm, plain = tiny(family), tiny(family)
@@ -82,7 +83,7 @@ def settings(bits=3, group_size=32, symmetric=False, **kwargs):
 
 
 @pytest.mark.parametrize("after", [1, 2])  # finished blocks of two
-@pytest.mark.parametrize("options", [{}, {"act_order": True, "group_size": 16}], ids=["plain", "act_order"])
+@pytest.mark.parametrize("options", [{}, {"order": "act", "group_size": 16}], ids=["plain", "act"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_gptq_goes_on_from_its_last_finished_block(tiny, tmp_path, monkeypatch, family, after, options):
     """Codes, scales, changed parameters and the report are those of an undisturbed run, to the bit."""
@@ -111,9 +112,9 @@ def test_gptq_goes_on_from_its_last_finished_block(tiny, tmp_path, monkeypatch, 
             raise KeyboardInterrupt
         return run_block(block, *rest)
 
-    run_block = blocks.run_block
+    run_block = blockwise.run_block
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(blocks, "run_block", interrupted)
+        patch.setattr(blockwise, "run_block", interrupted)
         quantized(tmp_path)
     resumed, again = quantized(tmp_path)
     assert len(solved) == 2 - after and again == report and list(again["gptq"]) == list(report["gptq"])
@@ -139,7 +140,7 @@ def test_gptq_whose_memory_ran_out_goes_on_from_its_last_finished_block(tiny, tm
     assert len(solved) == 3 and "memory ran out in GPTQ" in caplog.text
 
 
-@pytest.mark.parametrize("options", [[], ["group_size=-1"], ["gptq.act_order=true", "group_size=16"]])
+@pytest.mark.parametrize("options", [[], ["group_size=-1"], ["gptq.order=act", "group_size=16"]])
 def test_gptqs_memory_is_within_15_percent(family, options):
     shape = ["gptq.samples=6", "gptq.length=96", "method=gptq", f"model=tiny-{family}", "evals=[python-docs]"]
     (job,) = config.jobs([*shape, *options])
@@ -151,7 +152,7 @@ def test_gptqs_memory_is_within_15_percent(family, options):
     assert predicted == pytest.approx(weights + live.peak, rel=0.15)
 
 
-@pytest.mark.parametrize("options", [[], ["gptq.act_order=true"]])
+@pytest.mark.parametrize("options", [[], ["gptq.order=act"]])
 def test_gptqs_operations_are_those_of_its_matrix_products(family, options):
     """Except what the counter does not know: the factorization and the columns inside a strip."""
     shape = ["gptq.samples=6", "gptq.length=96", "method=gptq", f"model=tiny-{family}", "evals=[python-docs]"]

@@ -14,7 +14,7 @@ FLOORS = {
     **dict.fromkeys(("models", "data", "device", "grid", "record"), 2),
     **dict.fromkeys(("stage", "console"), 3),
     **dict.fromkeys(("transforms", "quantizers", "evaluate"), 4),
-    "pipeline": 5,
+    **dict.fromkeys(("pipeline", "finetune"), 5),
     **dict.fromkeys(("config", "export"), 6),
     "report": 7,
     "verbs": 8,

@@ -56,7 +56,7 @@ def test_an_option_added_later_changes_no_key_of_a_run_without_it(method):
 
 
 def test_the_name_of_a_method_is_no_part_of_a_run():
-    named, switched = run("method=gptq-ao"), run("method=gptq", "gptq.act_order=true")
+    named, switched = run("method=gptq-ao"), run("method=gptq", "gptq.order=act")
     assert named.method != switched.method and named.key() == switched.key()
     assert run("method=gptq").key() != named.key()
 

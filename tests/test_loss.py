@@ -6,8 +6,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from teq import config
+from teq.models import loss
 from teq.models.blocks import check_head
-from teq.transforms.teq import loss
 
 
 class Largest(TorchDispatchMode):

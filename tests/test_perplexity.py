@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import random
 
@@ -71,14 +72,44 @@ def test_perplexity_goes_on_from_its_last_finished_window(write, tiny, tmp_path,
     assert resumed.arrays["window_loss"].tobytes() == expected.arrays["window_loss"].tobytes()
 
 
-def test_a_limit_takes_the_first_windows(write, tiny):
+def test_a_limit_takes_evenly_spaced_or_the_first_windows(write, tiny):
     write("ptb_text_only/test", sentence=documents(200, words=6))
-    lm = tiny("opt")
-    whole = Perplexity(corpus="ptb-new", context=128).measure(lm, Runtime())
-    few = Perplexity(corpus="ptb-new", context=128, limit=5).measure(lm, Runtime())
-    assert few.arrays["window_loss"].tolist() == whole.arrays["window_loss"][:5].tolist()
-    assert (few.info["windows"], few.info["available_windows"]) == (5, whole.info["windows"])
-    assert few.info["tokens_sha256"] != whole.info["tokens_sha256"]
+    lm, settings = tiny("opt"), {"corpus": "ptb-new", "context": 128}
+    whole = Perplexity(**settings).measure(lm, Runtime())
+    count = whole.info["windows"]
+    losses = whole.arrays["window_loss"].tolist()
+    evenly = [round(i * (count - 1) / 4) for i in range(5)]
+    assert evenly[0] == 0 and evenly[-1] == count - 1 and len(set(evenly)) == 5
+    for windows, taken in {"even": evenly, "first": range(5)}.items():
+        few = Perplexity(**settings, limit=5, windows=windows).measure(lm, Runtime())
+        assert few.arrays["window_loss"].tolist() == [losses[i] for i in taken]
+        assert (few.info["windows"], few.info["available_windows"]) == (5, count)
+        assert few.info["tokens_sha256"] != whole.info["tokens_sha256"]
+
+
+def test_evenly_spaced_windows_are_distinct_and_reach_both_ends(write):
+    write("ptb_text_only/test", sentence=documents(60, words=6))
+    tokenizer = byte_tokenizer(bos=True)
+    every, count = corpora.windows("ptb-new", tokenizer, 32)
+    place = {tuple(window): i for i, window in enumerate(every.tolist())}
+    assert len(place) == count
+    for limit in range(1, count + 3):
+        taken = corpora.windows("ptb-new", tokenizer, 32, limit, even=True)[0].tolist()
+        places = [place[tuple(window)] for window in taken]
+        assert len(set(places)) == min(limit, count) and places == sorted(places)
+        assert places[0] == 0 and (places[-1] == count - 1 or limit == 1)
+        steps = [b - a for a, b in itertools.pairwise(places)]
+        assert not steps or max(steps) - min(steps) <= 1
+
+
+def test_windows_that_are_the_same_have_one_key():
+    """All windows, and the random draws of c4, are the same however they would be spaced."""
+    for same in ({"corpus": "wikitext2"}, {"corpus": "c4", "limit": 9}):
+        keys = {Perplexity(context=64, windows=windows, **same).key() for windows in ("even", "first")}
+        assert len(keys) == 1
+    limited = [Perplexity(corpus="wikitext2", context=64, limit=9, windows=w) for w in ("even", "first")]
+    assert limited[0].key() != limited[1].key()
+    assert "windows" not in limited[1].plain()  # as in the published records
 
 
 def test_losses_are_fp32_whatever_the_model_is(tiny):

@@ -123,7 +123,7 @@ def test_a_tasks_limit_and_batch_size_count(no_weights, own_home, capsys):
     own_home.mkdir()
     (own_home / forecast.RATES).write_text(json.dumps({forecast.rate_name("cpu", job.run.dtype): 1e9}))
     found = []
-    for more in ([], ["tasks.limit=183"], ["tasks.batch_size=2"]):
+    for more in ([], ["tasks.limit={piqa: 183, hellaswag: 7}"], ["tasks.batch_size=2"]):
         assert main(["plan", "model=opt-125m", "method=fp", "evals=[piqa]", *more]) == 0
         found.append(rows(capsys.readouterr().out)["piqa", ""])
     (whole, few, small) = ((float(size[1:-3]), float(seconds[1:])) for size, seconds in found)

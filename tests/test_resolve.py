@@ -1,6 +1,7 @@
 """From a configuration to its job: recipes, methods, what needs weights."""
 
 import pytest
+from record_factory import add_experiment
 
 from teq import config
 from teq.grid import Grid
@@ -21,6 +22,22 @@ def test_act_order_methods_differ_from_gptq_in_that_alone():
     assert {key for key in runs["gptq"] if runs["gptq"][key] != runs["gptq-ao"][key]} == {"act_order"}
     assert runs["gptq-ao"] == runs["teq+gptq-ao"]
     assert runs["gptq-ao"]["static_groups"] is False
+
+
+def test_orders_are_hashed_as_the_official_flags():
+    flags = {}
+    for order in ("natural", "act", "static", "group"):
+        (job,) = config.jobs(["method=gptq", "model=tiny-opt", f"gptq.order={order}"])
+        plain = job.run.quantizer.plain()
+        flags[order] = plain["act_order"], plain["static_groups"], plain.get("group_aware")
+    assert flags == {
+        "natural": (False, False, None),
+        "act": (True, False, None),
+        "static": (True, True, None),
+        "group": (False, False, True),
+    }
+    with pytest.raises(UserError, match=r"gptq\.order='desc' is not .* one of natural, act, static, group"):
+        config.jobs(["method=gptq", "model=tiny-opt", "gptq.order=desc"])
 
 
 @pytest.mark.parametrize(
@@ -99,3 +116,43 @@ def test_recipes_exceptions_are_the_papers_table_8():
     assert of("opt-6.7b", *w4) == of("llama-7b", *g128) == ("ones", 1e-3)
     (job,) = config.jobs(["model=llama-7b", "method=teq", *w4, "train.lr=0.5"])
     assert job.run.transform.lr == 0.5  # the user's word is the last
+
+
+def test_a_limit_by_task_gives_the_keys_of_plain_numbers():
+    tasks = "evals=[hellaswag,piqa,winogrande,python-docs]"
+    short = ["model=tiny-opt", "method=rtn", tasks, "recipe=hours"]
+
+    def keys(limit):
+        return {one.name: one.key() for one in config.jobs([*short, f"tasks.limit={limit}"])[0].run.evals}
+
+    mixed = keys("{hellaswag: 5, winogrande: null, default: 7}")
+    assert mixed["hellaswag"] == keys(5)["hellaswag"]
+    assert mixed["piqa"] == keys(7)["piqa"]
+    # all documents, though the recipe limits tasks
+    assert mixed["winogrande"] == keys("{piqa: 7}")["winogrande"]
+    assert mixed["python-docs"] == keys(5)["python-docs"]
+    (found,) = config.jobs([*short, "tasks.limit={hellaswag: 5, winogrande: null, default: 7}"])
+    assert [getattr(one, "limit", None) for one in found.run.evals] == [5, 7, None, 10]
+
+
+def test_an_experiment_may_limit_each_task(monkeypatch, tmp_path):
+    text = """
+hydra: {mode: MULTIRUN, sweeper: {params: {model: tiny-llama, method: "fp,rtn"}}}
+evals: [hellaswag, piqa]
+tasks: {limit: {hellaswag: 5}}
+"""
+    add_experiment(monkeypatch, tmp_path, "small", text)
+    for job in config.jobs(["experiments=small"]):
+        assert [one.limit for one in job.run.evals] == [5, None]
+
+
+def test_a_limit_of_a_task_that_there_is_not_is_refused():
+    short = ["model=tiny-opt", "method=rtn", "evals=[hellaswag]"]
+    with pytest.raises(UserError) as refused:
+        config.jobs([*short, "tasks.limit={helaswag: 5}"])
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(
+        "tasks.limit=helaswag is not allowed: did you mean hellaswag? it must be one of def"
+    )
+    with pytest.raises(UserError, match=r"tasks\.limit=0 is not allowed"):
+        config.jobs([*short, "tasks.limit={hellaswag: 0}"])

@@ -289,7 +289,7 @@ def test_a_failure_here_is_said_whatever_another_process_does(own_home, monkeypa
 
 
 def test_a_run_under_another_name_is_shown_under_the_name_that_was_asked_for(own_home, capsys):
-    assert entry.main(["model=tiny-llama", "method=gptq", "gptq.act_order=true", *TINY]) == 0
+    assert entry.main(["model=tiny-llama", "method=gptq", "gptq.order=act", *TINY]) == 0
     assert "| gptq   |" in capsys.readouterr().out
     assert entry.main(["model=tiny-llama", "method=gptq-ao", *TINY]) == 0
     assert "| gptq-ao |" in capsys.readouterr().out

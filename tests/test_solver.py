@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from teq.data.texts import Calibration
 from teq.grid import Grid, group_params, spread
-from teq.quantizers.gptq.settings import Gptq
+from teq.quantizers.gptq import solver
+from teq.quantizers.gptq.settings import ORDERS, Gptq
 from teq.quantizers.gptq.solver import Hessian
 from teq.quantizers.rtn import round_to_nearest
 from teq.spec import UserError
@@ -23,11 +24,10 @@ def settings(bits=3, group_size=32, symmetric=False, **kwargs):
 
 
 def parse(name):
-    """`gptq.b3.g32.asym.act_order` -> (Grid, options)."""
+    """`gptq.b3.g32.asym.act_order` -> (Grid, options); the name ends with the official code's flags."""
     _, bits, group, kind, *options = name.split(".")
-    return Grid(bits=int(bits[1:]), group_size=int(group[1:]), symmetric=kind == "sym"), dict.fromkeys(
-        options, True
-    )
+    order = {"static_groups": "static", "act_order": "act"}[options[-1]] if options else "natural"
+    return Grid(bits=int(bits[1:]), group_size=int(group[1:]), symmetric=kind == "sym"), {"order": order}
 
 
 def hessian():
@@ -77,7 +77,9 @@ def test_error_is_below_that_of_rounding():
     assert chosen.solve([(weight, h)])[0].error < 0.7 * rounding
 
 
-@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"group_size": -1}, {"block_size": 50}])
+@pytest.mark.parametrize(
+    "options", [{}, {"order": "act"}, {"order": "group"}, {"group_size": -1}, {"block_size": 50}]
+)
 def test_error_is_that_of_the_weights_under_the_hessian(options):
     h, chosen = hessian(), settings(**options)
     h[7, :] = h[:, 7] = 0
@@ -85,6 +87,50 @@ def test_error_is_that_of_the_weights_under_the_hessian(options):
     lost = solution.quantized.dequantize(chosen.grid) - ORACLE["weight"]
     lost[:, 7] = 0
     assert solution.error == pytest.approx(float(((lost.double() @ h.double()) * lost).sum()), rel=1e-4)
+
+
+def importance():
+    """A Hessian's diagonal in which neither groups of 32 nor columns in them are sorted."""
+    return torch.rand(224, generator=torch.Generator().manual_seed(0)) + 0.1
+
+
+def test_group_order_on_a_sorted_diagonal_is_the_natural_order():
+    h = hessian()
+    sorted_by = h.diagonal().argsort(descending=True)
+    weight, h = ORACLE["weight"][:, sorted_by], h[sorted_by][:, sorted_by]
+    natural, group = (settings(order=o).solve([(weight, h)])[0].quantized for o in ("natural", "group"))
+    assert group.g_idx is None and torch.equal(group.scale, natural.scale)
+    assert torch.equal(group.codes, natural.codes)
+
+
+@pytest.mark.parametrize("size", [32, 96, 300])  # whole groups, a shorter last one, that alone
+def test_group_order_keeps_groups_together(size):
+    order = solver.group_order(importance(), size)
+    runs, values = order.split(size), importance()
+    assert torch.equal(order.sort().values, torch.arange(224))
+    assert all(len((run // size).unique()) == 1 for run in runs)
+    assert all((values[run].diff() <= 0).all() for run in runs)
+    whole = [run for run in runs if len(run) == size]
+    assert [float(values[run[0]]) for run in whole] == sorted(
+        (float(part.max()) for part in values.split(size)[: len(whole)]), reverse=True
+    )
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_group_order_equals_natural_order_on_permuted_columns(size):
+    h = hessian()
+    order = solver.group_order(h.diagonal(), size)
+    by_hand = settings(group_size=size).solve([(ORACLE["weight"][:, order], h[order][:, order])])[0].quantized
+    chosen = settings(group_size=size, order="group")
+    ours = chosen.solve([(ORACLE["weight"], h)])[0].quantized
+    assert torch.equal(ours.codes[:, order], by_hand.codes)
+    assert torch.equal(ours.dequantize(chosen.grid)[:, order], by_hand.dequantize(chosen.grid))
+
+
+def test_orders_lower_the_error_and_only_dynamic_groups_need_an_index():
+    found = {o: settings(order=o).solve([(ORACLE["weight"], hessian())])[0] for o in ORDERS}
+    assert all(found[o].error < 1.05 * found["natural"].error for o in ORDERS)
+    assert [o for o in ORDERS if found[o].quantized.g_idx is not None] == ["act"]
 
 
 def test_rows_solved_together_equal_rows_solved_alone():

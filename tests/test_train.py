@@ -18,10 +18,10 @@ from teq.grid import Grid
 from teq.models import arch
 from teq.models.checkpoint import LM
 from teq.models.fold import site_scales
+from teq.models.loss import causal_loss
 from teq.quantizers.quantized import restore
 from teq.quantizers.rtn import Rtn
 from teq.stage import Diverged, NothingDone
-from teq.transforms.teq.loss import causal_loss
 from teq.transforms.teq.settings import Teq
 from teq.transforms.teq.train import initial, learning_rate
 from teq.verbs.signals import Terminated

@@ -10,6 +10,7 @@ from hydra.utils import get_class
 from teq.config.options import INTERNAL, flat, folder, groups, option_names, read
 from teq.spec import UserError
 
+RENAMED = {"gptq.act_order": "gptq.order=act", "gptq.static_groups": "gptq.order=static"}
 LAUNCHERS = {  # that Hydra's documentation names, with what installs them
     "joblib": "hydra-joblib-launcher",
     "ray": "hydra-ray-launcher",
@@ -17,6 +18,7 @@ LAUNCHERS = {  # that Hydra's documentation names, with what installs them
     "submitit_local": "hydra-submitit-launcher",
     "submitit_slurm": "hydra-submitit-launcher",
 }
+MAPS = ("tasks.limit",)  # options whose value may be a map
 
 
 def one_line(error: Exception, overrides: Sequence[str], known: Sequence[str] = ()) -> str:
@@ -34,6 +36,8 @@ def one_line(error: Exception, overrides: Sequence[str], known: Sequence[str] = 
     text = " ".join(str(error).split())
     if isinstance(error, ConfigCompositionException) and "Could not override" in text:
         key = text.split("'")[1]
+        if key in RENAMED:
+            return _renamed(key)
         close = difflib.get_close_matches(key, [*known, *groups()], 1)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"there is no option {key!r}: {hint}`python run.py --help` lists them all"
@@ -66,10 +70,17 @@ def check_keys(
         what = f"experiments/{experiment}.yaml sets {key!r}, which is no option"
         if source := next((line for line in added if f"{key}.".startswith(f"{_key_of(line)}.")), ""):
             key, what = _key_of(source), f"{source} is read by no run"
+        if key in RENAMED:
+            problems.append(_renamed(key))
+            continue
         close = difflib.get_close_matches(key, known, 1, cutoff=0)
         problems.append(f"{what}: did you mean {close[0]}? `python run.py --help` lists them all")
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+def _renamed(key: str) -> str:
+    return f"{key} is no option any more: give {RENAMED[key]}, or another order (natural, act, static, group)"
 
 
 def _key_of(addition: str) -> str:
@@ -85,7 +96,7 @@ def _unread(cfg: Mapping[str, Any], base: Mapping[str, Any], prefix: str = "") -
             yield from _unread(value, base[key], f"{prefix}{key}.")
         elif key not in base and key in fields:
             continue
-        elif isinstance(value, dict) and value:
+        elif isinstance(value, dict) and value and f"{prefix}{key}" not in MAPS:
             yield from (name for name, _ in flat(value, (), f"{prefix}{key}."))
         elif key not in base:
             yield f"{prefix}{key}"

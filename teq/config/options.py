@@ -16,8 +16,9 @@ from teq.files import disk
 from teq.files.disk import ROOT
 
 GROUPS = ("model", "method", "bits", "group_size", "grid", "init", "recipe", "logger")
-INTERNAL = ("method", "quant_grid", "calibration")  # what groups' files refer to, most of it no user's to set
-SCALE_DTYPE = "quant_grid.scale_dtype"
+# what groups' files refer to, most of it no user's to set
+INTERNAL = ("method", "quant_grid", "calibration", "finetuning")
+OF_THE_GRID = ("quant_grid.scale_dtype", "quant_grid.search")
 LAYOUT = "layout"  # the node of an experiment file that says how its records are shown; no run reads it
 
 
@@ -77,7 +78,7 @@ def option_names(group: Path) -> list[str]:
 def values() -> dict[str, Any]:
     """Return the default of each single value that a user can set, by dotted name."""
     found = flat(_plain("config.yaml"), ("defaults", "hydra"))
-    return {key: value for key, value in found if not key.startswith(INTERNAL) or key == SCALE_DTYPE}
+    return {key: value for key, value in found if not key.startswith(INTERNAL) or key in OF_THE_GRID}
 
 
 def help_sentences() -> dict[str, str]:

@@ -18,17 +18,20 @@ from omegaconf.errors import OmegaConfBaseException
 from teq.config.options import LAYOUT, experiment, folder, option_names, read
 from teq.device.runtime import Runtime
 from teq.evaluate.counts import Counts
+from teq.evaluate.tasks import FOLDERS
+from teq.finetune.settings import PARTS
 from teq.models.arch import families, sites
 from teq.models.checkpoint import Checkpoint, Outline
 from teq.models.synthetic import skeleton
 from teq.pipeline.settings import Run
 from teq.quantizers.keep import Keep
-from teq.spec import UserError
+from teq.spec import UserError, did_you_mean
 from teq.transforms.identity import Identity
 
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 LM_EVAL = re.compile(r"lm_eval/([^:]+)(?::(\d+))?")
+DEFAULT = "default"  # in a map of limits: the tasks that it does not name
 AUTO = "auto"  # the model whose file names no checkpoint
 BASIC = "basic"  # Hydra's launcher that runs jobs in this process
 
@@ -59,15 +62,20 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     cfg["eval_dtype"] = cfg["eval_dtype"] or cfg["dtype"]  # by hand, not the recipe's
     _fill_from_recipe(cfg, name)
     source = _make(_source(model), cfg)
-    arch = model.get("arch") or _family(source, name)
+    transform = _make(cfg["method"]["transform"], cfg)
+    evaluations = tuple(_make(node, cfg) for node in _evaluations(cfg["evals"], cfg["tasks"]["limit"]))
+    counted = any(isinstance(evaluation, Counts) for evaluation in evaluations)
+    family = model.get("arch") or _family(source, name)
+    arch = _arch(family, cfg["sites"], read=counted or not isinstance(transform, Identity))
     run = Run(
         model=Checkpoint(name=name, source=source, arch=_make(arch, cfg)),
         dtype=cfg["dtype"],
         eval_dtype=cfg["eval_dtype"],
         method=str(choices["method"]),
-        transform=_make(cfg["method"]["transform"], cfg),
+        transform=transform,
         quantizer=_make(cfg["method"]["quantizer"], cfg),
-        evals=tuple(_make(node, cfg) for node in _evaluations(cfg["evals"])),
+        finetune=_finetune(cfg),
+        evals=evaluations,
     )
     _check_weights(run)
     options = Runtime(device=cfg["device"], memory=str(cfg["memory"]), batch_size=cfg["tasks"]["batch_size"])
@@ -76,6 +84,14 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     logger = None if cfg["logger"] is None else _make(cfg["logger"], cfg)
     dimensions = model.get("config")
     return Job(list(overrides), run, options, logger, named, layout, dimensions)
+
+
+def _finetune(cfg: dict[str, Any]) -> Any:
+    """Return the last stage, None without one: `finetune` comes before what the method's file says."""
+    parts = cfg["finetune"] = str(cfg["finetune"] or cfg["method"].get("finetune", "none"))
+    if parts not in ("none", *PARTS):
+        raise UserError(f"finetune={parts} is not allowed: {did_you_mean(parts, ('none', *PARTS))}")
+    return None if parts == "none" else _make(cfg["finetuning"], cfg)
 
 
 def _source(model: Mapping[str, Any]) -> Any:
@@ -131,6 +147,16 @@ def _family(source: Any, name: str) -> dict[str, Any]:
     return found[-1]
 
 
+def _arch(arch: dict[str, Any], chosen: str, read: bool) -> dict[str, Any]:
+    """Return the node of the architecture, without sites beyond the paper's where none is to be `read`."""
+    if chosen not in ("paper", "all"):
+        raise UserError(f"sites={chosen} is not allowed: it must be paper or all")
+    if chosen == "all" and not arch.get("more_sites"):
+        raise UserError(f"sites=all: arch={arch['name']} has the paper's sites alone: choose sites=paper")
+    paper = chosen == "paper" or not read
+    return {key: value for key, value in arch.items() if not (paper and key == "more_sites")}
+
+
 def _check_weights(run: Run) -> None:
     """Reject everything that needs weights where there are none: only counting does without."""
     if not isinstance(run.model.source, Outline):
@@ -165,16 +191,20 @@ def _fill_from_recipe(cfg: dict[str, Any], model: str) -> None:
     _fill(cfg, {key: value for key, value in recipe.items() if key != "exceptions"})
 
 
-def _fill(node: dict[str, Any], values: Mapping[str, Any]) -> None:
+def _fill(cfg: dict[str, Any], values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        if isinstance(value, dict):
-            _fill(node[key], value)
-        elif node[key] is None:
-            node[key] = value
+        section, leaves = (cfg[key], value) if isinstance(cfg[key], dict) else (cfg, {key: value})
+        for name, leaf in leaves.items():  # a map of limits is a leaf: the user's is not filled up
+            if section[name] is None:
+                section[name] = leaf
 
 
-def _evaluations(evals: Any) -> list[dict[str, Any]]:
-    """Return the node of each evaluation; `lm_eval/<task>:<shots>` becomes one of lm-eval's tasks."""
+def _evaluations(evals: Any, limit: Any) -> list[dict[str, Any]]:
+    """Return the node of each evaluation; `lm_eval/<task>:<shots>` becomes one of lm-eval's tasks.
+
+    A `limit` that is a map by task is resolved here: each task takes its own, so that its key is that of the
+    plain number; one that is not named takes the entry `default`, else all documents.
+    """
     names = [evals] if isinstance(evals, str) else list(evals or [])
     files = option_names(folder("conf") / "eval")
     known, nodes = ", ".join([*files, "lm_eval/<task>[:<shots>]"]), []
@@ -188,7 +218,15 @@ def _evaluations(evals: Any) -> list[dict[str, Any]]:
             nodes.append(read(folder("conf") / "eval" / f"{name}.yaml"))
         else:
             raise UserError(f"evals={name} is not allowed: it must be some of {known}")
-    return nodes
+    if not isinstance(limit, dict):
+        return nodes
+    tasks = [DEFAULT, *dict.fromkeys([*FOLDERS, *(node["task"] for node in nodes if "task" in node)])]
+    if unknown := next((name for name in limit if name not in tasks), None):
+        raise UserError(f"tasks.limit={unknown} is not allowed: {did_you_mean(unknown, tasks)}")
+    return [
+        node | {"limit": limit.get(node["task"], limit.get(DEFAULT))} if "task" in node else node
+        for node in nodes
+    ]
 
 
 def _make(node: Any, cfg: dict[str, Any]) -> Any:

@@ -104,16 +104,24 @@ def calibration(
 
 
 def windows(
-    name: str, tokenizer: "PreTrainedTokenizerBase", context: int, limit: int | None = None
+    name: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    context: int,
+    limit: int | None = None,
+    even: bool = False,
 ) -> tuple["Tensor", int]:
     """Return token ids `[windows, context]` of the perplexity protocol `name`, and its number of windows.
+
+    At most `limit` of them: `even` ones are spaced evenly from the first to the last, others are the first.
 
     The protocols are those of GPTQ's code. The rows are joined into one text that is tokenized at once, so
     that the tokenizer's BOS, if it has one, stands at the start of the stream alone; windows follow one
     another without overlap and an incomplete last one is dropped. `c4` instead draws each window from a
-    random document that is longer than it. Both C4 protocols have at most 256. Raises UserError when there is
-    not even one.
+    random document that is longer than it, so that the first ones are a sample. Both C4 protocols have at
+    most 256. Raises UserError when there is not even one.
     """
+    import numpy as np
+
     if name == "c4":
         texts = find(name).table()["text"].to_pylist()
         return _drawn(texts, tokenizer, context, min(C4_WINDOWS, limit or C4_WINDOWS)), C4_WINDOWS
@@ -130,7 +138,8 @@ def windows(
         )
     count = min(count, C4_WINDOWS) if name == "c4-new" else count
     taken = min(count, limit or count)
-    return stream[: taken * context].view(taken, context), count
+    chosen = np.linspace(0, count - 1, taken).round().astype(int) if even else np.arange(taken)
+    return stream[: count * context].view(count, context)[chosen], count
 
 
 def task_rows(name: str) -> "pyarrow.Table":

@@ -1,6 +1,7 @@
 """Bytes of live tensors and operations of matrix products, counted while work runs."""
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
                 self._add(leaf)
         return out
+
+    def count(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that are there already, as long as they live."""
+        for tensor in tensors:
+            self._add(tensor)
 
     def _add(self, tensor: Tensor) -> None:
         if self.device is not None and tensor.device.type != self.device:

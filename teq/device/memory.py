@@ -88,10 +88,10 @@ def explained(doing: str, device: str) -> Iterator[None]:
         ) from None
 
 
-def attempt(work: Callable[[str], T], strategy: str, device: str) -> T:
+def attempt(work: Callable[[str], T], strategy: str, device: str, group: str = "train") -> T:
     """Return `work(strategy)`; where memory runs out, retry once with the next strategy that helps.
 
-    Raises UserError when that does not do either.
+    Raises UserError, which names an option of the work's `group`, when that does not do either.
     """
     following = [s for s in possible(device) if STRATEGIES.index(s) > STRATEGIES.index(strategy)]
     try:
@@ -110,7 +110,7 @@ def attempt(work: Callable[[str], T], strategy: str, device: str) -> T:
                 raise
     raise UserError(
         f"memory ran out with strategy {(*following, strategy)[0]} ({said}): what was trained is kept; "
-        "give a smaller memory=<amount>, shorten train.length, or choose a larger device"
+        f"give a smaller memory=<amount>, shorten {group}.length, or choose a larger device"
     )
 
 

@@ -1,12 +1,33 @@
-"""CPU offload of frozen blocks, with prefetch of the next block."""
+"""Memory of a training step: checkpointed blocks, and their CPU offload with prefetch of the next one."""
 
 import contextlib
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+
+@contextlib.contextmanager
+def saving(blocks: Iterable[nn.Module], strategy: str, device: torch.device) -> Iterator[None]:
+    """Context manager: what the backward pass of a block needs takes less memory under the `strategy`.
+
+    It is kept (`keep`) or computed again from the block's input (`checkpoint`); with `offload` the block's
+    parameters are copied to the device for that as well.
+    """
+    parts = [] if strategy == "keep" else list(blocks)
+    stream = Stream(parts, device) if strategy == "offload" else None
+    try:
+        for index, block in enumerate(parts):
+            inner = block.forward if stream is None else functools.partial(stream.run, index)
+            block.forward = functools.partial(checkpoint, inner, use_reentrant=False)
+        yield
+    finally:
+        for block in parts:
+            vars(block).pop("forward", None)
 
 
 def place_around_blocks(model: nn.Module, blocks: Iterable[nn.Module], device: str) -> None:

@@ -20,12 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(Evaluation):
-    """The first `limit` (all when null) windows of `context` tokens that the protocol `corpus` cuts."""
+    """At most `limit` (all when null) of the windows of `context` tokens that the protocol `corpus` cuts.
+
+    `windows` even spaces them evenly over the text; first takes those at its beginning, as records before
+    this option did. Where both are the same (all windows, or the random draws of c4) the setting is `first`.
+    """
 
     group = "ppl"
     corpus: str = option(among=data.PERPLEXITY)
     context: int = option(at_least=2)
     limit: int | None = option(None, at_least=1)
+    windows: str = option("even", among=("even", "first"), omitted="first")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit is None or self.corpus == "c4":
+            object.__setattr__(self, "windows", "first")
 
     @property
     def name(self) -> str:
@@ -68,7 +78,7 @@ class Perplexity(Evaluation):
         self._windows(tokenizer)
 
     def _windows(self, tokenizer: "PreTrainedTokenizerBase") -> tuple["Tensor", int]:
-        return data.windows(self.corpus, tokenizer, self.context, self.limit)
+        return data.windows(self.corpus, tokenizer, self.context, self.limit, even=self.windows == "even")
 
     def dry_run(self, lm: "LM", strategy: str) -> None:
         """Run one window."""

@@ -9,6 +9,7 @@ from teq import statistics
 from teq.console import aligned
 from teq.record import Record
 
+PARTS = ("transform", "quantizer", "finetune")  # of a run; the last one only where there is one
 NORMAL = 1.959963984540054  # 97.5 % quantile of the standard normal
 LOADING = {
     "compressed-tensors": "`AutoModelForCausalLM.from_pretrained(folder)`, with compressed-tensors",
@@ -40,7 +41,7 @@ def render(manifest: Mapping[str, Any]) -> str:
     kind = "symmetric" if grid["symmetric"] else "asymmetric"
     code = manifest["code"]
     commit = f"{code['commit']}{' with changes' if code['dirty'] else ''}"
-    settings = {part: run[part] for part in ("transform", "quantizer")}
+    settings = {part: run[part] for part in PARTS if part in run}
     return "\n".join(
         [
             "---",
@@ -89,7 +90,7 @@ def _rows(manifest: Mapping[str, Any]) -> list[list[str]]:
 def _calibration(manifest: Mapping[str, Any]) -> str:
     """Return which text calibrated which part of the method."""
     run, found = manifest["run"], []
-    for part in ("transform", "quantizer"):
+    for part in (part for part in PARTS if part in run):
         settings = run[part]
         if manifest["text"][part] is not None:
             count = settings.get("samples")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
+VECTORS = ("free", "mean", "square", "best")  # of a training's state: one number for each that is trained
 SECONDS = 60.0  # between two writes of a training's state: the most that a kill without warning costs
 
 
@@ -44,8 +45,9 @@ class Writer:
 class ResumeFile:
     """The state of a training loop in one file.
 
-    It holds parameters, Adam's moments, losses, the best scales and the CPU's random state: with dropout
-    (profile `inc`) on another device a resumed training draws other numbers.
+    It holds the parameters, which are vectors, Adam's moments, losses, the best parameters where they are
+    kept, and the CPU's random state: with dropout (profile `inc`) on another device a resumed training draws
+    other numbers.
     """
 
     def __init__(
@@ -54,17 +56,17 @@ class ResumeFile:
         self.file, self.free, self.optimizer = file, free, optimizer
         self.writer = Writer("the training")
         self.written, self.saved = 0, time.monotonic()  # steps in the file, and when it was written
-        self.state: tuple[int, list[float], dict[str, Tensor], dict[str, Tensor]] | None = None
+        self.state: tuple[int, list[float], dict[str, Tensor], Mapping[str, Tensor] | None] | None = None
 
     def restore(self) -> "tuple[list[float], dict[str, Tensor]] | None":
-        """Put back what was saved; return the losses so far and the best scales, or None without a file."""
+        """Put back what was saved; return losses and best parameters so far, or None without a file."""
         import torch
 
         state = self._read()
         if state is None:
             return None
         losses = state["losses"].tolist()
-        parts = {name: self._split(state[name]) for name in ("free", "mean", "square", "best")}
+        parts = {name: self._split(state[name]) for name in VECTORS if name in state}
         torch.set_rng_state(state["random"])
         for name, parameter in self.free.items():
             parameter.data.copy_(parts["free"][name])
@@ -75,9 +77,9 @@ class ResumeFile:
             }
         self.written = len(losses)
         log.info("training goes on from step %d", len(losses))
-        return losses, parts["best"]
+        return losses, parts.get("best", {})
 
-    def keep(self, losses: list[float], best: "dict[str, Tensor]") -> None:
+    def keep(self, losses: list[float], best: "Mapping[str, Tensor] | None" = None) -> None:
         """Take a copy of the state after a whole step; write it where the last time was `SECONDS` ago.
 
         The copy stays on the device: no step waits for it.
@@ -104,10 +106,9 @@ class ResumeFile:
         if self.file is None or self.state is None or self.state[0] == self.written:
             return
         count, losses, copied, best = self.state
-        state = copied | {
-            "losses": torch.tensor(losses[:count], dtype=torch.float64),
-            "best": torch.cat([best[name] for name in self.free]),
-        }
+        state = copied | {"losses": torch.tensor(losses[:count], dtype=torch.float64)}
+        if best is not None:
+            state["best"] = torch.cat([best[name] for name in self.free])
         if self.writer.attempt(lambda: disk.write_tensors(self.file, state)):
             self.written = count
         self.saved = time.monotonic()
@@ -124,8 +125,9 @@ class ResumeFile:
         if self.file is None or (found := disk.read_tensors(self.file, "training starts anew")) is None:
             return None
         state, numbers = found[0], sum(parameter.numel() for parameter in self.free.values())
-        flat = [state.get(name) for name in ("free", "mean", "square", "best")]
-        if any(t is None or t.shape != (numbers,) for t in flat) or not {"losses", "random"} <= state.keys():
+        flat = [state[name] for name in VECTORS if name in state]
+        needed = {"free", "mean", "square", "losses", "random"}
+        if any(t.shape != (numbers,) for t in flat) or not needed <= state.keys():
             log.warning("%s is of another training: training starts anew", self.file)
             return None
         return state

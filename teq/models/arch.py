@@ -1,50 +1,87 @@
 """Architectures: where a family's decoder blocks are, and its sites: which layer feeds which linears."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from teq.files import disk
-from teq.spec import Settings, UserError, option
+from teq.spec import Settings, UserError, did_you_mean, option
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PretrainedConfig
+
+WIRING = ("targets", "heads", "parts", "part")  # of a site whose channels are not the source's one to one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arch(Settings):
     """A model family as data: where its blocks are, its sites, and the configuration values it depends on.
 
-    `sites` maps each source to the linears that read its output; names are relative to the block. The
-    `model_type` of its models' configurations is its name where it is not given.
+    `sites` maps each source to the linears that read its output; names are relative to the block.
+    `more_sites` are those beyond the paper's, None where they are not used. A source may be mapped to
+    `targets` with `heads`, the name of a value of the model's configuration, `parts` and `part`: see `Site`.
+    The `model_type` of its models' configurations is its name where it is not given.
     """
 
     name: str = option(hashed=False)
     model_type: str = option("", hashed=False)
     blocks: str
     sites: dict[str, Any]
+    more_sites: dict[str, Any] | None = option(None, omitted=None)
     requires: dict[str, Any]
     because: str = option(hashed=False)  # why `requires` is required, for the message
 
 
 @dataclass(frozen=True)
 class Site:
-    """A source and the linears that read its output. Names are full module paths; `name` is the source's."""
+    """A source and the linears that read its output. Names are full module paths; `name` is the source's.
+
+    The source's output channels are `[heads, parts, n]`, of which those of `part` are the site's; the
+    targets' input channels are `[heads, repeats, n]`, because query heads may share a key-value head.
+    """
 
     name: str
     block: int
     source: "nn.Module"
     targets: dict[str, "nn.Linear"]
+    heads: int = 1
+    parts: int = 1
+    part: int = 0
 
     @property
     def width(self) -> int:
         """Return the number of channels: the length of the site's scale vector."""
+        return self.source.weight.shape[0] // self.parts
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of the targets' input channels."""
         return next(iter(self.targets.values())).in_features
 
+    def over_inputs(self, s: "Tensor") -> "Tensor":
+        """Return a site's vector `[width]` over the targets' input channels `[in]`."""
+        repeats = self.inputs // self.width
+        return s if repeats == 1 else s.view(self.heads, 1, -1).expand(-1, repeats, -1).flatten()
+
+    def over_outputs(self, s: "Tensor") -> "Tensor":
+        """Return a site's vector `[width]` over the source's output channels `[out]`, 1 at the others."""
+        if self.parts == 1:
+            return s
+        rows = s.new_ones(self.heads, self.parts, self.width // self.heads)
+        rows[:, self.part] = s.view(self.heads, -1)
+        return rows.flatten()
+
+    def tied(self, x: "Tensor") -> "Tensor":
+        """Return a vector over the targets' input channels `[in]` as `[width, repeats]`."""
+        return x.view(self.heads, -1, self.width // self.heads).mT.reshape(self.width, -1)
+
     def largest(self) -> "Tensor":
-        """Return the targets' largest weight by magnitude in each input channel, `[in]`, fp32."""
+        """Return the targets' largest weight by magnitude in each channel, `[width]`, fp32."""
         import torch
 
-        return torch.stack([target.weight.abs().amax(0).float() for target in self.targets.values()]).amax(0)
+        found = torch.stack([target.weight.abs().amax(0).float() for target in self.targets.values()])
+        return self.tied(found.amax(0)).amax(1)
 
 
 def blocks(model: "nn.Module", arch: Arch) -> dict[str, "nn.Module"]:
@@ -103,22 +140,55 @@ def linears(block_name: str, block: "nn.Module") -> dict[str, "nn.Linear"]:
 
 def sites(model: "nn.Module", arch: Arch) -> list[Site]:
     """Return every site, block by block in the arch's order. Raises UserError when there is none."""
-    found = []
-    for index, (block_name, block) in enumerate(blocks(model, arch).items()):
-        inside = linears(block_name, block)
-        for source, names in arch.sites.items():
-            targets = {f"{block_name}.{t}": inside.get(f"{block_name}.{t}") for t in names}
-            missing = [name for name, module in targets.items() if module is None]
-            if missing:
-                raise UserError(
-                    f"arch={arch.name} names the linear {missing[0]!r}, which the model does not have"
-                )
-            found.append(make_site(f"{block_name}.{source}", index, _source(block, source, arch), targets))
+    found = [
+        site
+        for index, (name, block) in enumerate(blocks(model, arch).items())
+        for site in block_sites(arch, model.config, index, name, block)
+    ]
     if not found:
         raise UserError(
             f"arch={arch.name} has no site in this model: there is nothing that a transform could train"
         )
     return found
+
+
+def block_sites(
+    arch: Arch, config: "PretrainedConfig", index: int, block_name: str, block: "nn.Module"
+) -> Iterator[Site]:
+    """Yield the sites of one block in the arch's order.
+
+    Raises UserError when one vector cannot scale a source's output and its targets' input.
+    """
+    inside = linears(block_name, block)
+    for source, entry in (arch.sites | (arch.more_sites or {})).items():
+        wiring = entry if isinstance(entry, dict) else {"targets": entry}
+        for key in wiring:
+            if key not in WIRING:
+                raise UserError(f"arch={arch.name}: site {source} sets {key!r}: {did_you_mean(key, WIRING)}")
+        targets = {f"{block_name}.{t}": inside.get(f"{block_name}.{t}") for t in wiring["targets"]}
+        missing = [name for name, module in targets.items() if module is None]
+        if missing:
+            raise UserError(
+                f"arch={arch.name} names the linear {missing[0]!r}, which the model does not have"
+            )
+        heads, parts = wiring.get("heads"), wiring.get("parts", 1)
+        if heads is not None and not hasattr(config, heads):
+            raise UserError(
+                f"arch={arch.name} reads {heads!r}, which the model's configuration does not have"
+            )
+        count = 1 if heads is None else getattr(config, heads)
+        part = wiring.get("part", 0)
+        module = _source(block, source, arch)
+        site = Site(f"{block_name}.{source}", index, module, targets, count, parts, part)
+        channels = module.weight.shape[0]
+        fits = site.inputs % site.width == 0 if heads else site.inputs == site.width
+        if not fits or channels % (count * parts) or not 0 <= part < parts:
+            raise UserError(
+                f"site {site.name} -> {', '.join(targets)} is refused: its source gives {channels} channels "
+                f"(heads={count}, part {part} of {parts}), its targets read {site.inputs} (grouped-query "
+                "attention needs heads); correct it or leave it out of the arch"
+            )
+        yield site
 
 
 def _source(block: "nn.Module", name: str, arch: Arch) -> "nn.Module":
@@ -128,15 +198,3 @@ def _source(block: "nn.Module", name: str, arch: Arch) -> "nn.Module":
         raise UserError(
             f"arch={arch.name} names the source {name!r}, which the model does not have"
         ) from None
-
-
-def make_site(name: str, block: int, source: "nn.Module", targets: dict[str, "nn.Linear"]) -> Site:
-    """Return the site; refuse it when one vector cannot scale its source's output and its targets' input."""
-    site = Site(name, block, source, targets)
-    channels = source.weight.shape[0]
-    if channels != site.width:
-        raise UserError(
-            f"site {name} -> {', '.join(targets)} is refused: its source gives {channels} channels, its "
-            f"targets read {site.width} (as under grouped-query attention); leave it out of the arch"
-        )
-    return site

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from teq.models.arch import Arch, Site, blocks, linears, make_site, sites
+from teq.models.arch import Arch, Site, block_sites, blocks, linears, sites
 from teq.models.blocks import block_inputs, no_casts_to_fp32, run_block
 from teq.spec import UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 CLIP = "clip/"  # before a linear's name: the bounds of its folded weight, among the scales of the sites
@@ -42,8 +43,8 @@ class Folding:
         """Return the folding of `scales`; sites without one stay, `clip/<linear>` bounds a weight."""
         scaled = [site for site in sites if site.name in scales]
         return cls(
-            columns={target: scales[site.name] for site in scaled for target in site.targets},
-            rows={site.name: scales[site.name] for site in scaled},
+            columns={t: site.over_inputs(scales[site.name]) for site in scaled for t in site.targets},
+            rows={site.name: site.over_outputs(scales[site.name]) for site in scaled},
             bounds={name.removeprefix(CLIP): b for name, b in scales.items() if name.startswith(CLIP)},
         )
 
@@ -190,7 +191,9 @@ def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -
     hidden = hidden.cpu().double()
     for index, (name, block) in enumerate(blocks(model, arch).items()):
         if index in chosen:
-            _check_block(arch, index, name, block, hidden, _exact(keywords[index]), generator, tolerance)
+            _check_block(
+                arch, model.config, index, name, block, hidden, _exact(keywords[index]), generator, tolerance
+            )
 
 
 def one_of_each_kind(model: "nn.Module", arch: Arch) -> list[int]:
@@ -206,6 +209,7 @@ def one_of_each_kind(model: "nn.Module", arch: Arch) -> list[int]:
 
 def _check_block(
     arch: Arch,
+    config: "PretrainedConfig",
     index: int,
     name: str,
     original: "nn.Module",
@@ -225,9 +229,7 @@ def _check_block(
     block = copy.deepcopy(original, here)  # which takes what `here` holds for what it finds
     with torch.no_grad(), no_casts_to_fp32():
         expected = run_block(block, hidden, kwargs)
-        for source, names in arch.sites.items():
-            targets = {f"{name}.{t}": block.get_submodule(t) for t in names}
-            site = make_site(f"{name}.{source}", index, block.get_submodule(source), targets)
+        for site in block_sites(arch, config, index, name, block):
             s = torch.empty(site.width, dtype=torch.float64).uniform_(-2, 2, generator=generator)
             folded = [p for m in (site.source, *site.targets.values()) for p in m.parameters(recurse=False)]
             kept = [parameter.clone() for parameter in folded]
@@ -235,9 +237,10 @@ def _check_block(
             change = (run_block(block, hidden, kwargs) - expected).norm() / expected.norm()
             if not change <= tolerance:
                 raise UserError(
-                    f"site {source} -> {', '.join(names)} of arch={arch.name} is refused: folding random "
-                    f"positive scales into block {index} changes its output by {change:.1e} (relative), at "
-                    f"most {tolerance:.0e} is allowed; correct the site in conf/model/arch/{arch.name}.yaml"
+                    f"site {site.name} -> {', '.join(site.targets)} of arch={arch.name} is refused: folding "
+                    f"random positive scales into block {index} changes its output by {change:.1e} "
+                    f"(relative), at most {tolerance:.0e} is allowed; correct the site in "
+                    f"conf/model/arch/{arch.name}.yaml"
                 )
             for parameter, value in zip(folded, kept, strict=True):
                 parameter.copy_(value)

@@ -16,14 +16,14 @@ from teq.models.blocks import one_sequence_a_row
 from teq.models.checkpoint import LM
 from teq.models.synthetic import architecture
 from teq.spec import UserError
-from teq.stage import Transform
+from teq.stage import Transform, Tuner
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 def choose(
-    transform: Transform,
+    stage: Transform | Tuner,
     dimensions: Callable[[], "PretrainedConfig"],
     arch: Arch,
     dtype: str,
@@ -33,20 +33,20 @@ def choose(
 
     Raises UserError, naming the least that would do, when none fits.
     """
-    if transform.dry_run is None:
+    if stage.dry_run is None:
         return STRATEGIES[0]
     if runtime.memory in STRATEGIES:
         return runtime.memory
     allowed, needed = budget(runtime.memory, runtime.device), {}
     for strategy in possible(runtime.device):
-        needed[strategy] = estimate(transform, dimensions(), arch, dtype, strategy).bytes
+        needed[strategy] = estimate(stage, dimensions(), arch, dtype, strategy).bytes
         if needed[strategy] <= allowed:
             return strategy
     name, least = min(needed.items(), key=lambda item: item[1])
     raise UserError(
         f"memory={runtime.memory} ({allowed / 1e9:.3g} GB on {runtime.device}) is too small to train the "
-        f"scales: the least that would do is memory={_amount(least)}, with {name}; shorten train.length, "
-        "lower train.batch, or choose a larger device"
+        f"scales: the least that would do is memory={_amount(least)}, with {name}; shorten "
+        f"{stage.group}.length, lower {stage.group}.batch, or choose a larger device"
     )
 
 
@@ -93,6 +93,9 @@ def _counted(
         present = {*model.parameters(), *model.buffers()}
         if strategy == "offload":
             present -= {p for block in blocks_of(model, arch).values() for p in block.parameters()}
-        with LiveBytes(None if device == "cpu" else device) as live:
+        live = LiveBytes(None if device == "cpu" else device)
+        live.count(present)
+        del present
+        with live:
             stage.dry_run(LM(model, None, arch, "outline"), strategy)
-    return Estimate(sum(tensor.nbytes for tensor in present) + live.peak, live.flops)
+    return Estimate(live.peak, live.flops)

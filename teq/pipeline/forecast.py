@@ -81,30 +81,36 @@ def target(device: str, allowed: str) -> Target:
 def stages(
     run: Run, sizes: "PretrainedConfig", target: Target, allowed: str, batch_size: int
 ) -> Iterator[Stage]:
-    """Yield what each stage of a run needs; the scales once for each strategy, the picked one marked."""
+    """Yield what each stage of a run needs; what is trained once for each strategy, the picked one marked."""
 
     def needed(stage: Any, strategy: str = "keep", device: str = "cpu", dtype: str = "") -> memory.Estimate:
         return estimate.estimate(stage, sizes, run.model.arch, dtype or run.dtype, strategy, device)
 
-    if run.transform.dry_run is not None:
+    def trained(name: str, stage: Any) -> Iterator[Stage]:
         given = (allowed,) if allowed in STRATEGIES else ()
         tried = dict.fromkeys([*memory.possible(target.kind), *given])
-        found = {strategy: needed(run.transform, strategy) for strategy in tried}
+        found = {strategy: needed(stage, strategy) for strategy in tried}
         fitting = (strategy for strategy, one in found.items() if one.bytes <= target.budget)
         picked = next(iter(given or fitting), None)
         for strategy, one in found.items():
-            flops = one.flops // 2 * run.transform.steps  # a dry run is two steps
+            flops = one.flops // 2 * stage.steps  # a dry run is two steps
             mark = " (picked)" if strategy == picked else ""
-            yield Stage("scales", one.bytes, flops, strategy + mark)
+            yield Stage(name, one.bytes, flops, strategy + mark)
+
+    if run.transform.dry_run is not None:
+        yield from trained("scales", run.transform)
     if run.quantizer.dry_run is not None:
         on = "meta" if target.kind == "cuda" else "cpu"  # from a GPU the packed codes go to the host's memory
-        yield Stage("weights", needed(run.quantizer, device=on).bytes)  # its time is no matrix products'
+        one, times = needed(run.quantizer, device=on), run.quantizer.dry_runs(sizes.num_hidden_layers)
+        yield Stage("weights", one.bytes, times and times * one.flops)  # RTN's time is no matrix products'
     elif run.quantizer.estimate is not None:
         one = run.quantizer.estimate(outline(sizes, run.dtype, run.model.arch))
         moved = one.movable if target.kind == "cuda" and one.bytes > target.budget else 0
         yield Stage("weights", one.bytes - moved, one.flops, "hidden states on the host" if moved else "")
     else:
         yield Stage("weights", None)
+    if run.finetune is not None:
+        yield from trained("tuned", run.finetune)
     for evaluation in run.evals:
         if evaluation.dry_run is not None:
             one = needed(evaluation, dtype=run.eval_dtype or "")

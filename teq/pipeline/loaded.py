@@ -45,9 +45,9 @@ class LoadedModel:
             self._lm.model.to(device or self.device)
         return self._lm
 
-    def to_use_up(self, dtype: str | None = None) -> LM:
+    def to_use_up(self, dtype: str | None = None, device: str | None = None) -> LM:
         """Return the model as it was loaded; the caller may change it."""
-        lm, self._state = self.pristine(dtype=dtype), None
+        lm, self._state = self.pristine(device, dtype), None
         return lm
 
     def holding(self, weights: Artefact, grid: Any, dtype: str | None = None) -> LM:

@@ -82,7 +82,7 @@ class WandbRun:
             log.warning("wandb could not take the table (%s)", one_line(error))
 
     def finish(self, finished: "Record") -> None:
-        """Log what came from the cache of the loss curve, the metrics, and the scales' histograms."""
+        """Log what came from the cache of the loss curve, and the tuning's, metrics and scale histograms."""
         import numpy as np
         import wandb
 
@@ -90,6 +90,8 @@ class WandbRun:
             for step, loss in enumerate(finished.data["training"]["loss"]):
                 if step not in self.steps:
                     self.step(step, loss)
+            for step, loss in enumerate(finished.data.get("finetune", {}).get("loss", [])):
+                self.run.log({"finetune/loss": loss, "finetune/step": step})
             for name, metric in finished.metrics.items():
                 self.run.log({f"{name}/{key}": value for key, value in metric["values"].items()})
             for site, summary in finished.data["training"]["scales"].items():

@@ -1,4 +1,4 @@
-"""The whole chain: configuration -> scales -> quantized weights -> metrics -> record."""
+"""The whole chain: configuration -> scales -> quantized weights (-> tuned) -> metrics -> record."""
 
 import datetime
 from pathlib import Path
@@ -37,7 +37,7 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger | 
         return {name: store.get(stage, runtime.device) for name, stage in stages.items()}
 
     metrics = {each.name: store.get(stages[each.name], runtime.device) for each in spec.evals}
-    made = {"scales": store.peek(stages["scales"]), "weights": store.peek(stages["weights"])}
+    made = {name: store.peek(stage) for name, stage in stages.items() if name not in metrics}
     made |= {name: artefact.digest for name, artefact in metrics.items()}
     keys = {name: stage.key for name, stage in stages.items()}
     finished = record.find(home / "records", spec.key(), keys, made)
@@ -52,7 +52,10 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger | 
 
 
 def _describe(spec: Run, identity: str, found: dict[str, Artefact], runtime: Runtime) -> dict[str, Any]:
-    """Return the content of a record."""
+    """Return the content of a record; `finetune` is in it where there is that stage."""
+    tuned = {} if spec.finetune is None else {"finetune": found["tuned"].info}
+    readers = {"transform": spec.transform, "quantizer": spec.quantizer}
+    readers |= {} if spec.finetune is None else {"finetune": spec.finetune}
     return {
         "id": spec.key(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -61,7 +64,8 @@ def _describe(spec: Run, identity: str, found: dict[str, Artefact], runtime: Run
         "metrics": {each.name: found[each.name].info for each in spec.evals},
         "training": {"loss": [], "scales": {}} | found["scales"].info,
         "quantization": found["weights"].info,
-        "text": {"transform": text(spec.transform), "quantizer": text(spec.quantizer)},
+        **tuned,
+        "text": {name: text(reader) for name, reader in readers.items()},
         "stages": {
             name: {"key": one.key, "digest": one.digest, "cost": one.cost, "cached": one.cached}
             for name, one in found.items()

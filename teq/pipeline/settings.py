@@ -10,7 +10,7 @@ from teq.models.arch import sites
 from teq.models.checkpoint import Checkpoint
 from teq.models.synthetic import skeleton
 from teq.spec import Settings, UserError, digest, option
-from teq.stage import Evaluation, Quantizer, Transform
+from teq.stage import Evaluation, Quantizer, Transform, Tuner
 from teq.transforms.identity import Identity
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -29,12 +29,23 @@ class Run(Settings):
     method: str = option(hashed=False)  # a display name: two names of one pair are one run
     transform: Transform
     quantizer: Quantizer
+    finetune: Tuner | None = option(None, omitted=None)
     evals: tuple[Evaluation, ...]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eval_dtype == self.dtype:
             object.__setattr__(self, "eval_dtype", None)
+        if self.finetune is not None and self.quantizer.grid is None:
+            raise UserError(
+                f"finetune={self.finetune.parts} has no effect on method={self.method}, which quantizes "
+                "nothing: choose finetune=none, or a method that quantizes, such as rtn"
+            )
+
+    @property
+    def calibrated(self) -> tuple[Transform | Quantizer | Tuner, ...]:
+        """Return the stages that may read calibration text, in the order in which they run."""
+        return self.transform, self.quantizer, *([] if self.finetune is None else [self.finetune])
 
     def key(self) -> str:
         """Return the content hash, which the order of the evaluations does not change."""
@@ -45,7 +56,8 @@ class Run(Settings):
         """Return the run in a few words, for messages."""
         grid = self.quantizer.grid
         cut = "" if grid is None else f" bits={grid.bits} group_size={grid.group_size}"
-        return f"model={self.model.name} method={self.method}{cut}"
+        tuned = "" if self.finetune is None else f" finetune={self.finetune.parts}"
+        return f"model={self.model.name} method={self.method}{cut}{tuned}"
 
 
 def checks(spec: Run) -> list[dict[str, Callable[[], Any]]]:
@@ -54,7 +66,7 @@ def checks(spec: Run) -> list[dict[str, Callable[[], Any]]]:
     Models are checked before texts, so that without hub access there is one error per model. Checks are
     deduplicated by name across a sweep.
     """
-    names = filter(None, (spec.transform.corpus(), spec.quantizer.corpus()))
+    names = filter(None, (stage.corpus() for stage in spec.calibrated))
     texts = {f"text {name}": functools.partial(data.provenance, name) for name in names}
     known = {}
     if spec.model.source.at_hand:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from teq.pipeline.cost import uncounted
 from teq.pipeline.loaded import LoadedModel
 from teq.pipeline.settings import Run, check_quantizable
 from teq.pipeline.store import Artefact, Stage
-from teq.stage import Diverged, Evaluation, Made, OnStep, Quantizer, Transform
+from teq.stage import Diverged, Evaluation, Made, OnStep, Quantizer, Transform, Tuner
 
 
 class Chain:
@@ -32,7 +33,10 @@ class Chain:
         self.texts_checked = False
 
     def stages(self) -> dict[str, Stage]:
-        """Return every stage by name, in the order in which they run: scales, weights, the evaluations."""
+        """Return every stage by name, in the order in which they run.
+
+        They are scales, weights, tuned where the run has `finetune`, and the evaluations.
+        """
         spec = self.spec
         common = {"model": self.model.identity, "dtype": spec.dtype, "arch": spec.model.arch.plain()}
         transform = {"transform": spec.transform.plain(), "text": text(spec.transform)}
@@ -41,38 +45,49 @@ class Chain:
         settings = {**common, "scales": scales.key, **quantizer}
         weights = Stage("weights", settings, self._quantize, {"scales": scales})
         made: dict[str, Stage] = {"scales": scales, "weights": weights}
+        if spec.finetune is not None:
+            tuner = {"finetune": spec.finetune.plain(), "text": text(spec.finetune)}
+            settings = {**common, "weights": weights.key, **tuner}
+            made["tuned"] = Stage("tuned", settings, self._tune, {"weights": weights})
+        final = made[final_weights(made)]
         eval_dtype = {} if spec.eval_dtype is None else {"dtype": spec.eval_dtype}
         for each in spec.evals:
-            settings = {"weights": weights.key, "evaluation": each.plain(), "text": each.provenance()}
+            settings = {"weights": final.key, "evaluation": each.plain(), "text": each.provenance()}
             settings |= eval_dtype
             measure = functools.partial(self._measure, each)
-            made[each.name] = Stage("metrics", settings, measure, {"weights": weights})
+            made[each.name] = Stage("metrics", settings, measure, {"weights": final})
         return made
 
     def _fit(self, partial: Path) -> Made:
         from teq.transforms.summary import summaries
 
-        spec, device = self.spec, self.runtime.device
+        spec = self.spec
 
         def fit(strategy: str) -> Made:
             load = functools.partial(self.model.pristine, "cpu" if strategy == "offload" else None)
             how = dataclasses.replace(self.runtime, strategy=strategy, partial=partial)
             return spec.transform.fit(load, how, self.on_step)
 
+        tensors, info = self._trained(spec.transform, fit, "the scales are searched")
+        return tensors, {**info, "scales": summaries(tensors)}
+
+    def _trained(self, stage: Transform | Tuner, work: Callable[[str], Made], doing: str) -> Made:
+        """Return what `work(strategy)` makes, with the strategy that fits if the stage has several."""
+        spec, device = self.spec, self.runtime.device
         with uncounted():
             self._check_texts()
             dimensions, arch = spec.model.source.dimensions, spec.model.arch
-            chosen = estimate.choose(spec.transform, dimensions, arch, spec.dtype, self.runtime)
+            chosen = estimate.choose(stage, dimensions, arch, spec.dtype, self.runtime)
         try:
-            if spec.transform.dry_run is not None:
-                tensors, info = memory.attempt(fit, chosen, device)
+            if stage.dry_run is not None:
+                tensors, info = memory.attempt(work, chosen, device, stage.group)
             else:  # it works in one way only
-                with memory.explained("the scales are searched", device):
-                    tensors, info = fit(chosen)
+                with memory.explained(doing, device):
+                    tensors, info = work(chosen)
         except Diverged as error:
             raise _kept(error, self.failed) from error
         # where the strategy that was used is not the planned one, memory ran out
-        return tensors, {**info, "planned_strategy": chosen, "scales": summaries(tensors)}
+        return tensors, {**info, "planned_strategy": chosen}
 
     def _quantize(self, partial: Path, scales: Artefact) -> Made:
         with uncounted():
@@ -82,6 +97,18 @@ class Chain:
             moved = {name: tensor.to(self.runtime.device) for name, tensor in found.items()}
             how = dataclasses.replace(self.runtime, partial=partial)
             return self.spec.quantizer.quantize(self.model.to_use_up, moved, how)
+
+    def _tune(self, partial: Path, weights: Artefact) -> Made:
+        tuner = self.spec.finetune
+        assert tuner is not None
+
+        def tune(strategy: str) -> Made:
+            device = "cpu" if strategy == "offload" else None
+            load = functools.partial(self.model.to_use_up, device=device)
+            how = dataclasses.replace(self.runtime, strategy=strategy, partial=partial)
+            return tuner.tune(load, weights.tensors(), how)
+
+        return self._trained(tuner, tune, "the quantized model is tuned")
 
     def _measure(self, evaluation: Evaluation, partial: Path, weights: Artefact) -> Made:
         how = dataclasses.replace(self.runtime, partial=partial)
@@ -100,12 +127,17 @@ class Chain:
         check_quantizable(self.spec)
         tokenizer = None if self.texts_checked else self.spec.model.tokenizer()
         if tokenizer is not None:
-            for reader in (self.spec.quantizer, *self.spec.evals):
+            for reader in (*self.spec.calibrated[1:], *self.spec.evals):
                 reader.check_text(tokenizer)
         self.texts_checked = True
 
 
-def text(reader: Transform | Quantizer) -> dict[str, Any] | None:
+def final_weights(stages: Mapping[str, Any]) -> str:
+    """Return the name of the one of a run's `stages` whose weights are evaluated and exported."""
+    return "tuned" if "tuned" in stages else "weights"
+
+
+def text(reader: Transform | Quantizer | Tuner) -> dict[str, Any] | None:
     """Return what identifies the calibration text of a stage, or None."""
     name = reader.corpus()
     return None if name is None else data.provenance(name)

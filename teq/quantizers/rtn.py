@@ -1,33 +1,49 @@
 """Round to nearest: every weight on its own."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from teq.console import track
+from teq.data import Calibration
 from teq.device.runtime import Runtime
 from teq.grid import Grid, encode, group_params, spread
 from teq.models.fold import FoldedBlock, FoldedModel
 from teq.quantizers.quantized import Quantized, stored
+from teq.spec import option
 from teq.stage import Load, Made, NothingDone, Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from teq.models.checkpoint import LM
+    from teq.quantizers.blockwise import Calibrated, Report
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rtn(Quantizer):
-    """Round to nearest on `grid`."""
+    """Round to nearest on `grid`; only where the grid is searched are there calibration windows."""
 
+    group = "gptq"
     grid: Grid
+    calib: Calibration | None = option(None, omitted=None)
+    samples: int | None = option(None, at_least=1, omitted=None)
+    length: int | None = option(None, at_least=2, omitted=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grid.search == "none":
+            for unread in ("calib", "samples", "length"):
+                object.__setattr__(self, unread, None)
 
     def quantize(self, load: Load, scales: "Mapping[str, Tensor]", runtime: Runtime) -> Made:
         """Return codes of the folded weights `W diag(s)`, formed in fp32.
 
         Raises NothingDone when no weight changes.
         """
+        if self.calib is not None:
+            return self._quantize_searched(load(), scales, runtime)
         lm, tensors, count, moved = load(), {}, 0, False
         for block in track(FoldedModel(lm.model, lm.arch, scales).blocks(), "rounding blocks"):
             rounded, differs = self._rounded(block)
@@ -36,6 +52,22 @@ class Rtn(Quantizer):
         if not moved:
             raise NothingDone("rounding changed no weight: the quantized model is the floating-point model")
         return tensors, {"linears": count}
+
+    def _quantize_searched(self, lm: "LM", scales: "Mapping[str, Tensor]", runtime: Runtime) -> Made:
+        """Return codes on grids that are searched for on what the quantized blocks before put out."""
+        from teq.quantizers.blockwise import quantize_blocks
+
+        tensors, report = quantize_blocks(
+            lm.model,
+            lm.arch,
+            scales,
+            self.windows(lm.tokenizer),
+            self.grid,
+            functools.partial(round_block, self.grid),
+            "rounding",
+            partial=runtime.partial,
+        )
+        return tensors, {"linears": len(report)}
 
     def dry_run(self, lm: "LM", strategy: str) -> None:
         """Round all blocks."""
@@ -58,11 +90,22 @@ class Rtn(Quantizer):
         return packed, torch.stack(differs).any()
 
 
-def round_to_nearest(weight: "Tensor", grid: Grid) -> Quantized:
-    """Return `weight [out, in]` (fp32) on the grid."""
+def round_to_nearest(
+    weight: "Tensor", grid: Grid, params: "tuple[Tensor, Tensor] | None" = None
+) -> Quantized:
+    """Return `weight [out, in]` (fp32) on the grid; scale and zero are its extremes' where none are given."""
     import torch
 
-    scale, zero = group_params(weight, grid)
+    scale, zero = params or group_params(weight, grid)
     columns = weight.shape[1]
     codes = encode(weight, spread(scale, grid, columns), spread(zero, grid, columns), grid)
     return Quantized(codes.to(torch.uint8), scale, zero)
+
+
+def round_block(grid: Grid, block: "Calibrated") -> "tuple[dict[str, Quantized], Report]":
+    """Return a block's linears rounded on grids that are searched, and an empty report for each."""
+    from teq.quantizers.search import search_block
+
+    params = search_block(block, grid)
+    quantized = {name: round_to_nearest(block.exact[name], grid, found) for name, found in params.items()}
+    return quantized, {name: {} for name in quantized}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from teq.pipeline.settings import Run
 
 MISSING = "nothing"
+METHOD = ("transform", "quantizer", "finetune")  # the last one only where there is one
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _rank(candidate: Record, evaluations: set[str], differences: Mapping[str, An
     """
     infos = [candidate.metrics[name]["info"] for name in evaluations]
     measured = sum(info.get("windows", 0) + info.get("documents", 0) for info in infos)
-    method = sum(key.startswith(("transform", "quantizer")) for key in differences)
+    method = sum(key.startswith(METHOD) for key in differences)
     return candidate.synthetic, bool(differences), -measured, method, len(differences)
 
 
@@ -123,7 +124,7 @@ def varying(runs: Iterable["Run"]) -> dict[tuple[Any, ...], set[str]]:
 
 
 def _relevant(run: Mapping[str, Any], evals: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    parts = {key: run[key] for key in ("model", "dtype", "transform", "quantizer")}
+    parts = {key: run.get(key) for key in ("model", "dtype", *METHOD)}
     if names:
         parts["eval_dtype"] = run.get("eval_dtype")
     return parts | {name: evals.get(name, MISSING) for name in sorted(names)}
@@ -146,13 +147,14 @@ def _parts(candidate: Record, evaluations: set[str]) -> dict[str, tuple[Any, Any
 def group_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what a record must share with a run to be shown for it: model, transform, quantizer and grid.
 
-    A method is told by its settings, whatever it is called: the kinds of its two stages and the switches that
-    are on in them (act-order, clipping).
+    A method is told by its settings, whatever it is called: the kinds of its stages and the switches that are
+    on in them (act-order, clipping), and what is tuned after them.
     """
     grid = run["quantizer"].get("grid") or {}
     stages = [run["transform"], run["quantizer"]]
     switches = [(s["kind"], *sorted(key for key, value in s.items() if value is True)) for s in stages]
-    return run["model"]["name"], *switches, *(grid.get(k) for k in ("bits", "group_size", "symmetric"))
+    tuned = (run.get("finetune") or {}).get("parts")
+    return run["model"]["name"], *switches, tuned, *(grid.get(k) for k in ("bits", "group_size", "symmetric"))
 
 
 def _differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:

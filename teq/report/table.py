@@ -147,7 +147,7 @@ def _cell(
 
 def _is_seeded(job: "Job") -> bool:
     """Return whether a run draws calibration text."""
-    return any(stage.corpus() is not None for stage in (job.run.transform, job.run.quantizer))
+    return any(stage.corpus() is not None for stage in job.run.calibrated)
 
 
 def metric(record: Record, name: str, experiment: str, cell: str) -> float:
@@ -203,7 +203,7 @@ def _in_order(places: Sequence[Place]) -> list[Place]:
 
 
 def plain(records: Sequence[Record], methods: Mapping[str, str] | None = None) -> str:
-    """Return model, method, grid and every metric of some records, in Markdown.
+    """Return model, method, grid, tuning if any, and every metric of some records, in Markdown.
 
     `methods` names the method of a record by its id as it was asked for now: one run may have several names.
     """
@@ -216,11 +216,13 @@ def plain(records: Sequence[Record], methods: Mapping[str, str] | None = None) -
             if not key.endswith("_stderr")  # they stand with what they belong to
         )
     )
-    rows = [["model", "method", "bits", "group", *(f"{e} {m}" for e, m in metrics)]]
+    tuned = ["finetune"] if any("finetune" in r.data["run"] for r in records) else []
+    rows = [["model", "method", "bits", "group", *tuned, *(f"{e} {m}" for e, m in metrics)]]
     for r in records:
         grid = r.data["run"]["quantizer"].get("grid") or {}
         cells = [r.data["run"]["model"]["name"], (methods or {}).get(r.id, r.data["run"]["method"])]
         cells += [str(grid.get(key, "")) for key in ("bits", "group_size")]
+        cells += [r.data["run"].get("finetune", {}).get("parts", "none") for _ in tuned]
         for evaluation, key in metrics:
             value = r.metrics.get(evaluation, {}).get("values", {}).get(key)
             error = compare.stderr(r, f"{evaluation}.{key}") if value is not None and key != "ppl" else None

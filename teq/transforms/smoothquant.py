@@ -35,7 +35,7 @@ class SmoothQuant(Transform):
 
         def note(site: Site) -> "Hook":
             def hook(_: "nn.Module", args: tuple["Tensor", ...], *__: Any) -> None:
-                found = args[0].abs().flatten(0, -2).amax(0).float()
+                found = site.tied(args[0].abs().flatten(0, -2).amax(0).float()).amax(1)
                 largest[site.name] = found.maximum(largest.get(site.name, found))
 
             return hook
@@ -48,7 +48,7 @@ class SmoothQuant(Transform):
         return on_host(from_ones(scales)), {"sites": list(scales)}
 
     def scale(self, x: "Tensor", w: "Tensor") -> "Tensor":
-        """Return `s = max|X|^alpha / max|W|^(1 - alpha)` of each channel, `[in]`, fp32.
+        """Return `s = max|X|^alpha / max|W|^(1 - alpha)` of each channel, `[width]`, fp32.
 
         X is divided by s and W multiplied, as everywhere here. A channel whose maxima tell nothing, because
         one of them is 0, keeps 1; the official code clamps it to 1e-5, which would round its weights away.

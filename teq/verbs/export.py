@@ -18,7 +18,7 @@ from teq.models import Arch, Checkpoint, Hub, Random, Synthetic, Wheel
 from teq.pipeline import run as pipeline
 from teq.pipeline.loaded import LoadedModel
 from teq.pipeline.settings import Run
-from teq.pipeline.stages import Chain
+from teq.pipeline.stages import Chain, final_weights
 from teq.pipeline.store import Artefact, Store
 from teq.record import Record
 from teq.spec import UserError
@@ -83,8 +83,9 @@ def _stored(run: str, form: str | None) -> tuple[Plan, Artefact, Record]:
         raise UserError(
             f"run {run} had the weights {found.data['identity']}, they are {now} now: run it again"
         )
-    stage = found.data["stages"]["weights"]
-    artefact = Store(config.home() / "store").find("weights", stage["key"])
+    name = final_weights(found.data["stages"])
+    stage = found.data["stages"][name]
+    artefact = Store(config.home() / "store").find(name, stage["key"])
     if artefact is None or artefact.digest != stage["digest"]:
         raise UserError(
             f"the weights of run {run} are not in the cache any more: "
@@ -110,7 +111,7 @@ def _weights(run: Run, store: Store, home: Path, runtime: Runtime) -> Artefact:
     model = LoadedModel(run.model, run.dtype, runtime.device)
     failed = home / "failed" / f"{run.key()}.safetensors"
     stages = Chain(run, model, runtime, lambda *_: None, failed).stages()
-    return store.get(stages["weights"], runtime.device, content=True)
+    return store.get(stages[final_weights(stages)], runtime.device, content=True)
 
 
 def plan_of(run: Mapping[str, Any], checkpoint: Checkpoint) -> Plan:

@@ -114,9 +114,9 @@ def _too_long(job: Job) -> Iterator[str]:
     if job.dimensions is None and not job.run.model.source.at_hand:
         return  # its configuration would have to be fetched
     positions = getattr(forecast.dimensions(job.run.model, job.dimensions), "max_position_embeddings", None)
-    for stage in (job.run.transform, job.run.quantizer, *job.run.evals):
+    for stage in (*job.run.calibrated, *job.run.evals):
         for name in ("length", "context"):
-            length = getattr(stage, name, 0)
+            length = getattr(stage, name, None) or 0
             if positions is not None and length > positions:
                 model = job.run.model.name
                 yield f"{stage.group}.{name}={length} is not allowed: model={model} has {positions} positions"

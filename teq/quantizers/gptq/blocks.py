@@ -1,6 +1,5 @@
 """GPTQ over a model: block after block, each measured on what the quantized blocks before it put out."""
 
-import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from teq.console import track
 from teq.device.memory import Estimate
-from teq.files.resume import BlockFiles
 from teq.grid import Grid
 from teq.models.arch import Arch, blocks, linears, sites
-from teq.models.blocks import first_inputs, run_block
-from teq.models.fold import FoldedBlock, FoldedModel
+from teq.quantizers import blockwise
+from teq.quantizers.blockwise import Calibrated, Report
 from teq.quantizers.gptq.solver import Hessian, Solution
-from teq.quantizers.quantized import Quantized, restore, stored
+from teq.quantizers.quantized import Quantized
 from teq.quantizers.rtn import round_to_nearest
 from teq.stage import NothingDone
 
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
 Solve = Callable[[Sequence[tuple[Tensor, Tensor]]], list[Solution]]  # (weight, hessian) pairs
 
 
-@torch.no_grad()
 def quantize_blocks(
     model: nn.Module,
     arch: Arch,
@@ -40,31 +36,15 @@ def quantize_blocks(
     waiting: str | None = None,
     partial: Path | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Quantize every linear of every block on calibration `windows [sample, token]`; `model` is used up.
-
-    Hidden states wait for the next block on the device `waiting`, the model's own where none is given.
-    Finished blocks are stored in the folder `partial`, and those that are there are not quantized again.
+    """Quantize every linear of every block; see `teq.quantizers.blockwise.quantize_blocks`.
 
     Returns the stored tensors, and a report by linear: the damping, the share of codes that differ from
     RTN's, the output error. Raises NothingDone when all codes equal RTN's.
     """
-    device = model.get_input_embeddings().weight.device
-    hidden, keywords = first_inputs(model, arch, windows, waiting)
-    tensors: dict[str, Tensor] = {}
-    report: dict[str, dict[str, float]] = {}
-    finished = BlockFiles(partial, "GPTQ")
-    for index, block in enumerate(track(FoldedModel(model, arch, scales).blocks(), "GPTQ blocks")):
-        kwargs = keywords[index]
-        if (known := finished.read(index)) is not None:
-            part, entries = known
-            restore(model, {name: t.to(device) for name, t in part.items()}, grid)
-        else:
-            part, entries = _quantize_block(model, block, grid, solve, true_sequential, hidden, kwargs)
-            finished.write(index, part, entries)
-        tensors |= part
-        report |= entries
-        for i in range(len(hidden)):
-            hidden[i] = run_block(block.module, hidden[i].to(device), kwargs).to(hidden[i].device)
+    quantize = functools.partial(_quantize_block, grid, solve, true_sequential)
+    tensors, report = blockwise.quantize_blocks(
+        model, arch, scales, windows, grid, quantize, "GPTQ", waiting=waiting, partial=partial
+    )
     if not any(entry["moved"] for entry in report.values()):
         raise NothingDone(
             "GPTQ's codes equal plain rounding's in every linear: the calibration had no effect"
@@ -73,32 +53,19 @@ def quantize_blocks(
 
 
 def _quantize_block(
-    model: nn.Module,
-    block: FoldedBlock,
-    grid: Grid,
-    solve: Solve,
-    true_sequential: bool,
-    hidden: list[Tensor],
-    kwargs: dict[str, Any],
-) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
-    """Quantize a block's linears on what the blocks before it put out; the model has the result.
-
-    Returns the stored tensors in host memory, and a report by linear.
-    """
-    exact = {name: block.weight(name) for name in block.linears}
-    _assign(model, block.changed)
-    _assign(model, {f"{name}.weight": weight for name, weight in exact.items()})
+    grid: Grid, solve: Solve, true_sequential: bool, block: Calibrated
+) -> tuple[dict[str, Quantized], Report]:
+    """Return a block's quantized linears and a report by linear."""
     quantized: dict[str, Quantized] = {}
-    report: dict[str, dict[str, float]] = {}
+    report: Report = {}
     moved, errors = [], []
     solve_block = functools.partial(_solve_in_turn, grid) if true_sequential else _solve_at_once
-    for names, solution in solve_block(block, exact, solve, hidden, kwargs):
-        rows = [exact[name].shape[0] for name in names]
+    for names, solution in solve_block(block, solve):
+        rows = [block.exact[name].shape[0] for name in names]
         q = solution.quantized
         for name, *parts in zip(names, *(t.split(rows) for t in (q.codes, q.scale, q.zero)), strict=True):
             quantized[name] = Quantized(*parts, q.g_idx)
-            _assign(model, {f"{name}.weight": quantized[name].dequantize(grid)})
-            plain = round_to_nearest(exact[name], grid)
+            plain = round_to_nearest(block.exact[name], grid)
             moved.append((plain.codes != quantized[name].codes).double().mean())
             report[name] = {"damping": solution.damping}
         errors.append((names[0], solution.error))
@@ -108,87 +75,30 @@ def _quantize_block(
         report[name]["moved"] = share
     for (name, _), error in zip(errors, numbers[len(moved) :], strict=True):
         report[name]["error"] = error
-    # packed and off the device block by block: a model's codes at once would be a byte for every weight
-    return {name: t.cpu() for name, t in stored(quantized, block.changed, grid).items()}, report
+    return quantized, report
 
 
-def _solve_at_once(
-    block: FoldedBlock,
-    exact: Mapping[str, Tensor],
-    solve: Solve,
-    hidden: list[Tensor],
-    kwargs: dict[str, Any],
-) -> list[tuple[tuple[str, ...], Solution]]:
+def _solve_at_once(block: Calibrated, solve: Solve) -> list[tuple[tuple[str, ...], Solution]]:
     """Return a solution for each distinct input of the block's linears, with the linears that read it."""
-    groups = _measure(block.module, block.linears, hidden, kwargs)
-    tall = [torch.cat([exact[name] for name in names]) for names in groups]
+    groups = blockwise.measure(block.folded.module, block.linears, block.hidden, block.kwargs, Hessian)
+    tall = [torch.cat([block.exact[name] for name in names]) for names in groups]
     means = [hessian.mean() for hessian in groups.values()]
     return list(zip(groups, solve(list(zip(tall, means, strict=True))), strict=True))
 
 
-def _solve_in_turn(
-    grid: Grid,
-    block: FoldedBlock,
-    exact: Mapping[str, Tensor],
-    solve: Solve,
-    hidden: list[Tensor],
-    kwargs: dict[str, Any],
-) -> list[tuple[tuple[str, ...], Solution]]:
+def _solve_in_turn(grid: Grid, block: Calibrated, solve: Solve) -> list[tuple[tuple[str, ...], Solution]]:
     """Solve as `_solve_at_once` does, each input measured after the linears before it were quantized."""
     solutions = []
-    for names in _measure(block.module, block.linears, hidden[:1], kwargs):
+    module, kwargs = block.folded.module, block.kwargs
+    for names in blockwise.measure(module, block.linears, block.hidden[:1], kwargs, Hessian):
         inside = {name: block.linears[name] for name in names}
-        hessian = _measure(block.module, inside, hidden, kwargs)[names].mean()
-        (solution,) = solve([(torch.cat([exact[name] for name in names]), hessian)])
+        hessian = blockwise.measure(module, inside, block.hidden, kwargs, Hessian)[names].mean()
+        (solution,) = solve([(torch.cat([block.exact[name] for name in names]), hessian)])
         solutions.append((names, solution))
         weight = solution.quantized.dequantize(grid)
-        for name, part in zip(names, weight.split([exact[n].shape[0] for n in names]), strict=True):
+        for name, part in zip(names, weight.split([block.exact[n].shape[0] for n in names]), strict=True):
             block.linears[name].weight.copy_(part)
     return solutions
-
-
-class _AllSeen(Exception):
-    """Every linear has its input: what the block would still make of them is not needed."""
-
-
-def _measure(
-    block: nn.Module, inside: Mapping[str, nn.Linear], hidden: list[Tensor], kwargs: dict[str, Any]
-) -> dict[tuple[str, ...], Hessian]:
-    """Return Hessians over all samples, one for each set of linears with the very same input."""
-    readers: list[tuple[Tensor, list[str]]] = []
-
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            same = next((names for tensor, names in readers if tensor is args[0]), None)
-            if same is None:
-                readers.append((args[0], [name]))
-            else:
-                same.append(name)
-            if sum(len(names) for _, names in readers) == len(inside):
-                raise _AllSeen
-
-        return hook
-
-    device = next(iter(inside.values())).weight.device
-    found: dict[tuple[str, ...], Hessian] = {}
-    with contextlib.ExitStack() as hooks:
-        for name, linear in inside.items():
-            hooks.enter_context(linear.register_forward_pre_hook(note(name)))
-        for sample in hidden:
-            readers.clear()
-            with contextlib.suppress(_AllSeen):
-                run_block(block, sample.to(device), kwargs)
-            for tensor, names in readers:
-                if tuple(names) not in found:
-                    found[tuple(names)] = Hessian(tensor.shape[-1], tensor.device)
-                # OPT hands its feed-forward part flat tokens: one sample is one sequence whatever its shape
-                found[tuple(names)].add(tensor.reshape(1, -1, tensor.shape[-1]))
-    return found
-
-
-def _assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        model.get_parameter(name).copy_(value)
 
 
 def waiting_bytes(lm: "LM", tokens: int) -> int:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from teq.data import Calibration
 from teq.device import memory
@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from teq.quantizers.gptq.solver import Solution
 
 log = logging.getLogger(__name__)
+ORDERS = ("natural", "act", "static", "group")  # of columns
 SMALL = 128  # columns of the matrix that a solution's memory is counted on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gptq(Quantizer):
-    """GPTQ as its official code runs it; the defaults of the options are that code's."""
+    """GPTQ as its official code runs it; the defaults of the options are that code's.
+
+    `order` is that of the columns; see `teq.quantizers.gptq.solver.Options`.
+    """
 
     version = 2
     group = "gptq"
@@ -38,9 +42,15 @@ class Gptq(Quantizer):
     length: int = option(at_least=2)
     damping: float = option(0.01, above=0)
     block_size: int = option(128, at_least=1)
-    act_order: bool = False
-    static_groups: bool = False
+    order: str = option("natural", among=ORDERS)
     true_sequential: bool = False
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings with the official code's two flags for `order`, as records hold them."""
+        fields = super().plain()
+        order = fields.pop("order")
+        fields |= {"act_order": order in ("act", "static"), "static_groups": order == "static"}
+        return fields | ({"group_aware": True} if order == "group" else {})
 
     def quantize(self, load: Load, scales: "Mapping[str, Tensor]", runtime: Runtime) -> Made:
         """Quantize on calibration windows; hidden states wait in host memory if the device lacks room."""
@@ -97,7 +107,7 @@ class Gptq(Quantizer):
         """Quantize each weight under its Hessian; see `teq.quantizers.gptq.solver.solve`."""
         from teq.quantizers.gptq import solver
 
-        options = solver.Options(self.block_size, self.act_order, self.static_groups)
+        options = solver.Options(self.block_size, self.order)
         return solver.solve(problems, self.grid, self.damping, options)
 
     def estimate(self, lm: "LM") -> Estimate:

@@ -2,16 +2,20 @@
 
 Numerically the official code (IST-DASLab/gptq, gptq.py and quant.py): codes are equal on the golden tensors
 in the tests. Rows do not interact, so linears with the same input are solved together as one tall matrix.
+The order `group` is the group-aware reordering of Gafni et al. 2025 (arXiv 2505.14638), as in GPTQModel.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from teq.grid import Grid, group_params, qparams
+from teq.grid import Grid, group_params
 from teq.quantizers.quantized import Quantized
+from teq.quantizers.search import searched_params
 from teq.spec import UserError
 
 LADDER = 3  # times the damping is raised tenfold when the Hessian is not positive definite
@@ -57,11 +61,14 @@ class Solution:
 
 @dataclass(frozen=True)
 class Options:
-    """What the official code takes, with its defaults; columns in blocks of `block_size`."""
+    """Columns that are rounded as one block, and the order in which columns are taken.
+
+    `natural`; `act`: by descending diagonal of the Hessian, groups are runs of that order; `static`: the same
+    order, the grids of the natural groups known before it starts; `group`: see `group_order`.
+    """
 
     block_size: int = 128
-    act_order: bool = False
-    static_groups: bool = False
+    order: str = "natural"
 
 
 DEFAULT = Options()
@@ -102,26 +109,61 @@ def _solve(weight: Tensor, hessian: Tensor, grid: Grid, damping: float, options:
     dead = diagonal == 0
     weight = weight.masked_fill(dead, 0)
     fixed = None  # the grid of each group where it is known before the first column
-    if grid.group_size == -1 or options.static_groups:
-        fixed = group_params(original if grid.group_size == -1 else weight, grid)
-    order = group_of = torch.arange(columns, device=weight.device)
+    if grid.group_size == -1 or options.order == "static":
+        fixed = _params(original if grid.group_size == -1 else weight, hessian, grid)
+    natural = torch.arange(columns, device=weight.device)
     alive = diagonal.masked_fill(dead, 1)
-    if options.act_order:
+    order = None
+    if options.order == "group":
+        order = group_order(alive, size)
+    elif options.order != "natural":
         order = torch.argsort(alive, descending=True, stable=True)
+    if order is not None:
         weight = weight[:, order]
-    group_of = (order if fixed is not None else group_of) // size
+    group_of = (natural if fixed is None or order is None else order) // size
     added = damping * alive.mean()
-    inverse, failed = _inverse_factor(hessian, alive + added, order if options.act_order else None)
-    codes, scale, zero, errors = _columns(weight, inverse, fixed, group_of, grid, options.block_size)
+    inverse, failed = _inverse_factor(hessian, alive + added, order)
+    reordered = order is not None and grid.search != "none" and fixed is None
+    measured = hessian[order][:, order] if reordered else hessian
+    codes, scale, zero, errors = _columns(
+        weight, measured, inverse, fixed, group_of, grid, options.block_size
+    )
     g_idx = None
-    if options.act_order:
+    if order is not None:
         back = torch.argsort(order)
         codes = codes[:, back]
-        g_idx = group_of[back] if grid.group_size != -1 else None
+        if fixed is None and options.order == "group":  # a natural group is one group here, in another place
+            places = group_of[back][::size]
+            scale, zero = scale[:, places], zero[:, places]
+        elif fixed is None:
+            g_idx = group_of[back]
     quantized = Quantized(codes.to(torch.uint8), scale, zero, g_idx)
     lost = quantized.dequantize(grid).sub_(original).masked_fill_(dead, 0)
     # E = errors @ inverse and inverse^T inverse = (H + added)^-1, so tr(E (H + added) E^T) = |errors|^2
     return Solution(quantized, damping, failed, errors - added * lost.square_().sum(dtype=torch.float64))
+
+
+def _params(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return scale and zero `[out, groups]` of the weight's groups, searched under the Hessian if asked."""
+    if grid.search == "none":
+        return group_params(weight, grid)
+    spans = grid.spans(weight.shape[1])
+    return searched_params(weight, [hessian[start:stop, start:stop] for start, stop in spans], grid)
+
+
+def group_order(importance: Tensor, size: int) -> Tensor:
+    """Return the order of columns by descending `importance [in]` inside each group of `size` columns.
+
+    Groups come by their most important column; a shorter last one stays last, so that the others are runs of
+    whole groups.
+    """
+    order = importance.argsort(descending=True, stable=True)
+    lacking = -len(importance) % size
+    largest = functional.pad(importance, (0, lacking), value=-math.inf).view(-1, size).amax(1)
+    if lacking:
+        largest[-1] = -math.inf
+    place = largest.argsort(descending=True, stable=True).argsort()
+    return order[place[order // size].argsort(stable=True)]
 
 
 def _inverse_factor(hessian: Tensor, diagonal: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -143,6 +185,7 @@ def _inverse_factor(hessian: Tensor, diagonal: Tensor, order: Tensor | None) -> 
 
 def _columns(
     weight: Tensor,
+    hessian: Tensor,
     inverse: Tensor,
     fixed: tuple[Tensor, Tensor] | None,
     group_of: Tensor,
@@ -183,7 +226,9 @@ def _columns(
             for i in range(first, last):
                 at = i if fixed is not None else (start + i) // size
                 if fixed is None and (start + i) % size == 0:
-                    scale[at], zero[at] = qparams(rows[start + i : start + i + size].T, grid)
+                    here = slice(start + i, start + i + size)
+                    found = _params(rows[here].T, hessian[here, here], grid)
+                    scale[at], zero[at] = (params[:, 0] for params in found)
                     torch.sub(grid.levels, zero[at], out=highest[at])
                     torch.neg(zero[at], out=lowest[at])
                 code = torch.div(now[i], params[0][at], out=code_of[i]).round_()

@@ -31,14 +31,15 @@ UNCLIPPED = ("q_", "k_", "query", "key", "qkv")  # the product of queries and ke
 class Seen:
     """What the search for one site needs: the calls of `module` (`name`), which contains its targets."""
 
+    site: Site
     name: str
     module: nn.Module
-    magnitudes: list[Tensor] = field(default_factory=list)  # mean|x| [in] of each sample
+    magnitudes: list[Tensor] = field(default_factory=list)  # mean|x| [width] of each sample
     calls: list[tuple[Any, ...]] = field(default_factory=list)  # args, keywords, output
 
     def note_input(self, _: nn.Module, args: tuple[Tensor, ...], *__: Any) -> None:
         """Hook of a linear that reads the site's output."""
-        self.magnitudes.append(args[0].abs().float().flatten(0, -2).mean(0))
+        self.magnitudes.append(self.site.tied(args[0].abs().float().flatten(0, -2).mean(0)).mean(1))
 
     def note_call(self, _: nn.Module, *call: Any) -> None:
         """Hook of `module`."""
@@ -89,8 +90,8 @@ def search(
         grams.clear()
         hooks: list[tuple[nn.Module, Hook]] = []
         for site in block.sites:
-            name = _around(block, site)
-            seen[site.name] = Seen(name, model.get_submodule(name))
+            name = _around(site)
+            seen[site.name] = Seen(site, name, model.get_submodule(name))
             hooks.append((reader(site), seen[site.name].note_input))
             hooks.append((seen[site.name].module, seen[site.name].note_call))
         if clip:
@@ -106,9 +107,7 @@ def search(
     errors: dict[str, tuple[float, float]] = {}
     for block in watched_blocks(model, arch, windows, watch, "searching scales"):
         # read back at once: every read waits for the device
-        tried = torch.stack(
-            [search_site(site, seen[site.name], grid, ratios) for site in block.sites]
-        ).tolist()
+        tried = torch.stack([search_site(seen[site.name], grid, ratios) for site in block.sites]).tolist()
         for site, lost in zip(block.sites, tried, strict=True):
             best = lost.index(min(lost))  # the first of equal ones
             chosen[site.name] = best / ratios
@@ -128,22 +127,22 @@ def search(
 
 
 def scale(magnitudes: list[Tensor], ratio: float) -> Tensor:
-    """Return `s = mean|x| ** ratio`, at least 1e-4, over sqrt(max s * min s), `[in]`."""
+    """Return `s = mean|x| ** ratio`, at least 1e-4, over sqrt(max s * min s), `[width]`."""
     s = torch.stack(magnitudes).mean(0).pow(ratio).clamp_(min=SMALLEST)
     return s / (s.max() * s.min()).sqrt()
 
 
-def search_site(site: Site, seen: Seen, grid: Grid, ratios: int) -> Tensor:
+def search_site(seen: Seen, grid: Grid, ratios: int) -> Tensor:
     """Return the output error of the module around the site for each exponent k / ratios, `[ratios]`.
 
     `FakeQuant(W diag(s)) diag(1 / s)` replaces W; the errors stay on the device.
     """
     found = []
     for k in range(ratios):
-        s = scale(seen.magnitudes, k / ratios)
+        s = seen.site.over_inputs(scale(seen.magnitudes, k / ratios))
         weights = {
             name: (fake_quant(target.weight * s, grid) / s).to(target.weight.dtype)
-            for name, target in site.targets.items()
+            for name, target in seen.site.targets.items()
         }
         found.append(seen.error(weights))
     return torch.stack(found)
@@ -172,14 +171,15 @@ def search_bounds(weight: Tensor, s: Tensor, gram: Gram, grid: Grid) -> Tensor:
     return spread(torch.stack(chosen, 1), grid, columns)[:, ::part].contiguous()
 
 
-def _around(block: Block, site: Site) -> str:
+def _around(site: Site) -> str:
     """Return the full name of the module that contains a site's targets: attention, feed-forward part.
 
-    Where that is the whole block, as for OPT's fc1 and fc2, it is a single target by itself.
+    Where that contains the source too, as for OPT's fc1 and fc2, it is a single target by itself.
     """
     paths = zip(*(name.split(".")[:-1] for name in site.targets), strict=False)
     common = ".".join(parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, paths))
-    return next(iter(site.targets)) if common == block.name and len(site.targets) == 1 else common
+    inside = site.name.startswith(f"{common}.")
+    return next(iter(site.targets)) if inside and len(site.targets) == 1 else common
 
 
 def _first(output: Any) -> Tensor:

@@ -24,6 +24,10 @@ class Awq(Transform):
     ratios: int = option(20, at_least=1)
     clip: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "grid", self.grid.unsearched)
+
     def fit(self, load: Load, runtime: Runtime, on_step: OnStep) -> Made:
         """Return search; see `teq.transforms.awq.search.search`."""
         from teq.transforms.awq.search import search

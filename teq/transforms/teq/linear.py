@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import Tensor, autograd, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from teq.device.offload import Stream
+from teq.device.offload import saving
 from teq.grid import Grid
-from teq.models.arch import Arch, blocks, linears, sites
+from teq.models.arch import Arch, Site, blocks, linears, sites
 from teq.transforms.teq.fake_quant import FakeQuant, select_fake_quant
 
 
@@ -74,34 +73,35 @@ def fake_quantized(
 ) -> Iterator[FakeQuant]:
     """Context manager: all block linears use fake-quantized weights, targets also their site's scale.
 
-    Yields the function that rounds, whose `name` a record holds. What the backward pass of a block needs is
-    kept (strategy `keep`) or computed again from the block's input (`checkpoint`); with `offload` the block's
-    weights are copied to the device for that as well.
+    A source's rows are not divided: that changes no code of theirs, and the targets divide their input.
+
+    Yields the function that rounds, whose `name` a record holds. The `strategy` is that of
+    `teq.device.offload.saving`.
     """
     found_blocks = blocks(model, arch)
     replaced: list[nn.Module] = []
     device = model.get_input_embeddings().weight.device
     quantize = select_fake_quant(grid, device, model.dtype)
-    stream = Stream(list(found_blocks.values()), device) if strategy == "offload" else None
     shared = [
-        SharedInputLinears(site.targets, quantize, functools.partial(scale, site.name))
+        SharedInputLinears(site.targets, quantize, functools.partial(_over_inputs, site, scale))
         for site in sites(model, arch)
     ]
     readers = {target: group for group in shared for target in group.linears}
     try:
-        for index, (block_name, block) in enumerate(found_blocks.items()):
+        for block_name, block in found_blocks.items():
             for name, linear in linears(block_name, block).items():
                 group = readers.get(name) or SharedInputLinears({name: linear}, quantize, lambda: None)
                 linear.forward = functools.partial(group.output, name)
                 replaced.append(linear)
-            if strategy != "keep":
-                inner = block.forward if stream is None else functools.partial(stream.run, index)
-                block.forward = functools.partial(checkpoint, inner, use_reentrant=False)
-                replaced.append(block)
-        yield quantize
+        with saving(found_blocks.values(), strategy, device):
+            yield quantize
     finally:
         for module in replaced:
             del module.forward
+
+
+def _over_inputs(site: Site, scale: Callable[[str], Tensor]) -> Tensor:
+    return site.over_inputs(scale(site.name))
 
 
 class SharedInputLinears:

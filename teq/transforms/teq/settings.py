@@ -41,6 +41,10 @@ class Teq(Transform):
     parameter: str = option(among=("clip", "log"))
     profile: str = option(among=("paper", "inc"))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "grid", self.grid.unsearched)
+
     def windows(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
         """Return the windows of all steps `[steps * batch, length]`."""
         return data.calibration(self.calib, tokenizer, max(self.steps, 1) * self.batch, self.length)

@@ -16,9 +16,9 @@ from teq.grid import Grid
 from teq.models.arch import Arch, Site, blocks
 from teq.models.blocks import check_head
 from teq.models.fold import check_equivalence
+from teq.models.loss import causal_loss
 from teq.stage import Diverged, NothingDone, OnStep
 from teq.transforms.teq.linear import fake_quantized
-from teq.transforms.teq.loss import causal_loss
 
 SMALLEST = 1e-5  # neural-compressor's bound on s with parameter=clip
 WARM_UP = 0.05  # share of the steps, profile inc

@@ -1,0 +1,3 @@
+from teq.finetune.settings import Finetune
+
+__all__ = ["Finetune"]

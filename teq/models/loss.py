@@ -1,0 +1,96 @@
+"""Training losses, made from the last hidden states a few tokens at a time."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from teq.models.blocks import one_sequence_a_row
+
+CHUNK = 128  # tokens whose logits exist at once; fewer make the matrix products thin
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of `linear(hidden, weight, bias)` against `targets`, without the whole logits.
+
+    The gradient to `hidden` is made in the forward pass, chunk by chunk, while the chunk's logits exist:
+    `(softmax - one_hot) @ weight / tokens`. The head itself is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        """Return the loss in fp32 of hidden `[token, width]`, weight `[vocab, width]`, targets `[token]`."""
+        gradient = torch.empty_like(hidden)
+        total = torch.zeros((), device=hidden.device)
+        for part, target, slot in zip(
+            hidden.split(CHUNK), targets.split(CHUNK), gradient.split(CHUNK), strict=True
+        ):
+            logs = functional.linear(part, weight, bias).float().log_softmax(-1)  # [chunk, vocab]
+            total -= logs.gather(1, target[:, None]).sum()
+            logs.exp_().scatter_add_(1, target[:, None], logs.new_full((len(target), 1), -1.0))
+            slot.copy_(logs.mul_(1 / len(targets)).to(part.dtype) @ weight)
+        ctx.save_for_backward(gradient)
+        return total / len(targets)
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
+        """Return the gradient to `hidden`; `scale` is that of the loss, a number."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * scale.to(gradient.dtype), None, None, None
+
+
+class ChunkedDivergence(torch.autograd.Function):
+    """Mean divergence KL(p || q) over the vocabulary, p of `linear(reference)` and q of `linear(hidden)`.
+
+    The gradient to `hidden` is made in the forward pass, chunk by chunk: `(q - p) @ weight / tokens`. The
+    head, which both share, is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, reference: Tensor) -> Tensor:
+        """Return the loss in fp32 of hidden and reference `[token, width]`, weight `[vocab, width]`."""
+        gradient = torch.empty_like(hidden)
+        total = torch.zeros((), device=hidden.device)
+        for part, exact, slot in zip(
+            hidden.split(CHUNK), reference.split(CHUNK), gradient.split(CHUNK), strict=True
+        ):
+            ours = functional.linear(part, weight, bias).float().log_softmax(-1)  # [chunk, vocab]
+            theirs = functional.linear(exact, weight, bias).float().log_softmax(-1)
+            p = theirs.exp()
+            total += theirs.sub_(ours).mul_(p).sum()
+            slot.copy_(ours.exp_().sub_(p).mul_(1 / len(hidden)).to(part.dtype) @ weight)
+        ctx.save_for_backward(gradient)
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
+        """Return the gradient to `hidden`; `scale` is that of the loss, a number."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * scale.to(gradient.dtype), None, None, None
+
+
+def last_hidden(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return what the output embeddings read, `[batch, token, width]`, for `tokens [batch, token]`."""
+    with one_sequence_a_row():
+        return model.base_model(tokens, use_cache=False).last_hidden_state
+
+
+def causal_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the mean next-token cross-entropy of `tokens [batch, token]` in fp32.
+
+    It is what `model(tokens, labels=tokens)` computes.
+    """
+    hidden = last_hidden(model, tokens)[:, :-1].flatten(0, 1)
+    head = model.get_output_embeddings()
+    return ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, tokens[:, 1:].flatten())
+
+
+def divergence_loss(model: nn.Module, tokens: Tensor, reference: Tensor) -> Tensor:
+    """Return the mean KL(reference || model) of the next token's distribution in fp32.
+
+    `reference [batch, token, width]` are the `last_hidden` of another model with the same output embeddings.
+    """
+    hidden = last_hidden(model, tokens).flatten(0, 1)
+    head = model.get_output_embeddings()
+    return ChunkedDivergence.apply(hidden, head.weight, head.bias, reference.flatten(0, 1))

@@ -1,0 +1,177 @@
+"""Quantization block after block, each on what the quantized blocks before it put out."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from teq.console import track
+from teq.files.resume import BlockFiles
+from teq.grid import Grid
+from teq.models.arch import Arch
+from teq.models.blocks import block_inputs, first_inputs, run_block
+from teq.models.fold import FoldedBlock, FoldedModel
+from teq.quantizers.quantized import Quantized, restore, stored
+
+Report = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A block with its folded weights in it and what goes through it, one entry `[1, token, width]` a sample.
+
+    `exact` are its folded weights `[out, in]` in fp32 by linear. `targets` are the outputs of the float
+    model's block, empty where nobody asked for them. `kwargs` are those of one sample, `together(n)` those
+    of n in one batch, of every block.
+    """
+
+    folded: FoldedBlock
+    index: int
+    exact: dict[str, Tensor]
+    hidden: list[Tensor]
+    targets: list[Tensor]
+    kwargs: dict[str, Any]
+    together: Callable[[int], list[dict[str, Any]]]
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        """Return the block's linears by full name."""
+        return self.folded.linears
+
+
+QuantizeBlock = Callable[[Calibrated], tuple[dict[str, Quantized], Report]]
+
+
+@torch.no_grad()
+def quantize_blocks(
+    model: nn.Module,
+    arch: Arch,
+    scales: Mapping[str, Tensor],
+    windows: Tensor,
+    grid: Grid,
+    quantize: QuantizeBlock,
+    what: str,
+    *,
+    targets: bool = False,
+    waiting: str | None = None,
+    partial: Path | None = None,
+) -> tuple[dict[str, Tensor], Report]:
+    """Quantize every linear of every block on calibration `windows [sample, token]`; `model` is used up.
+
+    `quantize` returns a block's linears and a report; `what` names the work to the user. Hidden states wait
+    for the next block on the device `waiting`, the model's own where none is given. Finished blocks are
+    stored in the folder `partial`, and those that are there are not quantized again.
+
+    Returns the stored tensors and all reports.
+    """
+    device = model.get_input_embeddings().weight.device
+    hidden, keywords = first_inputs(model, arch, windows, waiting)
+    exact_hidden = list(hidden) if targets else []
+
+    @functools.cache
+    def together(count: int) -> list[dict[str, Any]]:
+        return block_inputs(model, arch, windows[:count].to(device))[1]
+
+    tensors: dict[str, Tensor] = {}
+    report: Report = {}
+    finished = BlockFiles(partial, what)
+    for index, block in enumerate(track(FoldedModel(model, arch, scales).blocks(), f"{what} blocks")):
+        kwargs = keywords[index]
+        pass_on(block.module, exact_hidden, kwargs, device)
+        if (known := finished.read(index)) is not None:
+            part, entries = known
+            restore(model, {name: t.to(device) for name, t in part.items()}, grid)
+        else:
+            part, entries = _quantized(
+                model, grid, quantize, Calibrated(block, index, {}, hidden, exact_hidden, kwargs, together)
+            )
+            finished.write(index, part, entries)
+        tensors |= part
+        report |= entries
+        pass_on(block.module, hidden, kwargs, device)
+    return tensors, report
+
+
+def _quantized(
+    model: nn.Module, grid: Grid, quantize: QuantizeBlock, block: Calibrated
+) -> tuple[dict[str, Tensor], Report]:
+    """Return a block's stored tensors in host memory and its report; the model has the quantized weights."""
+    folded = block.folded
+    exact = {name: folded.weight(name) for name in folded.linears}
+    assign(model, folded.changed)
+    assign(model, {f"{name}.weight": weight for name, weight in exact.items()})
+    quantized, entries = quantize(dataclasses.replace(block, exact=exact))
+    assign(model, {f"{name}.weight": q.dequantize(grid) for name, q in quantized.items()})
+    # packed and off the device block by block: a model's codes at once would be a byte for every weight
+    return {name: t.cpu() for name, t in stored(quantized, folded.changed, grid).items()}, entries
+
+
+def pass_on(block: nn.Module, hidden: list[Tensor], kwargs: dict[str, Any], device: torch.device) -> None:
+    """Replace each block input `[1, token, width]` by the block's output; it stays on its device."""
+    for i, sample in enumerate(hidden):
+        hidden[i] = run_block(block, sample.to(device), kwargs).to(sample.device)
+
+
+class Sums(Protocol):
+    """Sums over the inputs of a linear."""
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in one batch of inputs `[sequence, token, in]`."""
+
+
+S = TypeVar("S", bound=Sums)
+
+
+class _AllSeen(Exception):
+    """Every linear has its input: what the block would still make of them is not needed."""
+
+
+def measure(
+    block: nn.Module,
+    inside: Mapping[str, nn.Linear],
+    hidden: list[Tensor],
+    kwargs: dict[str, Any],
+    sums: Callable[[int, torch.device], S],
+) -> dict[tuple[str, ...], S]:
+    """Return `sums(in, device)` over all samples, one for each set of linears with the very same input."""
+    readers: list[tuple[Tensor, list[str]]] = []
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            same = next((names for tensor, names in readers if tensor is args[0]), None)
+            if same is None:
+                readers.append((args[0], [name]))
+            else:
+                same.append(name)
+            if sum(len(names) for _, names in readers) == len(inside):
+                raise _AllSeen
+
+        return hook
+
+    device = next(iter(inside.values())).weight.device
+    found: dict[tuple[str, ...], S] = {}
+    with contextlib.ExitStack() as hooks:
+        for name, linear in inside.items():
+            hooks.enter_context(linear.register_forward_pre_hook(note(name)))
+        for sample in hidden:
+            readers.clear()
+            with contextlib.suppress(_AllSeen):
+                run_block(block, sample.to(device), kwargs)
+            for tensor, names in readers:
+                if tuple(names) not in found:
+                    found[tuple(names)] = sums(tensor.shape[-1], tensor.device)
+                # OPT hands its feed-forward part flat tokens: one sample is one sequence whatever its shape
+                found[tuple(names)].add(tensor.reshape(1, -1, tensor.shape[-1]))
+    return found
+
+
+def assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into the parameters of their names."""
+    for name, value in values.items():
+        model.get_parameter(name).copy_(value)

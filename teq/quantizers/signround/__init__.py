@@ -1,0 +1,3 @@
+from teq.quantizers.signround.settings import SignRound
+
+__all__ = ["SignRound"]
