@@ -8,7 +8,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,15 +34,19 @@ def option(
     key: str | None = None,
     hashed: bool = True,
     omitted: Any = dataclasses.MISSING,
+    recorded: Mapping[Any, dict[str, Any]] | None = None,
 ) -> Any:
     """Declare a dataclass field whose value must lie in a range or in a set; `Settings` checks it.
 
     `key` is the name the command line knows it by, where that is not `<group>.<field>`. A field that is not
     `hashed` (a display name, the words of a message) is neither in the key nor in a record. A field that has
     the value `omitted` is left out of both, so that an option added later changes no key of a run without it.
+    `recorded` gives for each value the fields that stand for it in both, where it replaced some of them.
     """
     bounds = {"above": above, "at_least": at_least, "at_most": at_most, "among": among, "key": key}
     metadata = {k: v for k, v in bounds.items() if v is not None} | {"hashed": hashed}
+    if recorded is not None:
+        metadata["recorded"] = recorded
     if omitted is not dataclasses.MISSING:
         metadata["omitted"] = omitted
     return dataclasses.field(default=default, metadata=metadata)
@@ -73,7 +77,10 @@ class Settings:
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as JSON types, with class name and version: what is hashed and recorded."""
-        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if self._counts(f)}
+        fields: dict[str, Any] = {}
+        for f in filter(self._counts, dataclasses.fields(self)):
+            value = _plain(getattr(self, f.name))
+            fields |= f.metadata["recorded"][value] if "recorded" in f.metadata else {f.name: value}
         return {"kind": type(self).__name__, "version": self.version, **fields}
 
     def _counts(self, field: dataclasses.Field) -> bool:

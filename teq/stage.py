@@ -125,6 +125,15 @@ class Evaluation(Work):
         """Return what identifies the text, which enters the stage's key; None if it reads none."""
         return None
 
+    @property
+    def needs_reference(self) -> bool:
+        """Return whether `measure` compares with the float model: then it takes a `reference` too."""
+        return False
+
+    def reference(self, lm: "LM", runtime: Runtime) -> Mapping[str, "Tensor"]:
+        """Return what is compared with, of the float model; it is made once for all methods."""
+        raise NotImplementedError
+
     def measure(self, lm: "LM", runtime: Runtime) -> Metric:
         """Measure the model, which stays as it is."""
         raise NotImplementedError

@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
 
 import pytest
 
-from benchmarks import gptq, gpu, scaling, teq_step
+from benchmarks import autoround, gptq, gpu, scaling, teq_step
 from benchmarks.contenders import measuring
 from teq.spec import UserError
 
@@ -168,3 +169,75 @@ def test_a_contender_that_cannot_be_measured_is_said_and_the_others_go_on(capsys
     assert teq_step.main(argv) == measuring.INCOMPLETE
     said = " ".join(capsys.readouterr().out.split())
     assert "neural-compressor failed: neural-compressor: /nowhere cannot be run" in said
+
+
+AUTOROUND = [
+    "model=tiny-llama",
+    "gptq.samples=8",
+    "gptq.length=32",
+    "--samples",
+    "8",
+    "--length",
+    "32",
+    "--windows",
+    "4",
+    "--context",
+    "64",
+    "--threads",
+    "1",
+]
+AUTOROUND += ["--texts", "python-docs", "--settings", "method=rtn", "method=gptq"]
+
+
+@pytest.mark.skipif(
+    autoround.VARIABLE not in os.environ,
+    reason=f"{autoround.VARIABLE} names no Python with auto-round (benchmarks/contenders/autoround_model.py)",
+)
+def test_auto_round_that_never_moves_is_rounding_to_nearest_and_nothing_is_measured_twice(
+    tmp_path, monkeypatch, capfd
+):
+    """Of one iteration only the start is a candidate: V = 0 in the whole range."""
+    argv = [*AUTOROUND, "--iterations", "1", "--folder", str(tmp_path)]
+    found = written(autoround.main, argv, tmp_path / "autoround.json")
+    rows = found["contenders"]
+    assert list(rows) == ["fp", "autoround1", "method=rtn", "method=gptq"]
+    losses = {name: row["losses"]["python-docs"] for name, row in rows.items()}
+    assert losses["autoround1"] == pytest.approx(losses["method=rtn"], abs=1e-6)
+    assert losses["autoround1"] != losses["fp"]
+    assert rows["autoround1"]["token_visits"] == 4 * 32 and rows["method=gptq"]["token_visits"] == 8 * 32
+    assert found["paired"]["autoround1"]["method=rtn"]["all"]["mean"] == pytest.approx(0, abs=1e-4)
+    monkeypatch.setattr(autoround, "measured", lambda *_: pytest.fail("measured again"))
+    assert written(autoround.main, argv, tmp_path / "autoround.json") == found
+    assert "perplexity over autoround1's" in capfd.readouterr().out
+
+
+def test_settings_are_measured_and_kept_without_an_environment_of_auto_round(tmp_path, monkeypatch):
+    monkeypatch.delenv(autoround.VARIABLE, raising=False)
+    file, argv = tmp_path / "autoround.json", [*AUTOROUND, "--folder", str(tmp_path)]
+    with pytest.raises(UserError, match=f"--auto-round PYTHON or set {autoround.VARIABLE}"):
+        written(autoround.main, argv, file)
+    with pytest.raises(UserError, match="is no Python with auto-round"):
+        written(autoround.main, [*argv, "--auto-round", "/no/python"], file)
+    with pytest.raises(UserError, match="with the grid of all"):
+        written(autoround.main, [*argv, "--settings", "method=rtn bits=4"], file)
+    with pytest.raises(UserError, match="symmetric grid"):
+        written(autoround.main, ["symmetric=true", *argv], file)
+    argv += ["--only", "fp", "method=rtn"]
+    found = written(autoround.main, argv, file)
+    losses = {name: row["losses"]["python-docs"] for name, row in found["contenders"].items()}
+    assert list(losses) == ["fp", "method=rtn"] and losses["fp"] != losses["method=rtn"]
+    with pytest.raises(UserError, match="give another file"):
+        written(autoround.main, [*argv, "--context", "32"], file)
+
+
+def test_perplexities_are_paired_by_window():
+    one, other = ({"losses": {"a": a, "b": [2.0, 2.0]}} for a in ([1.0, 2.0, 3.0], [1.1, 2.1, 3.1]))
+    tests = autoround.paired(one, other)
+    assert tests["a"]["mean"] == pytest.approx(100 * math.expm1(-0.1)) == tests["a"]["high"]
+    assert tests["b"]["mean"] == 0 and tests["all"]["mean"] == pytest.approx(100 * math.expm1(-0.05))
+
+
+def test_token_visits_are_those_of_the_steps_or_of_the_windows_once():
+    steps = {"iterations": 50, "batch": 4, "length": 256, "samples": 64}
+    assert autoround.visits({"quantizer": steps, "method": "signround", "evals": []}) == 51_200
+    assert autoround.visits({"quantizer": {"samples": 64, "length": 256}}) == 16_384

@@ -36,7 +36,7 @@ def teq(**changes):
         ({"steps": 1.5}, "train.steps=1.5"),
         ({"steps": True}, "train.steps=True"),
         ({"parameter": "exp"}, "train.parameter='exp' is not allowed: it must be one of clip, log"),
-        ({"init": None}, "init=None is not allowed: it must be one of ones, inv_sqrt"),
+        ({"init": None}, "init=None is not allowed: it must be one of ones, inv_sqrt, awq, smoothquant"),
     ],
 )
 def test_bad_values_name_the_option_the_value_and_what_is_allowed(changes, message):

@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 from record_factory import add_experiment, made
+from scipy import stats
 
 from teq import config, record
 from teq.report import claims, compare, match
@@ -671,3 +672,77 @@ def test_the_nearest_record_is_the_one_that_measured_most(golden):
     made(golden, job, evals={"python-docs": LOSSES[:1]}, change=limited(1), created="2027-01-01")
     found = RecordIndex(golden).find(job.run, {"python-docs"})
     assert found.record.metrics["python-docs"]["info"]["windows"] == 8
+
+
+DIVERGENCE = """\
+hydra:
+  mode: MULTIRUN
+  sweeper: {params: {model: tiny-opt, method: "fp,rtn,teq", grid: w3_g64, recipe: quick}}
+evals: [python-docs]
+ppl: {kl: true}
+layout:
+  title: A table
+  caption: Made by hand.
+  rows: [grid, method]
+  cells:
+    ppl: {label: perplexity, mean: [python-docs.ppl], best: lowest}
+    kl: {label: KL, mean: [python-docs.kl], digits: 3, best: lowest}
+    top1: {label: top-1 in %, mean: [python-docs.top1], times: 100, digits: 1, best: highest}
+"""
+
+
+def test_divergence_and_agreement_are_columns_with_paired_differences(monkeypatch, tmp_path):
+    add_experiment(monkeypatch, tmp_path, "divergence", DIVERGENCE)
+    jobs, folder = config.jobs(["experiments=divergence"]), tmp_path / "records"
+    noise = np.array([0.01, -0.02, 0.03, -0.01, 0.0, 0.02, -0.03, 0.0])
+    arrays = {"rtn": (0.3 + noise, 0.8 + noise), "teq": (0.2 + 0.9 * noise, 0.801 + 0.5 * noise)}
+    for method, (kl, top1) in arrays.items():
+
+        def add(data, kl=kl, top1=top1):
+            measured = data["metrics"]["python-docs"]
+            measured["values"] |= {"kl": kl.mean(), "top1": top1.mean()}
+            measured["arrays"] |= {"window_kl": record.pack(kl), "window_top1": record.pack(top1)}
+
+        made(folder, of(jobs, "tiny-opt", method), evals={"python-docs": LOSSES}, change=add)
+
+    def before(data):
+        del data["run"]["evals"][0]["kl"]
+
+    made(folder, of(jobs, "tiny-opt", "fp"), evals={"python-docs": LOSSES - 0.1}, change=before)
+    cells = {(row[1], column[-1]): cell for (row, column), cell in filled("divergence", folder).cells.items()}
+    kl, top1 = cells["teq", "kl"], cells["teq", "top1"]
+    assert kl.ours == pytest.approx(0.2) and kl.is_best and not cells["rtn", "kl"].is_best
+    assert kl.stderr == pytest.approx(0.9 * noise.std(ddof=1) / np.sqrt(8))
+    assert kl.versus.unit == "nats" and kl.versus.significant
+    expected = stats.ttest_rel(*(arrays[method][0] for method in ("teq", "rtn")))
+    assert kl.versus.difference.mean == pytest.approx(-0.1) and kl.versus.difference.p == pytest.approx(
+        expected.pvalue
+    )
+    assert top1.versus.unit == "points" and top1.not_significant and top1.is_best
+    assert top1.ours == pytest.approx(80.1) and top1.versus.difference.mean == pytest.approx(0.1)
+    # a record from before the option has the perplexity, and no other cell
+    assert cells["fp", "ppl"].verdict == OURS and cells["fp", "kl"].verdict == NOT_RUN
+
+
+def test_any_metric_that_is_a_mean_over_documents_is_compared(golden):
+    """lm-eval's exact_match, say: by McNemar where each document is right or wrong."""
+    jobs, name = config.jobs(["experiments=golden"]), "exact_match,strict-match"
+    correct = {"rtn": np.array([1, 0, 0, 1, 0, 0, 0, 1.0]), "teq": np.array([1, 1, 1, 1, 1, 1, 0, 0.0])}
+    found = []
+    for method, values in correct.items():
+
+        def add(data, values=values):
+            measured = data["metrics"]["lastword-python-docs"]
+            measured["values"] |= {name: values.mean(), "perplexity": 3.0}
+            measured["arrays"] |= {name: record.pack(values), "perplexity": record.pack(-values)}
+
+        job, given = of(jobs, "tiny-opt", method), {"lastword-python-docs": [1, 0]}
+        found.append(made(golden, job, evals=given, change=add, created="2026-02-01"))
+    formula = Formula(label="x", mean=(f"lastword-python-docs.{name}",), times=100)
+    one = compare.compared(formula, found[1:], found[:1])
+    assert one.difference.mean == pytest.approx(100 * 3 / 8) and one.unit == "points"
+    assert one.difference.p == pytest.approx(stats.binomtest(4, 5).pvalue)
+    # an aggregate that is no mean of its array has no error
+    other = Formula(label="x", mean=("lastword-python-docs.perplexity",))
+    assert compare.compared(other, found[1:], found[:1]) is None
+    assert compare.stderr(found[0], "lastword-python-docs.perplexity") is None

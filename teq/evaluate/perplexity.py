@@ -1,13 +1,14 @@
-"""Perplexity: exp of the mean token loss over windows of a text."""
+"""Perplexity: exp of the mean token loss over windows of a text; there also KL from the float model."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from teq import data, statistics
 from teq.console import track
 from teq.device.runtime import Runtime
-from teq.files.resume import Journal
+from teq.files.resume import BlockFiles, Journal
 from teq.spec import UserError, option
 from teq.stage import Evaluation, Metric
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from teq.models.checkpoint import LM
 
+CHUNK = 32  # positions whose distributions are compared at once: on a CPU they stay in its cache
+
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(Evaluation):
@@ -24,13 +27,15 @@ class Perplexity(Evaluation):
 
     `windows` even spaces them evenly over the text; first takes those at its beginning, as records before
     this option did. Where both are the same (all windows, or the random draws of c4) the setting is `first`.
+    With `kl` each window is also compared with the float model; see `compare_window`.
     """
 
     group = "ppl"
     corpus: str = option(among=data.PERPLEXITY)
     context: int = option(at_least=2)
     limit: int | None = option(None, at_least=1)
-    windows: str = option("even", among=("even", "first"), omitted="first")
+    windows: str = option("first", among=("even", "first"), omitted="first")
+    kl: bool = option(False, omitted=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,32 +51,72 @@ class Perplexity(Evaluation):
         """Return what identifies the text; enters the stage's key."""
         return data.provenance(self.corpus)
 
-    def measure(self, lm: "LM", runtime: Runtime) -> Metric:
-        """Return `ppl`, the mean token losses `window_loss` of the windows, and the hash of their tokens."""
+    @property
+    def needs_reference(self) -> bool:
+        """Return whether the float model's hidden states are needed."""
+        return self.kl
+
+    def reference(self, lm: "LM", runtime: Runtime) -> dict[str, "Tensor"]:
+        """Return what the output embeddings of the float model read in each window.
+
+        These are `[1, token, width]`: logits would take vocabulary / width times as much room, and their
+        largest alone would give no more than a bound of the divergence.
+        """
+        import torch
+
+        windows, found = self._checked_windows(lm)[0], {}
+        files = BlockFiles(runtime.partial, f"the reference on {self.corpus}")
+        with torch.inference_mode():
+            for i in track(range(len(windows)), f"reference {self.corpus}"):
+                name = f"window-{i:05d}"
+                if (kept := files.read(i)) is None:
+                    hidden = head_input(lm.model, windows[i : i + 1].to(lm.device)).cpu()
+                    files.write(i, {name: hidden}, {})
+                    kept = {name: hidden}, {}
+                found |= kept[0]
+        return found
+
+    def measure(self, lm: "LM", runtime: Runtime, reference: Mapping[str, "Tensor"] | None = None) -> Metric:
+        """Return `ppl`, the mean token losses `window_loss` of the windows, and the hash of their tokens.
+
+        With a `reference` also `kl` and `top1` (a share), the means of `window_kl` and `window_top1`.
+        """
         import numpy as np
         import torch
 
+        windows, available = self._checked_windows(lm)
+        names = ("window_loss",) if reference is None else ("window_loss", "window_kl", "window_top1")
+        journal = Journal(runtime.partial and runtime.partial / "windows.jsonl", f"perplexity {self.corpus}")
+        rows = list(journal.entries)
+        with torch.inference_mode():
+            for i in track(range(len(rows), len(windows)), f"perplexity {self.corpus}"):
+                window = windows[i : i + 1].to(lm.device)
+                if reference is None:
+                    rows.append(window_loss(lm.model, window).item())
+                else:
+                    exact = reference[f"window-{i:05d}"].to(lm.device)
+                    rows.append(compare_window(lm.model, window, exact).tolist())
+                journal.append(rows[-1])
+        columns = np.asarray(rows, dtype=np.float64).reshape(len(rows), len(names))
+        finite = np.isfinite(columns).all(axis=1)
+        if not finite.all():
+            raise UserError(f"the loss on {self.corpus} is not finite in window {int(np.argmin(finite))}")
+        tokens = hashlib.sha256(windows.to(torch.int64).numpy().tobytes()).hexdigest()
+        counts = {"windows": len(windows), "available_windows": available, "context": self.context}
+        means = {name.removeprefix("window_"): float(columns[:, i].mean()) for i, name in enumerate(names)}
+        del means["loss"]
+        return Metric(
+            values={"ppl": statistics.perplexity(columns[:, 0]), **means},
+            arrays={name: columns[:, i].copy() for i, name in enumerate(names)},
+            info={**counts, "tokens_sha256": tokens, **self.provenance()},
+        )
+
+    def _checked_windows(self, lm: "LM") -> tuple["Tensor", int]:
+        """Return the windows and how many there are in all. Raises UserError for those that are too long."""
         positions = getattr(lm.model.config, "max_position_embeddings", None)
         if positions is not None and self.context > positions:
             raise UserError(f"ppl.context={self.context} is not allowed: the model has {positions} positions")
-        windows, available = self._windows(lm.tokenizer)
-        journal = Journal(runtime.partial and runtime.partial / "windows.jsonl", f"perplexity {self.corpus}")
-        losses = list(journal.entries)
-        with torch.inference_mode():
-            for i in track(range(len(losses), len(windows)), f"perplexity {self.corpus}"):
-                losses.append(window_loss(lm.model, windows[i : i + 1].to(lm.device)).item())
-                journal.append(losses[-1])
-        if not np.isfinite(losses).all():
-            raise UserError(
-                f"the loss on {self.corpus} is not finite in window {int(np.argmin(np.isfinite(losses)))}"
-            )
-        tokens = hashlib.sha256(windows.to(torch.int64).numpy().tobytes()).hexdigest()
-        counts = {"windows": len(windows), "available_windows": available, "context": self.context}
-        return Metric(
-            values={"ppl": statistics.perplexity(losses)},
-            arrays={"window_loss": np.asarray(losses, dtype=np.float64)},
-            info={**counts, "tokens_sha256": tokens, **self.provenance()},
-        )
+        return self._windows(lm.tokenizer)
 
     def check_text(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raise UserError if the text does not give a single window."""
@@ -85,7 +130,12 @@ class Perplexity(Evaluation):
         import torch
 
         with torch.no_grad():  # in inference mode a linear is one operator, whose operations nobody counts
-            window_loss(lm.model, torch.zeros(1, self.context, dtype=torch.int64, device=lm.device))
+            window = torch.zeros(1, self.context, dtype=torch.int64, device=lm.device)
+            if self.kl:
+                exact = head_input(lm.model, window[:, :1]).expand(-1, self.context, -1)
+                compare_window(lm.model, window, exact)
+            else:
+                window_loss(lm.model, window)
 
 
 def window_loss(model: "nn.Module", window: "Tensor") -> "Tensor":
@@ -97,3 +147,43 @@ def window_loss(model: "nn.Module", window: "Tensor") -> "Tensor":
     with one_sequence_a_row():
         logits = model(window, use_cache=False).logits  # [1, token, vocab]
     return functional.cross_entropy(logits[0, :-1].float(), window[0, 1:])
+
+
+def head_input(model: "nn.Module", window: "Tensor") -> "Tensor":
+    """Return what the output embeddings read, `[1, token, width]`, for `window [1, token]`."""
+    from teq.models.blocks import one_sequence_a_row
+
+    caught: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, read: caught.append(read[0]))
+    with hook, one_sequence_a_row():
+        model(window, use_cache=False)
+    return caught[0]
+
+
+def compare_window(model: "nn.Module", window: "Tensor", exact: "Tensor") -> "Tensor":
+    """Return three means over the predicted tokens of `window [1, token]`, in fp32 `[3]`.
+
+    They are the cross-entropy, KL(float || model) in nats, and the share of tokens of which both find the
+    same one most probable (ties: the first). `exact [1, token, width]` is the float model's `head_input`: it
+    runs through the head along with the model's own, and so through whatever the model does to its logits
+    (scaling, capping). No stage changes the head, so that these are the float model's logits.
+    """
+    import torch
+
+    from teq.models.blocks import one_sequence_a_row
+
+    def append(_: "nn.Module", read: "tuple[Tensor, ...]") -> "tuple[Tensor, ...]":
+        return (torch.cat([read[0], exact.to(read[0].dtype)], dim=1),)
+
+    with model.get_output_embeddings().register_forward_pre_hook(append), one_sequence_a_row():
+        logits = model(window, use_cache=False).logits[0]  # [2 token, vocab]
+    count = window.shape[1] - 1
+    ours, theirs = logits[:count], logits[count + 1 : -1]
+    total = torch.zeros(3, device=logits.device)
+    for q, p, target in zip(ours.split(CHUNK), theirs.split(CHUNK), window[0, 1:].split(CHUNK), strict=True):
+        same = (q.argmax(-1) == p.argmax(-1)).sum()
+        q, p = q.float().log_softmax(-1), p.float().log_softmax(-1)
+        loss = -q.gather(1, target[:, None]).sum()
+        weights, gaps = p.exp(), p.sub_(q)
+        total += torch.stack([loss, torch.dot(weights.flatten(), gaps.flatten()), same])
+    return total / count

@@ -112,6 +112,8 @@ def stages(
     if run.finetune is not None:
         yield from trained("tuned", run.finetune)
     for evaluation in run.evals:
+        if evaluation.needs_reference:
+            yield Stage(f"reference/{evaluation.name}", None)
         if evaluation.dry_run is not None:
             one = needed(evaluation, dtype=run.eval_dtype or "")
             yield Stage(evaluation.name, one.bytes, one.flops * (evaluation.limit or 0) or None)

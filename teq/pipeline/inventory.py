@@ -12,7 +12,7 @@ from teq.files.disk import user_cache
 from teq.pipeline.forecast import RATES
 from teq.pipeline.store import DATA, MANIFEST
 
-TENSORS = ("scales", "weights", "tuned")  # pruning deletes their tensors only: the costs stay known
+TENSORS = ("scales", "weights", "tuned", "reference")  # only their tensors are pruned: costs stay known
 NOTES = ("digests", "revisions")  # small files of the user's cache
 UNKNOWN = "not in a record"
 

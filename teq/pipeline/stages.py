@@ -35,7 +35,8 @@ class Chain:
     def stages(self) -> dict[str, Stage]:
         """Return every stage by name, in the order in which they run.
 
-        They are scales, weights, tuned where the run has `finetune`, and the evaluations.
+        They are scales, weights, tuned where the run has `finetune`, and the evaluations, each after its
+        `reference/<evaluation>` if it compares with the float model.
         """
         spec = self.spec
         common = {"model": self.model.identity, "dtype": spec.dtype, "arch": spec.model.arch.plain()}
@@ -52,10 +53,13 @@ class Chain:
         final = made[final_weights(made)]
         eval_dtype = {} if spec.eval_dtype is None else {"dtype": spec.eval_dtype}
         for each in spec.evals:
-            settings = {"weights": final.key, "evaluation": each.plain(), "text": each.provenance()}
-            settings |= eval_dtype
-            measure = functools.partial(self._measure, each)
-            made[each.name] = Stage("metrics", settings, measure, {"weights": final})
+            reads, what = {"weights": final}, {"evaluation": each.plain(), "text": each.provenance()}
+            if each.needs_reference:
+                refer = functools.partial(self._refer, each)
+                reads["reference"] = Stage("reference", common | what | eval_dtype, refer)
+                made[f"reference/{each.name}"] = reads["reference"]
+            settings = {"weights": final.key, **what, **eval_dtype}
+            made[each.name] = Stage("metrics", settings, functools.partial(self._measure, each), reads)
         return made
 
     def _fit(self, partial: Path) -> Made:
@@ -110,11 +114,19 @@ class Chain:
 
         return self._trained(tuner, tune, "the quantized model is tuned")
 
-    def _measure(self, evaluation: Evaluation, partial: Path, weights: Artefact) -> Made:
+    def _refer(self, evaluation: Evaluation, partial: Path) -> Made:
         how = dataclasses.replace(self.runtime, partial=partial)
+        with memory.explained(f"the reference of {evaluation.name} is computed", self.runtime.device):
+            return evaluation.reference(self.model.pristine(dtype=self.spec.eval_dtype), how), {}
+
+    def _measure(
+        self, evaluation: Evaluation, partial: Path, weights: Artefact, reference: Artefact | None = None
+    ) -> Made:
+        how = dataclasses.replace(self.runtime, partial=partial)
+        given = {} if reference is None else {"reference": reference.tensors()}
         with memory.explained(f"{evaluation.name} is measured", self.runtime.device):
             lm = self.model.holding(weights, self.spec.quantizer.grid, self.spec.eval_dtype)
-            metric = evaluation.measure(lm, how)
+            metric = evaluation.measure(lm, how, **given)
         arrays = {name: record.pack(array) for name, array in metric.arrays.items()}
         info = metric.info | {"attention": self.model.attention()}
         return {}, {"values": metric.values, "arrays": arrays, "info": info}

@@ -27,13 +27,13 @@ Cells = Mapping[tuple[Place, Place], "Cell"]  # by row and column
 
 @dataclass(frozen=True)
 class Comparison:
-    """A cell's paired difference to another one's: a percentage of perplexity, or points of accuracy.
+    """A cell's paired difference to another one's: per cent of perplexity, nats of KL, points of a share.
 
     `adjusted` is its p value among all comparisons of the table (Benjamini-Hochberg).
     """
 
     difference: Difference
-    unit: str  # "%" or "points"
+    unit: str  # "%", "nats" or "points"
     versus: str = ""  # the other cell's method
     adjusted: float = 1.0
 

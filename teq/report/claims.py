@@ -116,9 +116,10 @@ def _scaled_error(formula: Formula, one: Cell, other: Cell) -> float | None:
     total = 0.0
     for name in formula.names:
         record, rival = one.matches[0].record, other.matches[0].record
-        differences = compare.paired(record, rival, name)
-        if differences is None or len(differences) < 2:
+        pairs = compare.paired(record, rival, name)
+        if pairs is None or len(pairs[0]) < 2:
             return None
+        differences = pairs[0]
         info = record.metrics[name.rpartition(".")[0]]["info"]
         full = info.get("available_documents") or info.get("available_windows") or len(differences)
         total += differences.var(ddof=1) / full

@@ -14,21 +14,37 @@ from teq.report.cells import PARTIAL, Cell, Cells, Comparison, Place
 from teq.report.layout import ANY, COSTS, FULL, Formula, Layout
 from teq.statistics import LEVEL
 
-ARRAYS = {"ppl": ("window_loss", "ppl"), "acc": ("correct", "mean"), "acc_norm": ("correct_norm", "mean")}
+# the values behind a metric, and the unit of its differences; any other may be the mean of its own array
+ARRAYS = {
+    "ppl": ("window_loss", "%"),
+    "kl": ("window_kl", "nats"),
+    "top1": ("window_top1", "points"),
+    "acc": ("correct", "points"),
+    "acc_norm": ("correct_norm", "points"),
+}
 # what else makes requests of a text
 HARNESS = ("task_version", "lm_eval", "bos", "context", "pair", "chat_template", "num_fewshot")
 
 
 def stderr(record: Record, name: str) -> float | None:
-    """Return the standard error of a metric from its packed losses or correctness; None without."""
+    """Return the standard error of a metric from its packed values; None without."""
+    if (behind := _values(record, name)) is None:
+        return None
+    data, unit = behind
+    found = (statistics.stderr_of_perplexity if unit == "%" else statistics.stderr_of_mean)(data)
+    return None if math.isnan(found) else found
+
+
+def _values(record: Record, name: str) -> "tuple[np.ndarray, str] | None":
+    """Return the values `[n]` behind a metric and the unit of its differences; None if it is not of any."""
     evaluation, _, key = name.rpartition(".")
-    array, statistic = ARRAYS.get(key, (None, None))
+    array, unit = ARRAYS.get(key, (key, "points"))
     if evaluation in COSTS or array not in record.metrics[evaluation]["arrays"]:
         return None
-    data = record.array(evaluation, array)
-    error = statistics.stderr_of_perplexity if statistic == "ppl" else statistics.stderr_of_mean
-    found = error(data)
-    return None if math.isnan(found) else found
+    data = record.array(evaluation, array).astype(np.float64)
+    value = record.metrics[evaluation]["values"].get(key)
+    is_mean = value is not None and data.ndim == 1 and math.isclose(data.mean(), value, rel_tol=1e-6)
+    return (data, unit) if key in ARRAYS or is_mean else None
 
 
 def cell_stderr(formula: Formula, record: Record) -> float | None:
@@ -50,34 +66,32 @@ def compared(formula: Formula, ones: Sequence[Record], others: Sequence[Record])
     pairs = max(len(ones), len(others))
     if formula.ratio or formula.setting or {len(ones), len(others)} - {1, pairs} or not pairs:
         return None
-    statistic, parts = set(), []
+    units, parts = set(), []
     for name in formula.names:
         seeds = [paired(ones[i % len(ones)], others[i % len(others)], name) for i in range(pairs)]
         if any(one is None for one in seeds):
             return None
-        parts.append(np.stack([one for one in seeds if one is not None]))
-        statistic.add(ARRAYS[name.rpartition(".")[2]][1])
-    found = statistics.paired_difference(parts) if len(statistic) == 1 else None
+        parts.append(np.stack([one[0] for one in seeds if one is not None]))
+        units |= {one[1] for one in seeds if one is not None}
+    found = statistics.paired_difference(parts) if len(units) == 1 else None
     if found is None:
         return None
-    if statistic == {"ppl"}:
-        return Comparison(found.percent(), "%")
-    if pairs == len(parts) == 1:
+    (unit,) = units
+    if unit == "%":
+        return Comparison(found.percent(), unit)
+    if pairs == len(parts) == 1 and np.isin(parts[0], (-1, 0, 1)).all():
         found = dataclasses.replace(found, p=statistics.mcnemar(parts[0]))
-    return Comparison(found.scaled(formula.times * (1 if formula.mean else len(parts))), "points")
+    return Comparison(found.scaled(formula.times * (1 if formula.mean else len(parts))), unit)
 
 
-def paired(one: Record, other: Record, name: str) -> "np.ndarray | None":
-    """Return the differences `[n]` behind a metric in two records, if both measured the same inputs."""
-    evaluation, _, key = name.rpartition(".")
-    array, _ = ARRAYS.get(key, (None, None))
-    if evaluation in COSTS or array is None:
+def paired(one: Record, other: Record, name: str) -> "tuple[np.ndarray, str] | None":
+    """Return the differences `[n]` behind a metric in two records that measured the same inputs; the unit."""
+    evaluation, both = name.rpartition(".")[0], [_values(record, name) for record in (one, other)]
+    if both[0] is None or both[1] is None:
         return None
-    both = [record.metrics[evaluation] for record in (one, other)]
-    if any(array not in measured["arrays"] for measured in both) or len({_inputs(m) for m in both}) != 1:
-        return None
-    first, second = (record.array(evaluation, array).astype(np.float64) for record in (one, other))
-    return first - second if len(first) == len(second) else None
+    (first, unit), (second, _) = both
+    same = _inputs(one.metrics[evaluation]) == _inputs(other.metrics[evaluation])
+    return (first - second, unit) if same and len(first) == len(second) else None
 
 
 def _inputs(measured: Mapping[str, Any]) -> tuple[Any, ...]:

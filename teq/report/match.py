@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MISSING = "nothing"
 METHOD = ("transform", "quantizer", "finetune")  # the last one only where there is one
+ADDED = ("kl", "top1")  # metrics that a record of an evaluation may lack
+ADDS = ("kl",)  # options of evaluations that add metrics and change no other
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,16 @@ class RecordIndex:
         return found
 
     def find(
-        self, run: "Run", evaluations: set[str], synthetic: bool = False, fixed: Collection[str] = ()
+        self,
+        run: "Run",
+        evaluations: set[str],
+        synthetic: bool = False,
+        fixed: Collection[str] = (),
+        metrics: Collection[str] = (),
     ) -> Match | None:
         """Return the record for the part of `run` that `evaluations` (by name) measure, or None.
+
+        A record that lacks one of `metrics` (`<evaluation>.<name>`) of those that not all have is no answer.
 
         Settings of evaluations that are not asked for do not count. A local folder's weights are compared as
         they are there now. A record of synthetic weights is only considered where `synthetic` allows it, one
@@ -66,6 +75,8 @@ class RecordIndex:
         wanted = {name: e for e, name in zip(plain["evals"], (e.name for e in run.evals), strict=True)}
         for candidate, unpublished in self._by_group.get(group_key(plain), []):
             if (candidate.synthetic and not synthetic) or not evaluations <= set(candidate.metrics):
+                continue
+            if any(_lacks(candidate, name) for name in metrics):
                 continue
             had = dict(zip(candidate.metrics, candidate.data["run"]["evals"], strict=True))
             differences = dict(
@@ -127,7 +138,16 @@ def _relevant(run: Mapping[str, Any], evals: Mapping[str, Any], names: set[str])
     parts = {key: run.get(key) for key in ("model", "dtype", *METHOD)}
     if names:
         parts["eval_dtype"] = run.get("eval_dtype")
-    return parts | {name: evals.get(name, MISSING) for name in sorted(names)}
+    asked = {name: evals.get(name, MISSING) for name in sorted(names)}
+    return parts | {
+        name: {key: value for key, value in plain.items() if key not in ADDS} if plain != MISSING else plain
+        for name, plain in asked.items()
+    }
+
+
+def _lacks(candidate: Record, name: str) -> bool:
+    evaluation, _, key = name.rpartition(".")
+    return key in ADDED and key not in candidate.metrics[evaluation]["values"]
 
 
 def _parts(candidate: Record, evaluations: set[str]) -> dict[str, tuple[Any, Any]]:

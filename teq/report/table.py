@@ -132,7 +132,10 @@ def _cell(
             )
     wanted = formula.evaluations()
     apart = [fixed[match.group_key(job.run.plain())] for job in jobs]
-    answers = [index.find(job.run, wanted, not wanted, keys) for job, keys in zip(jobs, apart, strict=True)]
+    answers = [
+        index.find(job.run, wanted, not wanted, keys, formula.names)
+        for job, keys in zip(jobs, apart, strict=True)
+    ]
     found = list({f.record.file: f for f in answers if f is not None}.values())
     if not found:
         return Cell(at, formula, jobs, (), None, None, None, published, NOT_RUN)

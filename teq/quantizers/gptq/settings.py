@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from teq.data import Calibration
 from teq.device import memory
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from teq.quantizers.gptq.solver import Solution
 
 log = logging.getLogger(__name__)
-ORDERS = ("natural", "act", "static", "group")  # of columns
+ORDERS = {  # of columns, as records name them: by the official code's flags
+    "natural": {"act_order": False, "static_groups": False},
+    "act": {"act_order": True, "static_groups": False},
+    "static": {"act_order": True, "static_groups": True},
+    "group": {"act_order": False, "static_groups": False, "group_aware": True},
+}
 SMALL = 128  # columns of the matrix that a solution's memory is counted on
 
 
@@ -42,15 +47,8 @@ class Gptq(Quantizer):
     length: int = option(at_least=2)
     damping: float = option(0.01, above=0)
     block_size: int = option(128, at_least=1)
-    order: str = option("natural", among=ORDERS)
+    order: str = option("natural", among=tuple(ORDERS), recorded=ORDERS)
     true_sequential: bool = False
-
-    def plain(self) -> dict[str, Any]:
-        """Return the settings with the official code's two flags for `order`, as records hold them."""
-        fields = super().plain()
-        order = fields.pop("order")
-        fields |= {"act_order": order in ("act", "static"), "static_groups": order == "static"}
-        return fields | ({"group_aware": True} if order == "group" else {})
 
     def quantize(self, load: Load, scales: "Mapping[str, Tensor]", runtime: Runtime) -> Made:
         """Quantize on calibration windows; hidden states wait in host memory if the device lacks room."""

@@ -1,6 +1,7 @@
 """TEQ: scales trained with the model's own loss through straight-through rounding (the paper, section 3)."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,10 @@ from teq.data import Calibration
 from teq.device.runtime import DEFAULT_RUNTIME, Runtime
 from teq.grid import Grid
 from teq.models.arch import Arch, sites
-from teq.spec import option
+from teq.spec import UserError, option
 from teq.stage import Load, Made, OnStep, Transform
+from teq.transforms.awq.settings import Awq
+from teq.transforms.smoothquant import SmoothQuant
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from teq.models.checkpoint import LM
     from teq.transforms.teq.train import Trainer
 
+SEARCHES = ("awq", "smoothquant")  # starts that are found on calibration text
+HELD_OUT = 4  # windows that no step trains on, where the best scales are kept
+
 
 @dataclass(frozen=True, kw_only=True)
 class Teq(Transform):
@@ -28,18 +34,43 @@ class Teq(Transform):
     `parameter` clip trains s itself, kept at 1e-5 or more (neural-compressor's bound); log trains log s.
     Profile `paper` decays the learning rate linearly from `lr` in eval mode; `inc` is neural-compressor's: 5
     % warm-up first, and training mode, so that dropout is on.
+
+    Init `awq` and `smoothquant` start from the scales of that transform, whose settings the field of its name
+    holds. `keep` best returns the scales of the lowest loss on held-out windows, the start among them: it is
+    the default where a search gave the start, which training then never makes worse.
     """
 
     group = "train"
     grid: Grid
     calib: Calibration
-    init: str = option(among=("ones", "inv_sqrt"), key="init")
+    init: str = option(among=("ones", "inv_sqrt", *SEARCHES), key="init")
+    awq: Awq | None = option(None, omitted=None)
+    smoothquant: SmoothQuant | None = option(None, omitted=None)
     steps: int = option(at_least=0)
     lr: float = option(above=0)
     batch: int = option(at_least=1)
     length: int = option(at_least=2)
     parameter: str = option(among=("clip", "log"))
     profile: str = option(among=("paper", "inc"))
+    keep: str | None = option(None, among=("last", "best"), omitted="last")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in SEARCHES:
+            if name != self.init:
+                object.__setattr__(self, name, None)  # not read, so not in the key
+        searched = self.init in SEARCHES
+        if searched and self.search is None:
+            raise UserError(
+                f"init={self.init} needs the settings of that search and its calibration text: set the "
+                f"transform's field {self.init}, or choose init=ones or init=inv_sqrt"
+            )
+        object.__setattr__(self, "keep", self.keep or ("best" if searched else "last"))
+
+    @property
+    def search(self) -> Awq | SmoothQuant | None:
+        """Return the transform that finds the start, or None."""
+        return self.awq or self.smoothquant
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,19 +78,39 @@ class Teq(Transform):
 
     def windows(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
         """Return the windows of all steps `[steps * batch, length]`."""
-        return data.calibration(self.calib, tokenizer, max(self.steps, 1) * self.batch, self.length)
+        return self._windows(tokenizer, 0)
+
+    def held_out(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor | None":
+        """Return the windows `[HELD_OUT, length]` after those of the steps; None unless `keep` is best."""
+        return self._windows(tokenizer, HELD_OUT)[-HELD_OUT:] if self.keep == "best" else None
+
+    def _windows(self, tokenizer: "PreTrainedTokenizerBase", more: int) -> "Tensor":
+        count = max(self.steps, 1) * self.batch + more
+        return data.calibration(self.calib, tokenizer, count, self.length)
 
     def fit(self, load: Load, runtime: Runtime, on_step: OnStep) -> Made:
         """Return train; see `teq.transforms.teq.train.train`."""
-        lm = load()
-        return self.train_on(lm.model, lm.arch, self.windows(lm.tokenizer), runtime, on_step)
+        lm, start, found = load(), None, {}
+        windows, held_out = self.windows(lm.tokenizer), self.held_out(lm.tokenizer)
+        if self.search is not None:
+            start, found = self.search.fit(lambda: lm, runtime, on_step)
+        scales, info = self.train_on(lm.model, lm.arch, windows, runtime, on_step, start, held_out)
+        return scales, info | ({"search": found} if found else {})
 
-    def trainer(self, model: "nn.Module", arch: Arch, device: "torch.device | str") -> "Trainer":
-        """Return the scales to train, at their start."""
+    def trainer(
+        self,
+        model: "nn.Module",
+        arch: Arch,
+        device: "torch.device | str",
+        start: "Mapping[str, Tensor] | None" = None,
+    ) -> "Trainer":
+        """Return the scales to train, at their start: that of `init` where none is given."""
         from teq.transforms.teq import train
 
         rate = functools.partial(train.learning_rate, steps=self.steps, lr=self.lr, profile=self.profile)
-        return train.Trainer(sites(model, arch), device, init=self.init, parameter=self.parameter, rate=rate)
+        found = sites(model, arch)
+        first = {site.name: start[site.name] if start else train.initial(site, self.init) for site in found}
+        return train.Trainer(first, device, parameter=self.parameter, rate=rate)
 
     def train_on(
         self,
@@ -68,8 +119,10 @@ class Teq(Transform):
         windows: "Tensor",
         runtime: Runtime = DEFAULT_RUNTIME,
         on_step: OnStep = lambda *_: None,
+        start: "Mapping[str, Tensor] | None" = None,
+        held_out: "Tensor | None" = None,
     ) -> Made:
-        """Train on `windows [steps * batch, length]`."""
+        """Train on `windows [steps * batch, length]`; a search's `start` and `held_out` windows are given."""
         from teq.transforms.teq import train
 
         offloaded = runtime.strategy == "offload"
@@ -78,7 +131,8 @@ class Teq(Transform):
             model,
             arch,
             windows,
-            self.trainer(model, arch, device),
+            self.trainer(model, arch, device, start),
+            held_out=held_out,
             grid=self.grid,
             steps=self.steps,
             batch=self.batch,

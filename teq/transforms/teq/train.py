@@ -1,7 +1,9 @@
 """The training loop of TEQ."""
 
+import functools
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,18 +22,21 @@ from teq.models.loss import causal_loss
 from teq.stage import Diverged, NothingDone, OnStep
 from teq.transforms.teq.linear import fake_quantized
 
+log = logging.getLogger(__name__)
 SMALLEST = 1e-5  # neural-compressor's bound on s with parameter=clip
 WARM_UP = 0.05  # share of the steps, profile inc
 BETAS = (0.9, 0.9)  # the paper's section 3.2
+MEASURED = 10  # times that scales are compared on held-out windows before the end
 
 
 def initial(site: Site, init: str) -> Tensor:
-    """Return the start of a site's scales `[in]`, fp32: ones, or `1 / sqrt(max |w| of each input channel)`.
+    """Return the start of a site's scales `[width]`, fp32: ones, or `1 / sqrt(max |w| of each channel)`.
 
-    The paper writes the second as 1.0/sqrt(w_cin); a channel whose weights are all zero starts at 1.
+    The paper writes the second, `inv_sqrt`, as 1.0/sqrt(w_cin); a channel whose weights are all zero starts
+    at 1.
     """
     largest = site.largest()
-    if init == "ones":
+    if init != "inv_sqrt":
         return torch.ones_like(largest)
     return torch.where(largest > 0, largest, 1.0).rsqrt_()
 
@@ -50,26 +55,26 @@ def learning_rate(step: int, steps: int, lr: float, profile: str = "paper") -> f
 class Trainer:
     """The scales of all sites while they are trained, and one step of training.
 
-    `rate` gives the learning rate of a step; `parameter` is `clip` (s itself, kept at 1e-5 or more) or `log`.
+    They start from `first`, by site. `rate` gives the learning rate of a step; `parameter` is `clip` (s
+    itself, kept at 1e-5 or more) or `log`.
     """
 
     def __init__(
         self,
-        found: list[Site],
+        first: Mapping[str, Tensor],
         device: torch.device | str,
         *,
-        init: str,
         parameter: str,
         rate: Callable[[int], float],
     ) -> None:
         self.rate, self.log = rate, parameter == "log"
-        first = {site.name: initial(site, init).to(device) for site in found}
-        self.free = {name: nn.Parameter(s.log() if self.log else s) for name, s in first.items()}
+        here = {name: s.to(device, copy=True) for name, s in first.items()}
+        self.free = {name: nn.Parameter(s.log() if self.log else s) for name, s in here.items()}
         self.optimizer = torch.optim.Adam(self.free.values(), betas=BETAS, weight_decay=0)
         self.current: dict[str, Tensor] = {}  # the scales that the step in progress computes with
 
     def scale(self, name: str) -> Tensor:
-        """Return the positive scales of a site `[in]`, as a function of what is trained."""
+        """Return the positive scales of a site `[width]`, as a function of what is trained."""
         return self.free[name].exp() if self.log else self.free[name].clamp(min=SMALLEST)
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -81,6 +86,20 @@ class Trainer:
         """Return the loss of `tokens [batch, token]` under the present scales, inside `fake_quantized`."""
         self.current.update({name: self.scale(name) for name in self.free})
         return causal_loss(model, tokens)
+
+    def mean_loss(self, model: nn.Module, windows: Tensor, scales: Mapping[str, Tensor]) -> float:
+        """Return the mean loss of `windows [sample, token]` under `scales`, inside `fake_quantized`.
+
+        It is computed without dropout. No step may be in progress.
+        """
+        dropout = model.training
+        model.eval()
+        self.current.update(scales)
+        with torch.no_grad():
+            losses = [causal_loss(model, window[None]).item() for window in windows]
+        self.current.clear()
+        model.train(dropout)
+        return sum(losses) / len(losses)
 
     def move(self, loss: Tensor, step: int) -> None:
         """Run the backward pass and Adam's update at this step's learning rate."""
@@ -101,6 +120,7 @@ def train(
     grid: Grid,
     steps: int,
     batch: int = 1,
+    held_out: Tensor | None = None,
     dropout: bool = False,
     seed: int = 0,
     runtime: Runtime = DEFAULT_RUNTIME,
@@ -113,7 +133,9 @@ def train(
     memory goes, not the result; under `offload` the model is given in host memory, and its blocks stay there.
 
     Returns the last scales by site, with `start/<site>` and `best/<site>` (the step of the lowest loss), and
-    the loss curve. Raises Diverged on a loss that is not finite, NothingDone when a site never moved.
+    the loss curve. With the windows `held_out [sample, token]` they are instead those of the lowest loss on
+    these, out of the start, every tenth of the steps and the end, with `last/<site>` for the last. Raises
+    Diverged on a loss that is not finite, NothingDone when a site never moved.
     """
     check_equivalence(model, arch)
     check_head(model)
@@ -122,7 +144,7 @@ def train(
     device = model.get_input_embeddings().weight.device
     losses: list[float] = []
     start = best = trainer.snapshot()
-    lowest = float("inf")
+    lowest, measure, held = math.inf, None, {}
     torch.manual_seed(seed)  # of dropout
     file = runtime.partial and runtime.partial / "training.safetensors"
     resume = ResumeFile(file, trainer.free, trainer.optimizer)
@@ -133,32 +155,67 @@ def train(
     try:
         scale, strategy = trainer.current.__getitem__, runtime.strategy
         with fake_quantized(model, arch, grid, scale, strategy) as quantize:
+            if held_out is not None:
+                measure = functools.partial(trainer.mean_loss, model, held_out.to(device))
+                lowest = measure(best)
             for step in track(range(len(losses), steps), "training scales"):
+                if measure and step and step % max(1, steps // MEASURED) == 0:
+                    best, lowest = _better(trainer.snapshot(), measure, best, lowest)
                 tokens = windows[step * batch : (step + 1) * batch]
                 loss = trainer.loss(model, tokens.to(device))
                 value = loss.item()
                 if not math.isfinite(value):
                     raise _diverged(step, value, trainer.snapshot(), best)
-                if value < lowest:
+                if not measure and value < lowest:
                     best, lowest = trainer.snapshot(), value
                 trainer.move(loss, step)
                 losses.append(value)
                 resume.keep(losses, best)
                 on_step(step, value)
+            last = trainer.snapshot()
+            if measure:
+                best, lowest = _better(last, measure, best, lowest)
+                held = {"windows": len(held_out), "start": measure(start), "last": measure(last)}
+                held |= {"best": lowest, "kept": _name(best, {"start": start, "last": last})}
     finally:
         resume.write()
         model.eval()
-    last = trainer.snapshot()
-    kept = {f"start/{name}": s for name, s in start.items()} | {f"best/{name}": s for name, s in best.items()}
-    scales = on_host(last | kept)
-    still = [name for name in last if torch.equal(scales[name], scales[f"start/{name}"])]
+    found, other = (best, {"last": last}) if held else (last, {"best": best})
+    parts = {"start": start, **other}
+    scales = on_host(
+        found | {f"{part}/{name}": s for part, those in parts.items() for name, s in those.items()}
+    )
+    still = [name for name in last if torch.equal(last[name], start[name])]
     if steps and still:
         raise NothingDone(
             f"the scales of {still[0]} never moved in {steps} steps ({len(still)} of {len(last)} "
             "sites): the result would be plain rounding under another name; raise train.lr or train.steps"
         )
     info = {"loss": losses, "sites": list(last), "strategy": strategy, "fake_quant": quantize.name}
+    if held:
+        if steps and held["kept"] == "start":
+            log.warning("no step lowered the loss on the held-out windows: the scales stay at their start")
+        info["held_out"] = held
     return scales, info
+
+
+def _better(
+    scales: dict[str, Tensor],
+    measure: Callable[[dict[str, Tensor]], float],
+    best: dict[str, Tensor],
+    lowest: float,
+) -> tuple[dict[str, Tensor], float]:
+    """Return the scales of the lower loss, and that loss."""
+    loss = measure(scales)
+    return (scales, loss) if loss < lowest else (best, lowest)
+
+
+def _name(scales: Mapping[str, Tensor], known: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Return which of the known scales these are, `between` where they are none of them."""
+    return next(
+        (name for name, those in known.items() if all(torch.equal(s, those[k]) for k, s in scales.items())),
+        "between",
+    )
 
 
 def _diverged(step: int, loss: float, now: dict[str, Tensor], best: dict[str, Tensor]) -> Diverged:
