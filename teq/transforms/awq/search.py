@@ -24,7 +24,7 @@ from teq.transforms.activations import Block, Hook, from_ones, reader, watched_b
 
 SMALLEST = 1e-4  # of mean|x| ** ratio
 SHRINKS = [1 - step / 20 for step in range(10)]  # of a group's largest weight, to find its bound
-UNCLIPPED = ("q_", "k_", "query", "key", "qkv")  # the product of queries and keys suffers from clipping
+UNCLIPPED = ("q_", "k_", "query", "key", "qkv", "c_attn")  # clipping spoils query times key
 
 
 @dataclass
