@@ -144,14 +144,14 @@ def test_settings_of_a_search_are_in_the_key_where_it_is_used():
     assert run("init=awq", "train.keep=last").transform.keep == "last"
 
 
-@pytest.mark.parametrize("init", SEARCHES)
-def test_a_run_from_a_searched_start_says_what_was_kept(own_home, init):
+@pytest.mark.parametrize(("init", "steps"), [("awq", 3), ("smoothquant", 3), ("awq", 0)])
+def test_a_run_from_a_searched_start_says_what_was_kept(own_home, init, steps):
     from teq.pipeline.run import run
     from teq.pipeline.store import Store
 
     small = [f"{group}.{key}" for group in SEARCHES for key in ("samples=2", "length=48")]
-    overrides = ["train.steps=3", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]", "sites=all"]
+    overrides = [f"train.steps={steps}", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]", "sites=all"]
     (job,) = config.jobs(["model=tiny-llama", "method=teq", f"init={init}", *small, *overrides])
     data = run(job.run, Store(own_home / "store"), own_home, Runtime(), None).data
     assert data["training"]["held_out"]["kept"] in ("start", "between", "last")
-    assert data["run"]["transform"][init]["samples"] == 2 and len(data["training"]["loss"]) == 3
+    assert data["run"]["transform"][init]["samples"] == 2 and len(data["training"]["loss"]) == steps

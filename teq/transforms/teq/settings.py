@@ -104,7 +104,8 @@ class Teq(Transform):
         """Return the scales to train, at their start: that of `init` where none is given."""
         from teq.transforms.teq import train
 
-        rate = functools.partial(train.learning_rate, steps=self.steps, lr=self.lr, profile=self.profile)
+        steps = max(self.steps, 1)  # a dry run does some where there are none
+        rate = functools.partial(train.learning_rate, steps=steps, lr=self.lr, profile=self.profile)
         found = sites(model, arch)
         first = {site.name: start[site.name] if start else train.initial(site, self.init) for site in found}
         return train.Trainer(first, device, parameter=self.parameter, rate=rate)

@@ -176,7 +176,7 @@ def train(
             if measure:
                 best, lowest = _better(last, measure, best, lowest)
                 held = {"windows": len(held_out), "start": measure(start), "last": measure(last)}
-                held |= {"best": lowest, "kept": _name(best, {"start": start, "last": last})}
+                held["best"] = lowest
     finally:
         resume.write()
         model.eval()
@@ -185,7 +185,8 @@ def train(
     scales = on_host(
         found | {f"{part}/{name}": s for part, those in parts.items() for name, s in those.items()}
     )
-    still = [name for name in last if torch.equal(last[name], start[name])]
+    end = "last/" if held else ""
+    still = [name for name in last if torch.equal(scales[f"{end}{name}"], scales[f"start/{name}"])]
     if steps and still:
         raise NothingDone(
             f"the scales of {still[0]} never moved in {steps} steps ({len(still)} of {len(last)} "
@@ -193,6 +194,8 @@ def train(
         )
     info = {"loss": losses, "sites": list(last), "strategy": strategy, "fake_quant": quantize.name}
     if held:
+        same = {p: all(torch.equal(scales[n], scales[f"{p}/{n}"]) for n in last) for p in ("start", "last")}
+        held["kept"] = next((part for part, equal in same.items() if equal), "between")
         if steps and held["kept"] == "start":
             log.warning("no step lowered the loss on the held-out windows: the scales stay at their start")
         info["held_out"] = held
@@ -208,14 +211,6 @@ def _better(
     """Return the scales of the lower loss, and that loss."""
     loss = measure(scales)
     return (scales, loss) if loss < lowest else (best, lowest)
-
-
-def _name(scales: Mapping[str, Tensor], known: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """Return which of the known scales these are, `between` where they are none of them."""
-    return next(
-        (name for name, those in known.items() if all(torch.equal(s, those[k]) for k, s in scales.items())),
-        "between",
-    )
 
 
 def _diverged(step: int, loss: float, now: dict[str, Tensor], best: dict[str, Tensor]) -> Diverged:
