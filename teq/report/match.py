@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MISSING = "nothing"
 METHOD = ("transform", "quantizer", "finetune")  # the last one only where there is one
-ADDED = ("kl", "top1")  # metrics that a record of an evaluation may lack
+ADDED = ("kl", "top1", "bits_per_byte")  # metrics that a record of an evaluation may lack
 ADDS = ("kl",)  # options of evaluations that add metrics and change no other
 
 
