@@ -7,6 +7,7 @@ everywhere.
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,14 @@ class Grid(Settings):
     def width(self, columns: int) -> int:
         """Return the number of channels in a group of a row of `columns`; the last group may have fewer."""
         return columns if self.group_size == -1 else self.group_size
+
+    def bits_per_weight(self, shapes: Iterable[tuple[int, int]]) -> float:
+        """Return the bits of a weight `[out, in]` with its share of scale and zero, over all `shapes`."""
+        count = groups = 0
+        for rows, columns in shapes:
+            count, groups = count + rows * columns, groups + rows * self.group_count(columns)
+        scale = 32 if self.scale_dtype == "float32" else 16
+        return round(self.bits + groups / count * (scale + (0 if self.symmetric else self.bits)), 3)
 
     def spans(self, columns: int) -> list[tuple[int, int]]:
         """Return the `[start, stop)` columns of each group."""

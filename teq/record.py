@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LARGEST = 2**28  # bytes of one unpacked array: a record is no place for more
 
 
@@ -39,6 +40,14 @@ class Record:
     def metrics(self) -> dict[str, Any]:
         """Return by evaluation: `values`, packed `arrays`, `info`."""
         return self.data["metrics"]
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Return `bits_per_weight`, which records from before it lack; unquantized, of the dtype."""
+        run, known = self.data["run"], self.data["quantization"].get("bits_per_weight")
+        if known is None and not run["quantizer"].get("grid"):
+            known = 8 * DTYPE_BYTES[run["dtype"]]
+        return {} if known is None else {"bits_per_weight": known}
 
     @property
     def synthetic(self) -> bool:
@@ -180,7 +189,7 @@ def _row(record: Record) -> dict[str, Any]:
     row |= {"method": run["method"], "dtype": run["dtype"], **dict(_flat(run["transform"], "transform"))}
     row |= dict(_flat(run["quantizer"], "quantizer")) | dict(_flat(run.get("finetune", {}), "finetune"))
     grid = run["quantizer"].get("grid") or {}
-    row |= {key: grid.get(key) for key in ("bits", "group_size", "symmetric")}
+    row |= {key: grid.get(key) for key in ("bits", "group_size", "symmetric")} | record.weights
     for name, metric in record.metrics.items():
         row |= {f"{name}.{key}": value for key, value in metric["values"].items()}
     for stage, entry in record.data["stages"].items():

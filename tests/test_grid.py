@@ -103,3 +103,13 @@ def test_the_dtype_of_scales_is_in_the_key_where_it_is_not_the_default():
     assert plain.key() == Grid(bits=3, group_size=16, scale_dtype="float32").key()
     assert plain.key() != Grid(bits=3, group_size=16, scale_dtype="float16").key()
     assert "scale_dtype" not in plain.plain()
+
+
+def test_bits_per_weight_count_scales_and_zeros():
+    square = [(256, 256), (512, 256)]
+    assert Grid(bits=4, group_size=128, scale_dtype="float16").bits_per_weight(square) == 4.156
+    assert Grid(bits=4, group_size=128).bits_per_weight(square) == round(4 + (32 + 4) / 128, 3)
+    assert Grid(bits=4, group_size=-1, symmetric=True).bits_per_weight(square) == 4 + 32 / 256
+    # the shorter group at the end of a row costs as much as a whole one
+    ragged = Grid(bits=3, group_size=64, scale_dtype="float16").bits_per_weight([(8, 96)])
+    assert ragged == round(3 + 19 * 2 / 96, 3)

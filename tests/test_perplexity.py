@@ -193,3 +193,10 @@ def test_python_docs_is_measured_behind_its_calibration_part(tiny):
     stream = lm.tokenizer(corpora.python_docs()).input_ids
     assert windows.flatten().tolist() == stream[60_000 : 60_000 + 3 * 512]
     assert available == (len(stream) - 60_000) // 512
+
+
+def test_bits_per_byte_are_those_of_the_predicted_text(write, tiny):
+    """A tokenizer of bytes predicts one byte with each token: bits of a token."""
+    write("ptb_text_only/test", sentence=documents(200, words=6))
+    metric = Perplexity(corpus="ptb-new", context=64, limit=5).measure(tiny("bloom"), Runtime())
+    assert metric.values["bits_per_byte"] == pytest.approx(math.log2(metric.values["ppl"]), rel=1e-9)

@@ -8,7 +8,7 @@ from teq import config
 from teq.device.runtime import Runtime
 from teq.pipeline import run as pipeline
 from teq.pipeline.store import Store
-from teq.quantizers.quantized import restore
+from teq.quantizers.quantized import restore, shapes
 
 QUICK = ["model=tiny-llama", "train.steps=2", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
 GPTQ = ["gptq.samples=4", "gptq.length=64"]
@@ -46,3 +46,22 @@ def test_codes_are_stored_with_their_bits_packed(own_home):
     stage = own_home / "store" / "weights" / finished.data["stages"]["weights"]["key"]
     tensors = load_file(stage / "data.safetensors")
     assert tensors["model.layers.0.mlp.down_proj/codes"].numel() == 64 * 160 * 3 // 8
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_record_says_how_many_bits_a_weight_takes(own_home, method):
+    finished = run(own_home, f"method={method}", "bits=3", "group_size=48")
+    (job,) = config.jobs([*QUICK, *GPTQ, f"method={method}", "bits=3", "group_size=48"])
+    model, grid = job.run.model.load("float32", "cpu").model, job.run.quantizer.grid
+    linears = {
+        name: tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if ".layers." in name and hasattr(module, "in_features")
+    }
+    store = Store(own_home / "store")
+    tensors = store.find("weights", finished.data["stages"]["weights"]["key"]).tensors()
+    assert shapes(tensors, grid) == linears
+    assert finished.data["quantization"]["bits_per_weight"] == grid.bits_per_weight(linears.values()) > 3.5
+    assert finished.weights == {"bits_per_weight": grid.bits_per_weight(linears.values())}
+    floats = run(own_home, "method=fp", "dtype=bfloat16")
+    assert floats.weights == {"bits_per_weight": 16}

@@ -686,6 +686,7 @@ layout:
   rows: [grid, method]
   cells:
     ppl: {label: perplexity, mean: [python-docs.ppl], best: lowest}
+    bits: {label: bits per weight, mean: [quantization.bits_per_weight]}
     kl: {label: KL, mean: [python-docs.kl], digits: 3, best: lowest}
     top1: {label: top-1 in %, mean: [python-docs.top1], times: 100, digits: 1, best: highest}
 """
@@ -699,6 +700,7 @@ def test_divergence_and_agreement_are_columns_with_paired_differences(monkeypatc
     for method, (kl, top1) in arrays.items():
 
         def add(data, kl=kl, top1=top1):
+            data["quantization"]["bits_per_weight"] = 3.3
             measured = data["metrics"]["python-docs"]
             measured["values"] |= {"kl": kl.mean(), "top1": top1.mean()}
             measured["arrays"] |= {"window_kl": record.pack(kl), "window_top1": record.pack(top1)}
@@ -722,6 +724,16 @@ def test_divergence_and_agreement_are_columns_with_paired_differences(monkeypatc
     assert top1.ours == pytest.approx(80.1) and top1.versus.difference.mean == pytest.approx(0.1)
     # a record from before the option has the perplexity, and no other cell
     assert cells["fp", "ppl"].verdict == OURS and cells["fp", "kl"].verdict == NOT_RUN
+    assert [cells[method, "bits"].ours for method in ("fp", "rtn", "teq")] == [32, 3.3, 3.3]
+    assert cells["teq", "bits"].versus is None
+
+
+def test_records_from_before_bits_per_weight_leave_its_cell_empty(monkeypatch, tmp_path):
+    add_experiment(monkeypatch, tmp_path, "divergence", DIVERGENCE)
+    jobs, folder = config.jobs(["experiments=divergence"]), tmp_path / "records"
+    made(folder, of(jobs, "tiny-opt", "rtn"), evals={"python-docs": LOSSES})
+    cells = {(row[1], column[-1]): cell for (row, column), cell in filled("divergence", folder).cells.items()}
+    assert cells["rtn", "bits"].verdict == NOT_RUN and cells["rtn", "ppl"].verdict == OURS
 
 
 def test_any_metric_that_is_a_mean_over_documents_is_compared(golden):

@@ -1,6 +1,7 @@
 """Perplexity: exp of the mean token loss over windows of a text; there also KL from the float model."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,7 @@ class Perplexity(Evaluation):
     def measure(self, lm: "LM", runtime: Runtime, reference: Mapping[str, "Tensor"] | None = None) -> Metric:
         """Return `ppl`, the mean token losses `window_loss` of the windows, and the hash of their tokens.
 
+        `bits_per_byte` is the same loss per byte of text, which compares models of different tokenizers.
         With a `reference` also `kl` and `top1` (a share), the means of `window_kl` and `window_top1`.
         """
         import numpy as np
@@ -105,8 +107,10 @@ class Perplexity(Evaluation):
         counts = {"windows": len(windows), "available_windows": available, "context": self.context}
         means = {name.removeprefix("window_"): float(columns[:, i].mean()) for i, name in enumerate(names)}
         del means["loss"]
+        nats = columns[:, 0].mean() * (self.context - 1)  # of a window
+        per_byte = float(nats / math.log(2) / bytes_of(windows, lm.tokenizer))
         return Metric(
-            values={"ppl": statistics.perplexity(columns[:, 0]), **means},
+            values={"ppl": statistics.perplexity(columns[:, 0]), "bits_per_byte": per_byte, **means},
             arrays={name: columns[:, i].copy() for i, name in enumerate(names)},
             info={**counts, "tokens_sha256": tokens, **self.provenance()},
         )
@@ -147,6 +151,15 @@ def window_loss(model: "nn.Module", window: "Tensor") -> "Tensor":
     with one_sequence_a_row():
         logits = model(window, use_cache=False).logits  # [1, token, vocab]
     return functional.cross_entropy(logits[0, :-1].float(), window[0, 1:])
+
+
+def bytes_of(windows: "Tensor", tokenizer: "PreTrainedTokenizerBase") -> float:
+    """Return the mean UTF-8 bytes of the predicted text of `windows [window, token]`, without special tokens.
+
+    A character that a window's edge cuts counts as the three bytes of a replacement character.
+    """
+    exact = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return sum(len(tokenizer.decode(w[1:], **exact).encode()) for w in windows) / len(windows)
 
 
 def head_input(model: "nn.Module", window: "Tensor") -> "Tensor":

@@ -125,21 +125,12 @@ def _manifest(plan: Plan, record: Record, name: str, command: str) -> dict[str, 
         "identity": data["identity"],
         "text": data["text"],
         "dtype": formats.find(name).dtype(plan.dtype),
-        "bits_per_weight": _bits_per_weight(plan),
+        "bits_per_weight": plan.grid.bits_per_weight(plan.shapes.values()),
         "metrics": numbers,
         "code": data["code"],
         "exported_by": {"code": cost.code(), "versions": cost.versions()},
         "command": command,
     }
-
-
-def _bits_per_weight(plan: Plan) -> float:
-    """Return the bits of a quantized weight with its share of scale and zero."""
-    grid, count, groups = plan.grid, 0, 0
-    for rows, columns in plan.shapes.values():
-        count, groups = count + rows * columns, groups + rows * grid.group_count(columns)
-    scale = 32 if grid.scale_dtype == "float32" else 16
-    return round(grid.bits + groups / count * (scale + (0 if grid.symmetric else grid.bits)), 3)
 
 
 def _digests(plan: Plan, parts: Iterator[Part]) -> dict[str, Any]:

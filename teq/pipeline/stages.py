@@ -16,6 +16,7 @@ from teq.pipeline.cost import uncounted
 from teq.pipeline.loaded import LoadedModel
 from teq.pipeline.settings import Run, check_quantizable
 from teq.pipeline.store import Artefact, Stage
+from teq.quantizers.quantized import shapes
 from teq.stage import Diverged, Evaluation, Made, OnStep, Quantizer, Transform, Tuner
 
 
@@ -100,7 +101,10 @@ class Chain:
             found = folded_tensors(scales.tensors())
             moved = {name: tensor.to(self.runtime.device) for name, tensor in found.items()}
             how = dataclasses.replace(self.runtime, partial=partial)
-            return self.spec.quantizer.quantize(self.model.to_use_up, moved, how)
+            tensors, info = self.spec.quantizer.quantize(self.model.to_use_up, moved, how)
+        if (grid := self.spec.quantizer.grid) is None:
+            return tensors, info
+        return tensors, {**info, "bits_per_weight": grid.bits_per_weight(shapes(tensors, grid).values())}
 
     def _tune(self, partial: Path, weights: Artefact) -> Made:
         tuner = self.spec.finetune

@@ -61,6 +61,17 @@ def linear_from(tensors: Mapping[str, "Tensor"], name: str, grid: Grid, shape: t
     )
 
 
+def shapes(tensors: Mapping[str, "Tensor"], grid: Grid) -> dict[str, tuple[int, int]]:
+    """Return `[out, in]` of each linear of an artefact: `out` from its scales, `in` from its codes."""
+    found = {}
+    for key, codes in tensors.items():
+        name, _, part = key.rpartition("/")
+        if part == "codes":
+            rows = tensors[f"{name}/scale"].shape[0]
+            found[name] = rows, codes.numel() * 8 // (grid.bits * rows)
+    return found
+
+
 def restore(model: "nn.Module", tensors: Mapping[str, "Tensor"], grid: Grid | None) -> None:
     """Put an artefact into a freshly loaded model, in place: dequantized weights and changed parameters."""
     import torch

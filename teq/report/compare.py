@@ -11,7 +11,7 @@ import numpy as np
 from teq import statistics
 from teq.record import Record
 from teq.report.cells import PARTIAL, Cell, Cells, Comparison, Place
-from teq.report.layout import ANY, COSTS, FULL, Formula, Layout
+from teq.report.layout import ANY, FULL, UNMEASURED, Formula, Layout
 from teq.statistics import LEVEL
 
 # the values behind a metric, and the unit of its differences; any other may be the mean of its own array
@@ -39,7 +39,7 @@ def _values(record: Record, name: str) -> "tuple[np.ndarray, str] | None":
     """Return the values `[n]` behind a metric and the unit of its differences; None if it is not of any."""
     evaluation, _, key = name.rpartition(".")
     array, unit = ARRAYS.get(key, (key, "points"))
-    if evaluation in COSTS or array not in record.metrics[evaluation]["arrays"]:
+    if evaluation in UNMEASURED or array not in record.metrics[evaluation]["arrays"]:
         return None
     data = record.array(evaluation, array).astype(np.float64)
     value = record.metrics[evaluation]["values"].get(key)

@@ -19,6 +19,8 @@ from teq.spec import Settings, option
 
 CELL = "cell"  # the axis of a table's own cells, in `published.across`
 COSTS = ("seconds", "peak_bytes")  # of a stage: `seconds.scales`, `peak_bytes.weights`
+WEIGHTS = "quantization"  # of the weights: `quantization.bits_per_weight`
+UNMEASURED = (*COSTS, WEIGHTS)  # what metrics name that no evaluation measures
 FULL = "full"  # the grid of a run that keeps floating point
 BASELINE = "rtn"
 ANY = "any"  # the value of an axis that a run does not depend on
@@ -28,10 +30,12 @@ ANY = "any"  # the value of an axis that a run does not depend on
 class Formula(Settings):
     """What a cell computes from a record: `mean`, `sum` or `ratio` of metrics, or a `setting` of the run.
 
-    A metric is `<evaluation>.<name>`, or `seconds.<stage>` and `peak_bytes.<stage>`. `best` says which end is
-    good (null: neither, the cell is compared with the published number for equality). `allowance` (in the
-    cell's unit) and `allowance_percent` (of the published number) are how far a reproduction may lie from it
-    beyond printed digits and seed noise, for libraries and hardware that round otherwise.
+    A metric is `<evaluation>.<name>`, `seconds.<stage>`, `peak_bytes.<stage>` or
+    `quantization.bits_per_weight`, which counts scales and zeros (float: the dtype's bits). `best` says
+    which end is good (null: neither, the cell is compared with the published number for equality).
+    `allowance` (in the cell's unit) and `allowance_percent` (of the published number) are how far a
+    reproduction may lie from it beyond printed digits and seed noise, for libraries and hardware that round
+    otherwise.
     """
 
     label: str
@@ -62,7 +66,7 @@ class Formula(Settings):
 
     def evaluations(self) -> set[str]:
         """Return the evaluations it reads."""
-        return {name.rpartition(".")[0] for name in self.names} - set(COSTS)
+        return {name.rpartition(".")[0] for name in self.names} - set(UNMEASURED)
 
     def apply(self, values: Sequence[float]) -> float:
         """Return the cell's number from the values of its metrics, in the order of `names`."""

@@ -11,6 +11,7 @@ from teq import record
 from teq.data.sources import SOURCES
 from teq.models.folder import Folder
 from teq.record import Record
+from teq.report.layout import WEIGHTS
 from teq.spec import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 MISSING = "nothing"
 METHOD = ("transform", "quantizer", "finetune")  # the last one only where there is one
-ADDED = ("kl", "top1")  # metrics that a record of an evaluation may lack
+ADDED = ("kl", "top1", "bits_per_byte")  # metrics that a record of an evaluation may lack
 ADDS = ("kl",)  # options of evaluations that add metrics and change no other
 
 
@@ -147,6 +148,8 @@ def _relevant(run: Mapping[str, Any], evals: Mapping[str, Any], names: set[str])
 
 def _lacks(candidate: Record, name: str) -> bool:
     evaluation, _, key = name.rpartition(".")
+    if evaluation == WEIGHTS:
+        return not candidate.weights
     return key in ADDED and key not in candidate.metrics[evaluation]["values"]
 
 

@@ -23,7 +23,7 @@ from teq.report.cells import (
     Place,
     Table,
 )
-from teq.report.layout import ANY, CELL, COSTS, FULL, Formula, Layout
+from teq.report.layout import ANY, CELL, COSTS, FULL, UNMEASURED, WEIGHTS, Formula, Layout
 from teq.report.match import RecordIndex
 from teq.spec import UserError
 
@@ -128,7 +128,8 @@ def _cell(
         if unknown := formula.evaluations() - names:
             raise UserError(
                 f"experiments/{name}.yaml: layout.cells.{at[CELL]} reads {sorted(unknown)[0]!r}, which no "
-                f"run of the experiment measures: it must be one of {', '.join([*sorted(names), *COSTS])}"
+                "run of the experiment measures: it must be one of "
+                f"{', '.join([*sorted(names), *UNMEASURED])}"
             )
     wanted = formula.evaluations()
     apart = [fixed[match.group_key(job.run.plain())] for job in jobs]
@@ -158,6 +159,8 @@ def metric(record: Record, name: str, experiment: str, cell: str) -> float:
     part, _, key = name.rpartition(".")
     if part in COSTS:
         values = {stage: entry["cost"][part] for stage, entry in record.data["stages"].items()}
+    elif part == WEIGHTS:
+        values = record.weights
     else:
         values = record.metrics[part]["values"]
     if values.get(key) is None:
