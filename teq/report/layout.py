@@ -31,7 +31,8 @@ class Formula(Settings):
     """What a cell computes from a record: `mean`, `sum` or `ratio` of metrics, or a `setting` of the run.
 
     A metric is `<evaluation>.<name>`, `seconds.<stage>`, `peak_bytes.<stage>` or
-    `quantization.bits_per_weight`, which counts scales and zeros (float: the dtype's bits). `best` says
+    `quantization.bits_per_weight`, which counts scales and zeros (float: the dtype's bits); the stage
+    `quantizing` is all of those that make the quantized model. `best` says
     which end is good (null: neither, the cell is compared with the published number for equality).
     `allowance` (in the cell's unit) and `allowance_percent` (of the published number) are how far a
     reproduction may lie from it beyond printed digits and seed noise, for libraries and hardware that round

@@ -159,6 +159,8 @@ def metric(record: Record, name: str, experiment: str, cell: str) -> float:
     part, _, key = name.rpartition(".")
     if part in COSTS:
         values = {stage: entry["cost"][part] for stage, entry in record.data["stages"].items()}
+        made = [values[stage] or 0 for stage in ("scales", "weights", "tuned") if stage in values]
+        values["quantizing"] = max(made) if part == "peak_bytes" else sum(made)
     elif part == WEIGHTS:
         values = record.weights
     else:
