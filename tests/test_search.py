@@ -5,10 +5,12 @@ import itertools
 import pytest
 import torch
 
+from teq import config
 from teq.grid import Grid, decode, encode, group_params, spread
 from teq.quantizers.gptq import solver
 from teq.quantizers.rtn import round_to_nearest
 from teq.quantizers.search import GroupGrams, searched_params
+from teq.report import match
 
 
 def problem(grid, columns=64):
@@ -87,3 +89,11 @@ def test_a_group_has_its_block_of_the_whole_products():
     whole = inputs.flatten(0, 1).T @ inputs.flatten(0, 1) / 15
     for (start, stop), gram in zip(grid.spans(64), grams.mean(), strict=True):
         assert torch.allclose(gram, whole[start:stop, start:stop], atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["quant_grid.search=clip", "sites=all"])
+def test_a_run_with_it_stands_for_no_other_in_a_table(change):
+    plain, changed = (
+        config.jobs(["model=tiny-llama", "method=teq", *more])[0].run.plain() for more in ([], [change])
+    )
+    assert match.group_key(plain) != match.group_key(changed)
