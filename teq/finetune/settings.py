@@ -4,6 +4,7 @@ EfficientQAT's second phase (arXiv 2407.11062, section 3.3), with norm tweaking'
 2309.02784) and a divergence to the floating-point model as the loss.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from teq.models.checkpoint import LM
 
+ANOTHER_DRAW = 1_000_003  # added to the seed of the calibration text
 PARTS = ("scales", "scales+norms")
 
 
@@ -50,13 +52,19 @@ class Finetune(Tuner):
     def windows(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
         """Return the windows of all steps and a tenth more, which is held out, `[windows, length]`.
 
-        The embedded text is taken once at most and then read again: no step may see what is held out.
+        They are a draw of their own, in random order: what the quantizer was fitted on would be told nothing
+        new by it, and be no text to judge by. The embedded text is taken once at most and then read again: no
+        step may see what is held out.
         """
+        import torch
+
         count = self.steps * self.batch
         count += max(3, -(-count // 10))
         if self.calib.corpus == NAME:
             count = min(count, max(3, CALIBRATION_END // self.length))
-        return data.calibration(self.calib, tokenizer, count, self.length)
+        calib = dataclasses.replace(self.calib, seed=self.calib.seed + ANOTHER_DRAW)
+        windows = data.calibration(calib, tokenizer, count, self.length)
+        return windows[torch.randperm(count, generator=torch.Generator().manual_seed(self.calib.seed))]
 
     def tune(self, load: Load, weights: "Mapping[str, Tensor]", runtime: Runtime) -> Made:
         """Return the tuned tensors; see `teq.finetune.train.finetune`."""
