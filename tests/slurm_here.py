@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
@@ -76,10 +77,10 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         self.begin("munged")
-        _until((self.folder / "munge.socket").exists, "munged has no socket")
+        until((self.folder / "munge.socket").exists, "munged has no socket")
         self.begin("slurmctld")
         self.begin("slurmd")
-        _until(lambda: self.state() == "idle", "the node is not idle")
+        until(lambda: self.state() == "idle", "the node is not idle")
 
     def begin(self, name: str) -> None:
         """Start a daemon that stays in the foreground of its process."""
@@ -110,7 +111,7 @@ class Cluster:
         """Cancel all jobs and stop the daemons."""
         with contextlib.suppress(subprocess.CalledProcessError):
             self.say("scancel", "--user=root")
-            _until(lambda: not self.say("squeue", "-h"), "jobs do not end")
+            until(lambda: not self.say("squeue", "-h"), "jobs do not end")
         for name in reversed(list(self.daemons)):
             self.end(name)
 
@@ -137,7 +138,8 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def _until(holds, problem: str, seconds: float = 60.0) -> None:
+def until(holds: Callable[[], bool], problem: str, seconds: float = 60.0) -> None:
+    """Wait until `holds()`; raise TimeoutError with the problem if it never does."""
     end = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > end:

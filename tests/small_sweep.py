@@ -6,9 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from benchmarks import kills
 
@@ -38,22 +36,15 @@ def logged(folder: Path, what: str) -> Counter[str]:
     return Counter(re.findall(rf"(\w+ [0-9a-f]{{16}}): {what}", text))
 
 
-def until(holds: Callable[[], Any], problem: str, seconds: float = 600.0) -> Any:
-    """Return what `holds()` gives as soon as it is true."""
-    end = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < end, problem
+def computing(sweep: subprocess.Popen[str], home: Path) -> tuple[int, int]:
+    """Return process and number of the first job that computes a stage."""
+    while sweep.poll() is None:
+        for note in home.glob("hydra/*/working/*-*"):
+            process, _, number = note.name.partition("-")
+            if logged(note.parent.parent / number, "computing"):
+                return int(process), int(number)
         time.sleep(0.1)
-    return found
-
-
-def computing(home: Path) -> tuple[int, int] | None:
-    """Process and number of a job that has begun to compute a stage, or None."""
-    for note in home.glob("hydra/*/working/*-*"):
-        process, _, number = note.name.partition("-")
-        if logged(note.parent.parent / number, "computing"):
-            return int(process), int(number)
-    return None
+    raise AssertionError(f"the sweep ended before a job began: {sweep.communicate()[0]}")
 
 
 def check(home: Path, undisturbed: Path) -> None:

@@ -16,17 +16,16 @@ PRESETS = {"gpus": ("joblib", "joblib"), "slurm": ("submitit_slurm", "submitit")
 EXTRAS = {"gpus": "joblib", "slurm": "slurm", "cluster": "ray"}
 
 
-def composed(preset, *overrides):
-    """The launcher's node of a command line that names `preset`."""
+def composed(preset, *overrides, key="launcher"):
+    """Hydra's node `key` of a command line that names `preset`."""
     _, plugin = PRESETS[preset]
     name = f"hydra_plugins.hydra_{plugin}_launcher"
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"hydra-{plugin}-launcher is not installed")
     config.prepare_environment()
     with initialize_config_dir(str(config.folder("conf")), version_base="1.3"):
-        return compose(
-            "config", [f"hydra/launcher={preset}", *overrides], return_hydra_config=True
-        ).hydra.launcher
+        cfg = compose("config", [f"hydra/launcher={preset}", *overrides], return_hydra_config=True)
+        return cfg.hydra[key]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -53,6 +52,10 @@ def test_a_ray_task_has_one_gpu_and_may_join_a_cluster():
     ray = composed("cluster", "hydra.launcher.ray.remote.num_cpus=4").ray
     assert (ray.remote.num_gpus, ray.remote.num_cpus) == (1, 4)
     assert ray.init.setdefault("object_store_memory", 1) is None  # what the plugin does before ray.init
+    # what conf/config.yaml reads, which a worker of another host needs before it composes
+    copied = composed("cluster", key="job").env_copy
+    assert set(copied) <= set(ray.init.runtime_env.env_vars)
+    assert ray.init.runtime_env.env_vars.TEQ_OUTPUT == str(config.output())
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m"]])

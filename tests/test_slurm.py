@@ -31,7 +31,7 @@ def cluster(tmp_path):
 def test_a_disturbed_sweep_is_that_of_one_process(cluster, own_home, tmp_path, monkeypatch):
     sweep = small_sweep.start(own_home, *LAUNCHER, SLURM_CONF=str(cluster.conf))
     try:
-        _, number = small_sweep.until(lambda: small_sweep.computing(own_home), "no job computes")
+        _, number = small_sweep.computing(sweep, own_home)
         (job,) = {
             line.partition("_")[0] for line in cluster.say("squeue", "-h", "-r", "-o", "%i").splitlines()
         }
@@ -40,7 +40,7 @@ def test_a_disturbed_sweep_is_that_of_one_process(cluster, own_home, tmp_path, m
         cluster.say("scontrol", "update", f"nodename={cluster.host}", "state=drain", "reason=test")
         cluster.end("slurmctld")
         cluster.begin("slurmctld")
-        small_sweep.until(lambda: cluster.state().startswith("drain"), "the node is not drained")
+        slurm_here.until(lambda: cluster.state().startswith("drain"), "the node is not drained")
         cluster.say("scontrol", "update", f"nodename={cluster.host}", "state=resume")
         said, _ = sweep.communicate(timeout=1500)
     finally:
