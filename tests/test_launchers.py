@@ -55,7 +55,7 @@ def test_a_ray_task_has_one_gpu_and_may_join_a_cluster():
     # what conf/config.yaml reads, which a worker of another host needs before it composes
     copied = composed("cluster", key="job").env_copy
     assert set(copied) <= set(ray.init.runtime_env.env_vars)
-    assert ray.init.runtime_env.env_vars.TEQ_OUTPUT == str(config.output())
+    assert str(config.output()) == ray.init.runtime_env.env_vars.TEQ_OUTPUT
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m"]])
