@@ -34,10 +34,10 @@ def cells(row: str) -> list[str]:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "--help"])
 def test_every_command_is_understood(command):
-    if "joblib" in command:
-        pytest.importorskip(
-            "hydra_plugins.hydra_joblib_launcher", reason="hydra-joblib-launcher is not installed"
-        )
+    if launcher := re.search(r"hydra/launcher=(\w+)", command):
+        plugin = {"slurm": "submitit", "cluster": "ray"}.get(launcher[1], "joblib")
+        name = f"hydra_plugins.hydra_{plugin}_launcher"
+        pytest.importorskip(name, reason=f"hydra-{plugin}-launcher is not installed")
     assert config.jobs(shlex.split(command))
 
 

@@ -209,6 +209,22 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
     assert f"{tmp_path / 'stage'} has no file locks: two processes may do the same work" in caplog.text
 
 
+@pytest.mark.parametrize("code", [None, errno.ENOLCK])
+def test_locks_that_do_not_work_are_said_before_the_first_job(code, tmp_path, monkeypatch, caplog):
+    Store(tmp_path / "store").check()
+    assert not caplog.text
+
+    def flock(*_):
+        if code is not None:  # None: every descriptor gets the lock
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    Store(tmp_path / "store").check()
+    (said,) = caplog.messages
+    assert said.startswith(f"file locks do not work in {tmp_path / 'store'}: two jobs may compute the same")
+    assert not list((tmp_path / "store").iterdir())
+
+
 def test_what_running_processes_are_making_stays_what_ended_ones_left_goes(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()

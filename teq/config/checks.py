@@ -7,32 +7,33 @@ from typing import Any
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import get_class
 
-from teq.config.options import INTERNAL, flat, folder, groups, option_names, read
+from teq.config.options import INTERNAL, LAUNCHER, flat, folder, groups, option_names, read
 from teq.spec import UserError
 
 RENAMED = {"gptq.act_order": "gptq.order=act", "gptq.static_groups": "gptq.order=static"}
-LAUNCHERS = {  # that Hydra's documentation names, with what installs them
-    "joblib": "hydra-joblib-launcher",
-    "ray": "hydra-ray-launcher",
-    "ray_aws": "hydra-ray-launcher",
-    "submitit_local": "hydra-submitit-launcher",
-    "submitit_slurm": "hydra-submitit-launcher",
+LAUNCHERS = {  # that Hydra's documentation names, with the extra of pyproject.toml that installs them
+    "joblib": "joblib",
+    "ray": "ray",
+    "ray_aws": "ray",
+    "submitit_local": "slurm",
+    "submitit_slurm": "slurm",
 }
 MAPS = ("tasks.limit",)  # options whose value may be a map
 
 
 def one_line(error: Exception, overrides: Sequence[str], known: Sequence[str] = ()) -> str:
     """Condense a Hydra error to one line with a suggestion out of the keys `known`."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         if group == "group_size":
             return f"group_size={name} is not allowed: it must be -1 (whole rows) or a whole number above 0"
-        if group == "hydra/launcher" and name in LAUNCHERS:
-            return f"{group}={name} is not installed: pip install {LAUNCHERS[name]}"
-        options = error.options
-        if not group.startswith("hydra/"):
-            options = option_names(folder("" if group == "experiments" else "conf") / group)
-        return f"{group}={name} is not allowed: it must be one of {', '.join(options)}"
+        if group == LAUNCHER and name in LAUNCHERS:
+            chosen = next((line for line in overrides if line.startswith(f"{group}=")), f"{group}={name}")
+            return f"{chosen} is not installed: run pip install -e '.[{LAUNCHERS[name]}]' next to run.py"
+        if (options := error.options) is not None:
+            if not group.startswith("hydra/"):
+                options = option_names(folder("" if group == "experiments" else "conf") / group)
+            return f"{group}={name} is not allowed: it must be one of {', '.join(options)}"
     text = " ".join(str(error).split())
     if isinstance(error, ConfigCompositionException) and "Could not override" in text:
         key = text.split("'")[1]

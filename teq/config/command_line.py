@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from teq.config.checks import check_choices, check_keys, one_line
 from teq.config.composition import Composed, NeedsHydra, merged
-from teq.config.options import LAYOUT, experiment, flat, folder, groups, prepare_environment
+from teq.config.options import LAUNCHER, LAYOUT, experiment, flat, folder, groups, prepare_environment
 from teq.config.resolve import BASIC, Job, job, without
 from teq.spec import UserError
 
@@ -124,7 +124,7 @@ def _sweep(overrides: list[str]) -> tuple[Mapping[str, Any], str, str]:
         if "defaults" not in file and hydra.keys() <= {"mode", "sweeper"} and sweeper.keys() <= {"params"}:
             return sweeper.get("params") or {}, str(hydra.get("mode")), BASIC
     hydra = _hydra(overrides).hydra
-    return hydra.sweeper.params or {}, str(hydra.mode), hydra.runtime.choices["hydra/launcher"]
+    return hydra.sweeper.params or {}, str(hydra.mode), hydra.runtime.choices[LAUNCHER]
 
 
 def _composed(overrides: list[str]) -> Composed:

@@ -19,6 +19,7 @@ GROUPS = ("model", "method", "bits", "group_size", "grid", "init", "recipe", "lo
 # what groups' files refer to, most of it no user's to set
 INTERNAL = ("method", "quant_grid", "calibration", "finetuning")
 OF_THE_GRID = ("quant_grid.scale_dtype", "quant_grid.search")
+LAUNCHER = "hydra/launcher"
 LAYOUT = "layout"  # the node of an experiment file that says how its records are shown; no run reads it
 
 
@@ -38,6 +39,16 @@ def prepare_environment() -> None:
     os.environ["TEQ_HOME"] = str(home())
     os.environ["TEQ_START"] = start_of_run()
     os.environ["TEQ_OUTPUT"] = str(output())
+
+
+def _gpus() -> int:
+    """Return the number of CUDA devices here, or 1: the workers of conf/hydra/launcher/gpus.yaml."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+OmegaConf.register_new_resolver("teq.gpus", _gpus, replace=True)
 
 
 def start_of_run() -> str:
@@ -65,6 +76,7 @@ def groups() -> dict[str, list[str]]:
     found = {name: option_names(folder("conf") / name) for name in GROUPS}
     return found | {
         "evals": option_names(folder("conf") / "eval"),
+        LAUNCHER: option_names(folder("conf") / LAUNCHER),
         "experiments": option_names(folder("experiments")),
     }
 

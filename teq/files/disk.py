@@ -159,6 +159,25 @@ def locked(file: Path, waiting: str | None = None) -> Iterator[None]:
         lock.release()
 
 
+def locks_hold(folder: Path) -> bool:
+    """Return whether a lock that is held in `folder` is refused to a second descriptor."""
+    file = unique_beside(folder / "locks")
+    first, second = filelock.FileLock(file), filelock.FileLock(file)
+    try:
+        first.acquire(blocking=False)
+        second.acquire(blocking=False)
+    except filelock.Timeout:
+        return True
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+    finally:
+        second.release()
+        first.release()
+        file.unlink(missing_ok=True)
+    return False
+
+
 @functools.cache
 def _warn_without_locks(folder: Path) -> None:
     log.warning("%s has no file locks: two processes may do the same work", folder)

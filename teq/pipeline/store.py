@@ -96,6 +96,19 @@ class Store:
             ) from error
         if not disk.writable(self.root):
             log.warning("the cache %s cannot be written: it serves what it holds", self.root)
+        elif not self._locks_hold():
+            log.warning(
+                "file locks do not work in %s: two jobs may compute the same stage; set TEQ_HOME to a file "
+                "system with locks, or run one job at a time",
+                self.root,
+            )
+
+    def _locks_hold(self) -> bool:
+        """Return whether locks work in the cache; a full disk is reported later, by what writes to it."""
+        try:
+            return disk.locks_hold(self.root)
+        except OSError:
+            return True
 
     def get(self, stage: Stage, device: str, content: bool = False) -> Artefact:
         """Return the result of `stage`, made unless it is stored; with `content` its tensors are as well.

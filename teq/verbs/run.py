@@ -46,7 +46,7 @@ def help_text() -> str:
     """Return groups with their options, values with their defaults, and examples."""
     sentences, options = config.help_sentences(), config.groups()
     options["group_size"].append("any other number above 0")
-    groups = [f"  {name:<12} {', '.join(names)}\n{'':15}{sentences[name]}" for name, names in options.items()]
+    groups = [f"  {name:<14} {', '.join(names)}\n{'':17}{sentences[name]}" for name, names in options.items()]
     values = [
         f"  {f'{key}={json.dumps(value)}'.replace(chr(34), ''):<29} {sentences[key]}"
         for key, value in config.values().items()
