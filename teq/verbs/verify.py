@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -45,29 +46,56 @@ def main(argv: list[str]) -> int:
         given = parser.parse_args(argv)
     except SystemExit as stopped:
         return int(stopped.code or 0)
-    folder = given.folder.expanduser().absolute()
+    found = verified(given.folder, given.install, not given.skip_evaluations)
+    manifest, answer = found.manifest, found.answer
+    versions = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
+    print(
+        f"{manifest['format']}: run in {_dtype(manifest)}, loaded in {answer['dtype']} as {answer['linear']}"
+    )
+    print(f"by {versions}")
+    rows, off = _numbers(manifest, answer)
+    if rows:
+        print(aligned([["evaluation", "metric", "stored", "reloaded", "difference", "tolerated"], *rows]))
+    for problem in (wrong := [*found.tensors, *off]):
+        print(f"differs: {problem}")
+    if not wrong:
+        print(f"equal: {len(manifest['linears'])} linears, {len(manifest['tensors'])} other tensors")
+    return 1 if wrong else 0
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A folder's manifest, what a loader found in it, and the tensors that differ."""
+
+    manifest: dict[str, Any]
+    answer: dict[str, Any]
+    tensors: list[str]
+
+    @property
+    def wrong(self) -> list[str]:
+        """Return the tensors, and the numbers, that differ by more than is tolerated."""
+        return [*self.tensors, *_numbers(self.manifest, self.answer)[1]]
+
+
+def verified(given: Path, install: bool, evaluate: bool) -> Verified:
+    """Load an exported folder in a process of its own and compare its tensors. Raises UserError."""
+    folder = given.expanduser().absolute()
     try:
         manifest = json.loads((folder / writer.MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{given.folder} has no readable {writer.MANIFEST}: give a folder that `export` wrote"
+            f"{given} has no readable {writer.MANIFEST}: give a folder that `export` wrote"
         ) from error
     source = writer.Exported(path=str(folder))
     run = manifest["run"]
     plan = plan_of(run, Checkpoint(name=run["model"]["name"], source=source, arch=arch_of(run)))
-    answer = _answer(folder, manifest, plan, given.install, not given.skip_evaluations)
-    versions = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
-    print(f"{manifest['format']}: run in {run['dtype']}, loaded in {answer['dtype']} as {answer['linear']}")
-    print(f"by {versions}")
-    wrong = [*_tensors(folder, manifest, plan, answer)]
-    rows, off = _numbers(manifest, answer)
-    if rows:
-        print(aligned([["evaluation", "metric", "stored", "reloaded", "difference", "tolerated"], *rows]))
-    for problem in (wrong := [*wrong, *off]):
-        print(f"differs: {problem}")
-    if not wrong:
-        print(f"equal: {len(plan.shapes)} linears, {len(manifest['tensors'])} other tensors")
-    return 1 if wrong else 0
+    answer = _answer(folder, manifest, plan, install, evaluate)
+    return Verified(manifest, answer, [*_tensors(folder, manifest, plan, answer)])
+
+
+def _dtype(manifest: Mapping[str, Any]) -> str:
+    """Return the dtype that a run was evaluated in."""
+    return manifest["run"].get("eval_dtype") or manifest["run"]["dtype"]
 
 
 def _answer(
@@ -148,7 +176,7 @@ def _tensors(
 def _numbers(manifest: Mapping[str, Any], answer: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
     """Return the rows of the table, and what differs by more than is tolerated."""
     rows, wrong = [], []
-    same = answer["dtype"] == manifest["run"]["dtype"]
+    same = answer["dtype"] == _dtype(manifest)
     for name, found in answer["metrics"].items():
         stored = manifest["metrics"][name]
         if any(found["info"].get(key) != stored["info"].get(key) for key in TEXTS):
