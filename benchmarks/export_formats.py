@@ -1,23 +1,28 @@
 """Every export format, loaded by its own library: which cells of a matrix come back to the bit.
 
-    python -m benchmarks.export_formats --json benchmarks/results/export_formats.json [--only PATTERN ...]
+    python -m benchmarks.export_formats [--json benchmarks/results/export_formats.json] [--only PATTERN ...]
                                         [--install] [--render]
 
 A cell is format/model/grid/method. Its run is exported, and `verify` loads the folder in a process with the
-format's library. The JSON gets the cell at once: whether codes, scales, zeros, weights and all other tensors
-are equal to the bit, the perplexity before and after, the loader and its version, dtypes, seconds. A second
-call runs what is missing or failed. Training is short: whether a model comes back does not depend on how good
-it is. `--render` runs nothing and writes the table of all cells into docs/export.md.
+format's library, the same one for all cells of a format. The JSON gets the cell at once: whether codes,
+scales, zeros, weights and all other tensors are equal to the bit, the perplexity before and after, the loader
+and its version, dtypes, seconds. A second call runs what is missing or failed. Training is short: whether a
+model comes back does not depend on how good it is. `--render` runs nothing and writes the table of all cells
+into docs/export.md.
 """
 
 import argparse
 import contextlib
 import fnmatch
+import itertools
+import json
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 from benchmarks.contenders import measuring
@@ -27,7 +32,8 @@ from teq.pipeline import cost
 from teq.spec import UserError
 from teq.verbs import export, verify
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "export.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, RESULTS = ROOT / "docs" / "export.md", ROOT / "benchmarks" / "results" / "export_formats.json"
 BEGIN, END = "<!-- python -m benchmarks.export_formats --render -->\n", "<!-- end -->\n"
 MODELS = ("tiny-llama", "tiny-opt", "tiny-bloom", "smollm2-135m")
 LLAMAS = ("tiny-llama", "smollm2-135m")
@@ -87,14 +93,49 @@ def overrides(form: str, model: str, grid: str, method: str) -> list[str]:
     return [*given, *([HALF] if form in formats.HALF else []), *SHORT]
 
 
-def measured(form: str, argv: list[str], install: bool) -> Cell:
+class Loader:
+    """A process with one format's library, which loads a folder for each line that it is sent."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def __call__(
+        self, folder: Path, request: Mapping[str, Any], variables: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Return what stock code finds in a folder. Raises UserError."""
+        if self.process is None:
+            command = [sys.executable, "-m", "benchmarks.contenders.reloader"]
+            self.process = subprocess.Popen(
+                command, stdin=PIPE, stdout=sys.stderr, env=dict(variables), text=True, cwd=ROOT
+            )
+        file = folder.parent / "answer.json"
+        self.process.stdin.write(json.dumps([str(folder), request, str(file)]) + "\n")
+        self.process.stdin.flush()
+        while not file.exists():
+            if self.process.poll() is not None:
+                raise UserError(f"the loader ended with {self.process.returncode}")
+            time.sleep(0.02)
+        answer = measuring.read(file)
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """Let the process end."""
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
+            self.process = None
+
+
+def measured(form: str, argv: list[str], install: bool, loader: Loader) -> Cell:
     """Export and verify one cell."""
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
         folder, start = Path(temporary) / "out", time.perf_counter()
         if export.main([*argv, "--format", form, "--to", str(folder)]):
             raise UserError("it could not be exported")
         exported = time.perf_counter()
-        found = verify.verified(folder, install, evaluate=True)
+        found = verify.verified(folder, install, True, loader)
         seconds = {"export": exported - start, "verify": time.perf_counter() - exported}
     manifest, answer = found.manifest, found.answer
     before, after = (side["metrics"][EVALUATION]["values"]["ppl"] for side in (manifest, answer))
@@ -157,7 +198,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="as */tiny-*/w4*/rtn")
     parser.add_argument("--install", action="store_true", help="fetch loaders, as verify --install does")
     parser.add_argument("--render", action="store_true", help="write the table into docs/export.md")
@@ -171,22 +212,24 @@ def main(argv: list[str]) -> int:
     if given.render:
         PAGE.write_text(documented(done))
         return 0
-    installed, failed = set(), 0
-    for form, *rest in cells():
-        name = "/".join((form, *rest))
-        wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in given.only)
-        if not wanted or (name in done and "error" not in done[name]):
-            continue
-        try:
-            done[name] = measured(form, overrides(form, *rest), given.install and form not in installed)
-        except UserError as error:
-            done[name] = {"error": measuring.brief(error)}
-        installed.add(form)
-        wrong = done[name].get("error") or ", ".join(done[name]["beyond_tolerance"])
-        failed += bool(wrong)
-        print(f"{name}: {wrong or 'equal'}", flush=True)
-        found["machine"] = cost.machine("cpu")
-        measuring.write(given.json, found)
+    missing = [cell for cell in cells() if "error" in done.get("/".join(cell), {"error": "not run"})]
+    failed = 0
+    for form, group in itertools.groupby(missing, key=lambda cell: cell[0]):
+        with contextlib.closing(Loader()) as loader:
+            for cell in group:
+                name = "/".join(cell)
+                if not any(fnmatch.fnmatchcase(name, pattern) for pattern in given.only):
+                    continue
+                install = given.install and loader.process is None
+                try:
+                    done[name] = measured(form, overrides(*cell), install, loader)
+                except UserError as error:
+                    done[name] = {"error": measuring.brief(error)}
+                wrong = done[name].get("error") or ", ".join(done[name]["beyond_tolerance"])
+                failed += bool(wrong)
+                print(f"{name}: {wrong or 'equal'}", flush=True)
+                found["machine"] = cost.machine("cpu")
+                measuring.write(given.json, found)
     return measuring.INCOMPLETE if failed else 0
 
 

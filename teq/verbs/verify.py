@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -31,6 +31,7 @@ from teq.spec import UserError
 from teq.verbs.export import arch_of, plan_of
 
 TEXTS = ("tokens_sha256", "documents_sha256")
+Load = Callable[[Path, Mapping[str, Any], Mapping[str, str]], dict[str, Any]]
 SAME, OTHER = 1e-6, 1e-3  # relative tolerances of a perplexity in the run's dtype and in another
 
 
@@ -77,8 +78,11 @@ class Verified:
         return [*self.tensors, *_numbers(self.manifest, self.answer)[1]]
 
 
-def verified(given: Path, install: bool, evaluate: bool) -> Verified:
-    """Load an exported folder in a process of its own and compare its tensors. Raises UserError."""
+def verified(given: Path, install: bool, evaluate: bool, load: Load | None = None) -> Verified:
+    """Load an exported folder, by `load` or in a process of its own, and compare its tensors.
+
+    `load` gets the folder, a request and the variables of a process that finds the loader. Raises UserError.
+    """
     folder = given.expanduser().absolute()
     try:
         manifest = json.loads((folder / writer.MANIFEST).read_text())
@@ -89,7 +93,7 @@ def verified(given: Path, install: bool, evaluate: bool) -> Verified:
     source = writer.Exported(path=str(folder))
     run = manifest["run"]
     plan = plan_of(run, Checkpoint(name=run["model"]["name"], source=source, arch=arch_of(run)))
-    answer = _answer(folder, manifest, plan, install, evaluate)
+    answer = _answer(folder, manifest, plan, install, evaluate, load or loaded)
     return Verified(manifest, answer, [*_tensors(folder, manifest, plan, answer)])
 
 
@@ -99,9 +103,9 @@ def _dtype(manifest: Mapping[str, Any]) -> str:
 
 
 def _answer(
-    folder: Path, manifest: Mapping[str, Any], plan: Plan, install: bool, evaluate: bool
+    folder: Path, manifest: Mapping[str, Any], plan: Plan, install: bool, evaluate: bool, load: Load
 ) -> dict[str, Any]:
-    """Return what a process that loads the folder with stock code finds in it."""
+    """Return what stock code finds in the folder."""
     form = formats.find(manifest["format"])
     loaders = disk.user_cache() / "loaders" / manifest["format"]
     if install:
@@ -119,12 +123,17 @@ def _answer(
         "dtype": manifest["dtype"],
     }
     paths = [str(loaders), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return load(folder, request, os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))})
+
+
+def loaded(folder: Path, request: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:
+    """Return the answer of a process that loads one folder. Raises UserError."""
     with tempfile.TemporaryDirectory() as temporary:
         asked = Path(temporary) / "request.json"
         asked.write_text(json.dumps(request))
         done = subprocess.run(
             [sys.executable, "-m", "teq.evaluate.reloaded", str(folder), str(asked)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env=variables,
             capture_output=True,
             text=True,
             check=False,
