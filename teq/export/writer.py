@@ -120,6 +120,7 @@ def _shards(plan: Plan, form: ModuleType, parts: Iterator[Part], folder: Path) -
 def _manifest(plan: Plan, record: Record, name: str, command: str) -> dict[str, Any]:
     """Return what the folder is: run, format, numbers, and what it was made with."""
     data, form = record.data, formats.find(name)
+    stored = _stored(plan, form)
     numbers = {
         each: {"values": metric["values"], "interval": card.interval(record, each), "info": metric["info"]}
         for each, metric in record.metrics.items()
@@ -132,7 +133,8 @@ def _manifest(plan: Plan, record: Record, name: str, command: str) -> dict[str, 
         "identity": data["identity"],
         "text": data["text"],
         "dtype": form.dtype(plan.dtype),
-        "bits_per_weight": _stored(plan, form).bits_per_weight(plan.shapes.values()),
+        "scale_dtype": stored.scale_dtype,
+        "bits_per_weight": stored.bits_per_weight(plan.shapes.values()),
         "metrics": numbers,
         "code": data["code"],
         "exported_by": {"code": cost.code(), "versions": cost.versions()},
