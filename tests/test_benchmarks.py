@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from benchmarks import autoround, gptq, gpu, scaling, teq_step
+from benchmarks import autoround, export_formats, gptq, gpu, scaling, teq_step
 from benchmarks.contenders import measuring
 from teq.spec import UserError
 
@@ -82,6 +82,22 @@ def test_scaling_fits_the_exponents_and_measures_no_point_twice(tmp_path, monkey
     with pytest.raises(UserError, match="give another --json"):
         scaling.main([*argv, "--repeats", "2", "--json", str(file)])
     capsys.readouterr()
+
+
+def test_a_cell_of_the_export_matrix_is_equal_and_not_run_again(tmp_path, monkeypatch, own_home):
+    file, argv = tmp_path / "formats.json", ["--only", "gguf/tiny-llama/Q4_0/rtn"]
+    (cell,) = written(export_formats.main, argv, file)["cells"].values()
+    assert cell["linears"] == 14 and cell["differing"] == cell["beyond_tolerance"] == []
+    assert cell["ppl"]["stored"] == pytest.approx(cell["ppl"]["reloaded"], rel=1e-6)
+    monkeypatch.setattr(export_formats, "measured", lambda *_: pytest.fail("run again"))
+    written(export_formats.main, argv, file)
+    assert "1 equal" in export_formats.render({"gguf/tiny-llama/Q4_0/rtn": cell})
+
+
+def test_the_documented_table_is_that_of_the_committed_cells():
+    cells = measuring.read(export_formats.RESULTS)["cells"]
+    assert export_formats.documented(cells) == export_formats.PAGE.read_text()
+    assert cells.keys() <= {"/".join(cell) for cell in export_formats.cells()}
 
 
 def test_exponents_are_those_of_the_power_law():

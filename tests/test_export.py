@@ -12,6 +12,7 @@ import teq
 from teq import config, record
 from teq.__main__ import main
 from teq.export import awq, compressed_tensors, formats, gguf, gptq, words, writer
+from teq.files.digests import tensor_digest
 from teq.grid import Grid
 from teq.models import Folder
 from teq.pipeline.store import DATA
@@ -119,6 +120,49 @@ def test_a_folder_holds_the_model_that_was_evaluated(tmp_path, form, overrides):
     suffixes = {key.rpartition(".")[2] for key in tensors.keys() - others}
     assert formats.find(form).PACKED in suffixes and "weight" not in suffixes
     assert [file.name for file in tmp_path.iterdir() if file.name not in ("home", "user")] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scales", "symmetric"),
+    [
+        ("float32", "float16", False),
+        ("float32", "bfloat16", True),
+        ("bfloat16", "float16", False),
+        ("float16", "float32", True),
+        ("float16", "float16", True),
+    ],
+)
+def test_loaders_that_multiply_in_the_dtype_of_scales_get_our_weights(tmp_path, dtype, scales, symmetric):
+    """As compressed-tensors multiplies: scales are cast to the model's dtype unless it asks to dequantize."""
+    given = ["model=tiny-llama", "method=rtn", "group_size=32", f"symmetric={symmetric}", f"dtype={dtype}"]
+    plan, model = exported(tmp_path / "out", "compressed-tensors", *given, f"quant_grid.scale_dtype={scales}")
+    tensors = tensors_of(tmp_path / "out")
+    asked = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    for name, linear in writer.read(plan, "compressed-tensors", tmp_path / "out"):
+        scale = tensors[f"{name}.weight_scale"]
+        scale = scale if asked.get("dequantize") else scale.to(model.dtype)
+        steps = (linear.codes.float() - linear.zero.repeat_interleave(32, 1)).to(scale.dtype)
+        weight = steps * scale.repeat_interleave(32, 1)
+        assert torch.equal(weight.to(model.dtype), model.get_parameter(f"{name}.weight")), name
+
+
+@pytest.mark.parametrize(
+    ("form", "overrides"),
+    [("compressed-tensors", ["bits=3"]), ("gptq", ["bits=3", HALF]), ("gguf", GGUF)],
+)
+def test_a_tuned_model_is_exported_as_it_was_tuned(tmp_path, form, overrides):
+    argv = ["model=tiny-llama", "method=rtn", "finetune=scales+norms", "group_size=32", *overrides, *SHORT]
+    plan, weights, finished = export.found_run([*argv, "tune.steps=5", "tune.length=64"], form)
+    manifest = writer.write(plan, weights, finished, form, tmp_path / "out", "a test")
+    assert weights.folder.parent.name == "tuned"
+    tuned, norm = weights.tensors(), "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(
+        tuned[f"param/{norm}"], plan.checkpoint.load("float32", "cpu").model.get_parameter(norm)
+    )
+    kept = getattr(torch, manifest["dtype"])
+    assert manifest["tensors"][norm] == tensor_digest(tuned[f"param/{norm}"].to(kept))
+    for name, linear in writer.read(plan, form, tmp_path / "out"):
+        assert torch.equal(linear.scale, tuned[f"{name}/scale"].float()), name
 
 
 def test_tied_embeddings_stay_tied_and_a_folder_is_read_tensor_by_tensor(tmp_path):

@@ -10,13 +10,14 @@ from teq import config
 from teq.__main__ import main
 from teq.verbs import verify
 
-SHORT = ["model=tiny-llama", "method=rtn", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
+SHORT = ["model=tiny-llama", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
 GRID = ["bits=4", "group_size=32", "symmetric=true", "quant_grid.scale_dtype=float16"]
+RTN = ["method=rtn"]
 
 
-def exported(folder, form="gguf"):
+def exported(folder, form="gguf", *more):
     """Export a tiny model to a folder."""
-    assert main(["export", *SHORT, *GRID, "--format", form, "--to", str(folder)]) == 0
+    assert main(["export", *SHORT, *GRID, *(more or RTN), "--format", form, "--to", str(folder)]) == 0
     return folder
 
 
@@ -33,6 +34,20 @@ def test_an_exported_folder_has_the_numbers_of_its_run(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "run in float32, loaded in float32 as Linear" in text
     assert "0.0e+00" in text and "equal: 14 linears, 7 other tensors" in text
+
+
+def test_a_model_whose_scales_and_norms_were_tuned_has_the_numbers_of_its_run(tmp_path, capsys):
+    more = ["method=rtn", "finetune=scales+norms", "tune.steps=5", "tune.length=64"]
+    assert main(["verify", str(exported(tmp_path / "out", "gguf", *more))]) == 0
+    assert "equal: 14 linears, 7 other tensors" in capsys.readouterr().out
+
+
+def test_a_perplexity_is_compared_in_the_dtype_that_the_run_was_evaluated_in():
+    stored, found = ({"python-docs": {"values": {"ppl": ppl}, "info": {}}} for ppl in (20.0, 20.01))
+    for evaluated, tolerated in (("float32", False), ("bfloat16", True)):
+        manifest = {"run": {"dtype": "float32", "eval_dtype": evaluated}, "metrics": stored}
+        wrong = verify._numbers(manifest, {"dtype": "float32", "metrics": found})[1]
+        assert (wrong == []) is tolerated
 
 
 @pytest.mark.parametrize(

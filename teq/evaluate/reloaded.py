@@ -29,9 +29,14 @@ LOADERS = ("torch", "transformers", "compressed-tensors", "gptqmodel", "optimum"
 
 def main(argv: Sequence[str]) -> int:
     """Print the answer to a request. Returns the exit status."""
+    print(json.dumps(answer(Path(argv[0]), json.loads(Path(argv[1]).read_text()))))
+    return 0
+
+
+def answer(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what stock code finds in a folder."""
     import torch
 
-    folder, request = Path(argv[0]), json.loads(Path(argv[1]).read_text())
     lm = load(folder, request["file"], request["dtype"])
     with torch.inference_mode():
         lm.model(torch.zeros(1, 1, dtype=torch.int64))  # compressed-tensors dequantizes at the first pass
@@ -40,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     for name in request["linears"]:
         weight = weight_of(lm.model.get_submodule(name))
         weights[name] = {"digest": tensor_digest(weight), "dtype": str(weight.dtype).removeprefix("torch.")}
-    answer = {
+    return {
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "linear": type(lm.model.get_submodule(request["linears"][0])).__name__,
         "versions": {name: metadata.version(name) for name in LOADERS if _installed(name)},
@@ -48,8 +53,6 @@ def main(argv: Sequence[str]) -> int:
         "tensors": state,
         "metrics": dict(measured(lm, plain) for plain in request["evaluations"]),
     }
-    print(json.dumps(answer))
-    return 0
 
 
 def load(folder: Path, file: str | None, dtype: str) -> LM:

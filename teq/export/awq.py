@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from teq.export.gptq import INSTALL, MODULE, dtype
+from teq.export.gptq import INSTALL, MODULE, dtype, scale_dtype
 from teq.export.plan import Plan
 from teq.export.words import codes_of, words
 from teq.grid import Grid
@@ -12,7 +12,8 @@ from teq.quantizers.quantized import Quantized
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["INSTALL", "MODULE", "NAME", "PACKED", "configuration", "dtype", "packed", "refusal", "unpacked"]
+__all__ = ["INSTALL", "MODULE", "NAME", "PACKED", "configuration", "dtype"]
+__all__ += ["packed", "refusal", "scale_dtype", "unpacked"]
 NAME = "awq"
 PACKED = "qweight"
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs each half byte of a word holds

@@ -52,7 +52,7 @@ def render(manifest: Mapping[str, Any]) -> str:
             f"# {name}, {run['method']}, {grid['bits']} bits",
             "",
             f"- Method: {run['method']}",
-            f"- Grid: {grid['bits']} bits, {kind}, {cut}, scales in {grid.get('scale_dtype', 'float32')}; "
+            f"- Grid: {grid['bits']} bits, {kind}, {cut}, scales in {manifest['scale_dtype']}; "
             f"{manifest['bits_per_weight']} bits per quantized weight",
             f"- Weights before: {name}, {manifest['identity']}",
             f"- Calibration: {_calibration(manifest)}",

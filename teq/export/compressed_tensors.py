@@ -33,6 +33,11 @@ def dtype(run: str) -> str:
     return run
 
 
+def scale_dtype(plan: Plan) -> str:
+    """Return the dtype of stored scales: the run's, or float32: loaders multiply in that of scales."""
+    return plan.dtype if plan.grid.scale_dtype == plan.dtype else "float32"
+
+
 def packed(linear: Quantized, grid: Grid) -> "dict[str, Tensor]":
     """Return a linear's tensors by suffix. Codes and zeros are unsigned: the format's offset cancels."""
     import torch
@@ -62,7 +67,8 @@ def unpacked(tensors: "Mapping[str, Tensor]", grid: Grid) -> Quantized:
 def configuration(plan: Plan) -> dict[str, Any]:
     """Return the entry `quantization_config` of config.json.
 
-    Asymmetric models ask to be dequantized at load: versions 0.18 to 0.20 do not load them otherwise.
+    Asymmetric models ask to be dequantized at load, because versions 0.18 to 0.20 do not load them otherwise;
+    so do models with scales of another dtype than theirs, which are rounded otherwise.
     """
     whole = plan.grid.group_size == -1
     weights = {
@@ -86,4 +92,4 @@ def configuration(plan: Plan) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "config_groups": {"group_0": {**group, "input_activations": None, "output_activations": None}},
-    } | ({} if plan.grid.symmetric else {"dequantize": True})
+    } | ({} if plan.grid.symmetric and scale_dtype(plan) == plan.dtype else {"dequantize": True})

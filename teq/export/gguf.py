@@ -53,6 +53,11 @@ def dtype(run: str) -> str:
     return run if run in FLOATS else "float32"
 
 
+def scale_dtype(plan: Plan) -> str:
+    """Return the dtype of stored scales."""
+    return "float16"
+
+
 def write(plan: Plan, parts: Iterator[Part], folder: Path) -> Iterator[Part]:
     """Write the file to `folder`, which has the tokenizer's files; yield each part once it is written."""
     import gguf

@@ -43,6 +43,11 @@ def dtype(run: str) -> str:
     return run if run in ("float16", "bfloat16") else "float16"
 
 
+def scale_dtype(plan: Plan) -> str:
+    """Return the dtype of stored scales."""
+    return "float16"
+
+
 def packed(linear: Quantized, grid: Grid) -> "dict[str, Tensor]":
     """Return a linear's tensors by suffix; codes are packed along the inputs, zeros along the outputs."""
     import torch

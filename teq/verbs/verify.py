@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from teq.spec import UserError
 from teq.verbs.export import arch_of, plan_of
 
 TEXTS = ("tokens_sha256", "documents_sha256")
+Load = Callable[[Path, Mapping[str, Any], Mapping[str, str]], dict[str, Any]]
 SAME, OTHER = 1e-6, 1e-3  # relative tolerances of a perplexity in the run's dtype and in another
 
 
@@ -45,35 +47,65 @@ def main(argv: list[str]) -> int:
         given = parser.parse_args(argv)
     except SystemExit as stopped:
         return int(stopped.code or 0)
-    folder = given.folder.expanduser().absolute()
+    found = verified(given.folder, given.install, not given.skip_evaluations)
+    manifest, answer = found.manifest, found.answer
+    versions = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
+    print(
+        f"{manifest['format']}: run in {_dtype(manifest)}, loaded in {answer['dtype']} as {answer['linear']}"
+    )
+    print(f"by {versions}")
+    rows, off = _numbers(manifest, answer)
+    if rows:
+        print(aligned([["evaluation", "metric", "stored", "reloaded", "difference", "tolerated"], *rows]))
+    for problem in (wrong := [*found.tensors, *off]):
+        print(f"differs: {problem}")
+    if not wrong:
+        print(f"equal: {len(manifest['linears'])} linears, {len(manifest['tensors'])} other tensors")
+    return 1 if wrong else 0
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A folder's manifest, what a loader found in it, and the tensors that differ."""
+
+    manifest: dict[str, Any]
+    answer: dict[str, Any]
+    tensors: list[str]
+
+    @property
+    def wrong(self) -> list[str]:
+        """Return the tensors, and the numbers, that differ by more than is tolerated."""
+        return [*self.tensors, *_numbers(self.manifest, self.answer)[1]]
+
+
+def verified(given: Path, install: bool, evaluate: bool, load: Load | None = None) -> Verified:
+    """Load an exported folder, by `load` or in a process of its own, and compare its tensors.
+
+    `load` gets the folder, a request and the variables of a process that finds the loader. Raises UserError.
+    """
+    folder = given.expanduser().absolute()
     try:
         manifest = json.loads((folder / writer.MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{given.folder} has no readable {writer.MANIFEST}: give a folder that `export` wrote"
+            f"{given} has no readable {writer.MANIFEST}: give a folder that `export` wrote"
         ) from error
     source = writer.Exported(path=str(folder))
     run = manifest["run"]
     plan = plan_of(run, Checkpoint(name=run["model"]["name"], source=source, arch=arch_of(run)))
-    answer = _answer(folder, manifest, plan, given.install, not given.skip_evaluations)
-    versions = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
-    print(f"{manifest['format']}: run in {run['dtype']}, loaded in {answer['dtype']} as {answer['linear']}")
-    print(f"by {versions}")
-    wrong = [*_tensors(folder, manifest, plan, answer)]
-    rows, off = _numbers(manifest, answer)
-    if rows:
-        print(aligned([["evaluation", "metric", "stored", "reloaded", "difference", "tolerated"], *rows]))
-    for problem in (wrong := [*wrong, *off]):
-        print(f"differs: {problem}")
-    if not wrong:
-        print(f"equal: {len(plan.shapes)} linears, {len(manifest['tensors'])} other tensors")
-    return 1 if wrong else 0
+    answer = _answer(folder, manifest, plan, install, evaluate, load or loaded)
+    return Verified(manifest, answer, [*_tensors(folder, manifest, plan, answer)])
+
+
+def _dtype(manifest: Mapping[str, Any]) -> str:
+    """Return the dtype that a run was evaluated in."""
+    return manifest["run"].get("eval_dtype") or manifest["run"]["dtype"]
 
 
 def _answer(
-    folder: Path, manifest: Mapping[str, Any], plan: Plan, install: bool, evaluate: bool
+    folder: Path, manifest: Mapping[str, Any], plan: Plan, install: bool, evaluate: bool, load: Load
 ) -> dict[str, Any]:
-    """Return what a process that loads the folder with stock code finds in it."""
+    """Return what stock code finds in the folder."""
     form = formats.find(manifest["format"])
     loaders = disk.user_cache() / "loaders" / manifest["format"]
     if install:
@@ -91,12 +123,17 @@ def _answer(
         "dtype": manifest["dtype"],
     }
     paths = [str(loaders), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return load(folder, request, os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))})
+
+
+def loaded(folder: Path, request: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:
+    """Return the answer of a process that loads one folder. Raises UserError."""
     with tempfile.TemporaryDirectory() as temporary:
         asked = Path(temporary) / "request.json"
         asked.write_text(json.dumps(request))
         done = subprocess.run(
             [sys.executable, "-m", "teq.evaluate.reloaded", str(folder), str(asked)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env=variables,
             capture_output=True,
             text=True,
             check=False,
@@ -148,7 +185,7 @@ def _tensors(
 def _numbers(manifest: Mapping[str, Any], answer: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
     """Return the rows of the table, and what differs by more than is tolerated."""
     rows, wrong = [], []
-    same = answer["dtype"] == manifest["run"]["dtype"]
+    same = answer["dtype"] == _dtype(manifest)
     for name, found in answer["metrics"].items():
         stored = manifest["metrics"][name]
         if any(found["info"].get(key) != stored["info"].get(key) for key in TEXTS):
