@@ -239,6 +239,10 @@ def test_a_cell_opens_its_record_and_two_cells_their_differences(opened):
     details = page.run("document.getElementById('details').innerText")
     assert "python run.py model=tiny-opt method=teq grid=w3_g64 recipe=quick experiments=added" in details
     assert "Training loss over 3 steps: first 3.000, last 2.000" in details
+    assert "paired t interval, n = 6 windows" in details
+    assert "log-loss difference of each of 6 windows, 0 of them below 0; mean +0.2000" in details.replace(
+        "−", "-"
+    )
     opened_record = page.run("document.getElementById('details').textContent")
     for fact in ("transform.steps", "scales seconds", "torch", "python-docs.tokens_sha256"):
         assert fact in opened_record

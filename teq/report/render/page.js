@@ -1,4 +1,3 @@
-"use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const details = document.getElementById("details");
 const pair = { a: null, b: null };
@@ -48,24 +47,86 @@ function listing(title, rows) {
   return table;
 }
 
+function drawing(tag, attributes = {}, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  node.append(...children);
+  return node;
+}
+
+function plot(label, caption, attributes, ...children) {
+  const svg = drawing("svg", { role: "img", "aria-label": label, ...attributes }, ...children);
+  return element("div", {}, svg, element("p", {}, element("small", {}, caption)));
+}
+
 function curve(loss) {
   const low = Math.min(...loss);
   const high = Math.max(...loss);
   const points = loss.map((value, i) =>
     `${(1000 * i) / Math.max(loss.length - 1, 1)},${95 - (90 * (value - low)) / (high - low || 1)}`);
-  const space = "http://www.w3.org/2000/svg";
-  const svg = document.createElementNS(space, "svg");
-  const line = document.createElementNS(space, "polyline");
-  svg.setAttribute("class", "loss");
-  svg.setAttribute("viewBox", "0 0 1000 100");
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", `training loss from ${loss[0].toFixed(3)} to ${loss.at(-1).toFixed(3)}`);
-  line.setAttribute("points", points.join(" "));
-  svg.append(line);
   const caption = `Training loss over ${loss.length} steps: first ${loss[0].toFixed(3)}, last ${loss.at(-1).toFixed(3)}, `
     + `lowest ${low.toFixed(3)}, highest ${high.toFixed(3)}`;
-  return element("div", {}, svg, element("p", {}, element("small", {}, caption)));
+  const label = `training loss from ${loss[0].toFixed(3)} to ${loss.at(-1).toFixed(3)}`;
+  const attributes = { class: "loss", viewBox: "0 0 1000 100", preserveAspectRatio: "none" };
+  return plot(label, caption, attributes, drawing("polyline", { points: points.join(" ") }));
+}
+
+const signed = (value, digits = 1) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
+const small = (p) => (p >= 0.001 ? p.toFixed(3) : p.toExponential(1));
+
+// One point per window of a perplexity: its difference of log losses, the zero line, the mean and its interval.
+function strip(found, label) {
+  const [part] = found.parts;
+  const values = part[0].map((_, i) => mean(part.map((seed) => seed[i])));
+  const middle = pairedDifference(found.parts);
+  const low = Math.min(0, middle.low, ...values);
+  const high = Math.max(0, middle.high, ...values);
+  const x = (value) => 20 + (560 * (value - low)) / (high - low || 1);
+  const dots = values.map((value, i) => drawing("circle", { cx: x(value), cy: 22 + ((i * 7) % 11) * 2.6, r: 3 },
+    drawing("title", {}, `window ${i + 1}: ${signed(value, 4)}`)));
+  const bar = [drawing("line", { class: "interval", x1: x(middle.low), x2: x(middle.high), y1: 64, y2: 64 }),
+    drawing("circle", { class: "interval", cx: x(middle.mean), cy: 64, r: 4 })];
+  const zero = drawing("line", { class: "axis", x1: x(0), x2: x(0), y1: 8, y2: 72 });
+  const ends = [[20, low, "start"], [580, high, "end"]].map(([at, value, anchor]) =>
+    drawing("text", { x: at, y: 90, "text-anchor": anchor }, value === 0 ? "0" : signed(value, 3)));
+  const lower = values.filter((value) => value < 0).length;
+  const caption = `${label}: log-loss difference of each of ${values.length} windows, ${lower} of them below 0; `
+    + `mean ${signed(middle.mean, 4)} with its 95 % interval below`;
+  return plot(caption, caption, { class: "strip", viewBox: "0 0 600 96" }, zero, ...dots, ...bar, ...ends);
+}
+
+// The documents that only one of two records had right, folded.
+function flips(found, cell, one, label) {
+  return cell.metrics.flatMap((metric, i) => {
+    const [values] = found.parts[i];
+    const ids = data.documents[data.records[one].arrays[metric].on];
+    if (!ids || values.length !== ids.length || !values.every((value) => [-1, 0, 1].includes(value))) return [];
+    const of = (sign) => ids.filter((_, j) => values[j] === sign);
+    const rows = [[`right only in ${label[0]}`, of(1)], [`right only in ${label[1]}`, of(-1)]];
+    const title = `${metric}: documents that flipped, ${rows.map(([, those]) => those.length).join(" and ")} of ${ids.length}`;
+    const body = listing("", rows.map(([text, those]) => [text, those.join(", ") || "none"]));
+    return [element("details", {}, element("summary", {}, title), body)];
+  });
+}
+
+function pictures(found, cell, one, label) {
+  if (found === null) return [];
+  const perWindow = found.parts.length === 1 && found.unit !== "points";
+  const seeds = found.parts[0].length > 1;
+  return [...(perWindow ? [strip(found, label.join(" minus "))] : []), ...(seeds ? [] : flips(found, cell, one, label))];
+}
+
+function folded(title, rows, isOpen = false) {
+  const block = element("details", {}, element("summary", {}, title), listing("", rows));
+  block.open = isOpen;
+  return block;
+}
+
+// Whether a fact, named <evaluation>.<metric> or evals.<evaluation>.<setting>, belongs to what a cell reads.
+function reads(cell, name) {
+  const bare = name.replace(/^evals\./, "");
+  return cell.metrics.some((metric) => bare === metric || bare === `${metric}_stderr`
+    || (bare !== name && bare.startsWith(`${metric.slice(0, metric.lastIndexOf("."))}.`)));
 }
 
 function open(title, ...children) {
@@ -78,6 +139,10 @@ function open(title, ...children) {
 function showCell(index) {
   const cell = data.cells[index];
   const parts = [listing(`Verdict: ${cell.verdict}`, cell.numbers)];
+  if (cell.versus) {
+    const found = compareCells(data.records, cell.records, cell.against, cell);
+    parts.push(...pictures(found, cell, cell.records[0], ["this cell", cell.versus]));
+  }
   if (cell.differences) parts.push(element("p", {}, element("b", {}, "Partial: "), cell.differences));
   parts.push(element("p", {}, "Run it: ", element("code", {}, cell.command)));
   if (cell.records.length) {
@@ -94,11 +159,8 @@ function showCell(index) {
     parts.push(element("p", {}, `Record ${name}, ${record.created}`));
     if (record.loss.length) parts.push(curve(record.loss));
     for (const [title, facts] of Object.entries(record.facts)) {
-      const rows = Object.entries(facts);
-      if (!rows.length) continue;
-      const block = element("details", {}, element("summary", {}, title), listing("", rows));
-      if (title === "results" || title === "cost") block.open = true;
-      parts.push(block);
+      const rows = Object.entries(facts).filter(([key]) => title !== "results" || reads(cell, key));
+      if (rows.length) parts.push(folded(title, rows, title === "results" || title === "cost"));
     }
   }
   open(cell.title, ...parts);

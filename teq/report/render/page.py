@@ -1,14 +1,16 @@
 """The report: one self-contained HTML page. What is shown is decided here; how it behaves, in page.js."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
 from teq.record import Record
+from teq.report import compare
 from teq.report.cells import (
     AS_STATED,
     BETTER,
@@ -23,6 +25,7 @@ from teq.report.cells import (
 )
 from teq.report.render.forest import forest
 from teq.report.sheet import Sheet
+from teq.spec import digest
 
 SYMBOLS = {  # a verdict is a sign and a word, so that its colour is never needed
     MATCH: "≈",
@@ -52,10 +55,11 @@ UNKNOWN = "not recorded"
 MACHINE = ("device", "name", "cpus", "threads", "flags")
 CODE = ("sources", "commit", "dirty")
 HERE = Path(__file__).parent
+SCRIPTS = ("paired.js", "page.js")
 
 
 def render(
-    sheets: Sequence[tuple[Sheet, bytes]], records: Iterable[Record], problems: Mapping[str, str]
+    sheets: Sequence[tuple[Sheet, bytes]], records: Collection[Record], problems: Mapping[str, str]
 ) -> str:
     """Return the page of some sheets, each with its SVG or nothing, and the records that they show.
 
@@ -67,10 +71,11 @@ def render(
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((HERE / "page.html").read_text(encoding="utf-8"))
     summaries = {record.file.stem: summary(record) for record in records}
-    data = json.dumps({"cells": cells, "records": summaries}, separators=(",", ":"))
+    documents = {digest: ids for record in records for digest, ids in _documents(record)}
+    data = json.dumps({"cells": cells, "records": summaries, "documents": documents}, separators=(",", ":"))
     return template.render(
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        script=Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)),
         data=Markup(data.replace("<", "\\u003c")),
         sections=sections,
         models=models,
@@ -104,9 +109,10 @@ def _section(sheet: Sheet, svg: bytes, cells: list[Mapping[str, Any]]) -> dict[s
 
 
 def summary(record: Record) -> dict[str, Any]:
-    """Return what the page keeps of a record: everything except its packed arrays and histograms.
+    """Return what the page keeps of a record: everything except loglikelihoods and histograms.
 
-    `facts` are grouped, flat and textual, so that two records can be compared line by line.
+    `arrays` are the values behind metrics. `facts` are grouped, flat and textual, so that two records can be
+    compared line by line.
     """
     data = record.data
     machine = data.get("machine", {})
@@ -116,14 +122,50 @@ def summary(record: Record) -> dict[str, Any]:
         "configuration": dict(_flat(data["run"])),
         "weights": {"identity": str(data.get("identity", ""))},
         "text and tokens": dict(_flat({"calibration": data.get("text") or {}, **info})),
-        "results": dict(_flat(values)),
+        "results": {name: _digits(value) for name, value in _flat(values)},
         "cost": dict(_costs(data)),
         "versions": {**dict(_flat(machine.get("versions", {}))), "python": str(machine.get("python"))},
         "machine": dict(_flat({key: machine.get(key, UNKNOWN) for key in MACHINE})),
         "code": _code(data),
         "digests": {name: stage.get("digest", UNKNOWN) for name, stage in data["stages"].items()},
     }
-    return {"facts": facts, "created": data["created"], "loss": data.get("training", {}).get("loss", [])}
+    loss = data.get("training", {}).get("loss", [])
+    return {"facts": facts, "created": data["created"], "loss": loss, "arrays": dict(_arrays(record))}
+
+
+def _arrays(record: Record) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the values behind each metric, with a digest of what they were measured on."""
+    for evaluation, measured in record.metrics.items():
+        for key in measured["values"]:
+            if (behind := compare.values_behind(record, f"{evaluation}.{key}")) is None:
+                continue
+            values, unit = behind
+            whole = np.isin(values, (0, 1)).all()
+            yield (
+                f"{evaluation}.{key}",
+                {
+                    "unit": unit,
+                    "on": digest(compare.inputs(measured)),
+                    "values": "".join(map(str, values.astype(int)))
+                    if whole
+                    else [float(f"{v:.7g}") for v in values],
+                },
+            )
+
+
+def _documents(record: Record) -> Iterator[tuple[str, list[int]]]:
+    """Yield the ids of the documents of each task, by the digest of what was measured."""
+    for evaluation, measured in record.metrics.items():
+        if "document" in measured["arrays"]:
+            yield digest(compare.inputs(measured)), record.array(evaluation, "document").tolist()
+
+
+def _digits(text: str) -> str:
+    """Return six significant digits of what is a fraction."""
+    try:
+        return f"{float(text):.6g}" if "." in text else text
+    except ValueError:
+        return text
 
 
 def _costs(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

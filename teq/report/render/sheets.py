@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from teq.report.cells import NOT_RUN, OURS, PARTIAL, Cell, Comparison, Place, Table
+from teq.report.cells import NOT_RUN, OURS, PARTIAL, Cell, Place, Table
 from teq.report.figure import Figure, Panel
-from teq.report.layout import BASELINE, FULL
-from teq.report.render import wording
+from teq.report.layout import FULL
+from teq.report.render import details, wording
 from teq.report.sheet import Box, Sheet
 
 NEAR = "[0.75, 1.25]"  # the range around the start that a record's `near` counts
@@ -73,50 +73,8 @@ def _cell_box(table: Table, cell: Cell, row: Place, column: Place, model: str, n
         mark=notes.cells.get((row, column), ""),
         synthetic=cell.synthetic,
         sort="" if known is None else known,
-        detail=_detail(table, cell, row, column),
+        detail=details.of_cell(table, cell, row, column),
     )
-
-
-def _detail(table: Table, cell: Cell, row: Place, column: Place) -> dict[str, Any]:
-    """Return what the page says of a cell that is opened."""
-    formula = cell.formula
-    how = {"mean": "mean of", "sum": "sum of", "ratio": "ratio of"}
-    kind = next((words for name, words in how.items() if getattr(formula, name)), "setting")
-    names = ", ".join(formula.names) or formula.setting or ""
-    one = cell.versus
-    lines = {
-        "from": f"{kind} {names}{f' x {formula.times:g}' if formula.times != 1 else ''}",
-        "ours": "" if cell.verdict == NOT_RUN else wording.shown(cell, cell.ours),
-        "standard error": wording.shown(cell, cell.stderr),
-        f"spread over {len(cell.matches)} seeds": wording.shown(cell, cell.spread),
-        f"minus {one.versus if one else BASELINE}, paired [95 %]": wording.compared(cell, one),
-        "p value": "" if one is None else f"{one.difference.p:.2g}",
-        "p value, adjusted for the table": "" if one is None else f"{one.adjusted:.2g}",
-        "recovered of what RTN costs": "" if cell.gap is None else f"{cell.gap:.1%}",
-        "the same, published": "" if cell.published_gap is None else f"{cell.published_gap:.1%}",
-        "published": wording.shown(cell, cell.published),
-        "difference": wording.difference(cell),
-    }
-    place = [*(wording.coordinate(part) for part in row), wording.heading(table, column)]
-    return {
-        "title": f"{table.layout.title}: {', '.join(place)}",
-        "group": table.layout.title,
-        "place": ", ".join(place),
-        "model": cell.at.get("model", table.constant.get("model", "")),
-        "verdict": cell.verdict,
-        "records": [match.record.file.stem for match in cell.matches],
-        "differences": wording.difference_text(cell),
-        "command": wording.command(cell.jobs),
-        "numbers": [[key, text] for key, text in lines.items() if text],
-        "interval": None if one is None else _interval(one),
-    }
-
-
-def _interval(one: Comparison) -> dict[str, Any]:
-    """Return a comparison as the page draws it."""
-    found = one.difference
-    ends = {name: float(f"{getattr(found, name):.6g}") for name in ("mean", "low", "high")}
-    return {**ends, "unit": one.unit, "significant": one.significant}
 
 
 def _table_data(table: Table) -> list[list[Any]]:
@@ -241,15 +199,7 @@ def _panel_boxes(figure: Figure, panel: Panel, header: list[str], marks: dict[st
         ours=numbers[0],
         verdict=verdict,
         sort="" if panel.match is None else panel.near,
-        detail={
-            "title": f"{figure.layout.title}: {panel.model} {panel.grid}",
-            "model": panel.model,
-            "verdict": verdict,
-            "records": [] if panel.match is None else [panel.match.record.file.stem],
-            "differences": differs,
-            "command": wording.command(panel.jobs),
-            "numbers": list(zip(header[2:], numbers, strict=True)),
-        },
+        detail=details.of_panel(figure, panel, verdict, differs, list(zip(header[2:], numbers, strict=True))),
     )
     heads = [Box(kind="head", ours=part) for part in (panel.model, panel.grid)]
     return [*heads, first, *(Box(kind="text", ours=part) for part in numbers[1:])]
