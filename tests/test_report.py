@@ -258,7 +258,11 @@ def test_a_cell_opens_its_record_and_two_cells_their_differences(opened):
     assert ["quantizer.grid.bits", "3", "4"] in rows
     assert ["transform.steps", "100", "–"] in rows
     assert not any(row[0] == "model.name" for row in rows)
-    assert "versions: the same" in page.run("document.getElementById('details').innerText")
+    text = page.run("document.getElementById('details').innerText").replace("−", "-")
+    assert re.search(r"The same: .*versions", text)
+    # losses of 2 + 0.1 i + ..., i of the run: exp(0.3) - 1
+    assert rows[2] == ["A minus B, paired [95 %]", "+35.0 % [+35.0, +35.0]"]
+    assert rows[3] == ["test", "paired t interval, n = 6 windows"]
     assert page.errors == []
 
 

@@ -122,11 +122,18 @@ function folded(title, rows, isOpen = false) {
   return block;
 }
 
-// Whether a fact, named <evaluation>.<metric> or evals.<evaluation>.<setting>, belongs to what a cell reads.
-function reads(cell, name) {
-  const bare = name.replace(/^evals\./, "");
-  return cell.metrics.some((metric) => bare === metric || bare === `${metric}_stderr`
-    || (bare !== name && bare.startsWith(`${metric.slice(0, metric.lastIndexOf("."))}.`)));
+// Whether a fact of a record has to do with what a cell reads.
+function matters(cell, title, name) {
+  const evaluations = cell.metrics.map((metric) => metric.slice(0, metric.lastIndexOf(".")));
+  const parts = name.split(".");
+  switch (title) {
+    case "results": return cell.metrics.some((metric) => [metric, `${metric}_stderr`].includes(name));
+    case "text and tokens": return parts[0] === "calibration" || evaluations.includes(parts[0]);
+    case "configuration":
+      if (parts[0] !== "evals") return parts.at(-1) !== "version";
+      return evaluations.some((evaluation) => evaluation === parts[1] || evaluation.endsWith(`-${parts[1]}`));
+    default: return ["weights", "cost"].includes(title);
+  }
 }
 
 function open(title, ...children) {
@@ -159,7 +166,7 @@ function showCell(index) {
     parts.push(element("p", {}, `Record ${name}, ${record.created}`));
     if (record.loss.length) parts.push(curve(record.loss));
     for (const [title, facts] of Object.entries(record.facts)) {
-      const rows = Object.entries(facts).filter(([key]) => title !== "results" || reads(cell, key));
+      const rows = Object.entries(facts).filter(([key]) => title !== "results" || matters(cell, title, key));
       if (rows.length) parts.push(folded(title, rows, title === "results" || title === "cost"));
     }
   }
@@ -180,18 +187,44 @@ function showPair() {
   document.getElementById("pair-show").disabled = pair.a === null || pair.b === null;
 }
 
-function showDifference() {
-  const [one, two] = [pair.a, pair.b].map((index) => data.cells[index]);
-  const facts = [one, two].map((cell) => data.records[cell.records[0]].facts);
-  const parts = [element("p", {}, `A: ${one.title}`), element("p", {}, `B: ${two.title}`)];
-  for (const title of Object.keys(facts[0])) {
-    const keys = new Set([...Object.keys(facts[0][title]), ...Object.keys(facts[1][title])]);
-    const rows = [...keys]
-      .map((name) => [name, facts[0][title][name] ?? "–", facts[1][title][name] ?? "–"])
-      .filter(([, a, b]) => a !== b);
-    parts.push(rows.length ? listing(title, [["", "A", "B"], ...rows]) : element("p", {}, `${title}: the same`));
+// The numbers of two cells and their paired difference.
+function contrast(one, two) {
+  const ours = (cell) => Object.fromEntries(cell.numbers).ours ?? cell.numbers[0][1];
+  const rows = [["A", `${one.title}: ${ours(one)}`], ["B", `${two.title}: ${ours(two)}`]];
+  if (one.metrics.join() !== two.metrics.join() || one.factor !== two.factor) {
+    return [listing("", [...rows, ["A minus B", "not paired: they read different numbers"]])];
   }
-  open("What differs between these two cells", ...parts);
+  const found = compareCells(data.records, one.records, two.records, one);
+  if (found === null) return [listing("", [...rows, ["A minus B", "not paired: they did not measure the same texts"]])];
+  const digits = { "%": 1, nats: 4, points: 2 }[found.unit];
+  const [middle, low, high] = ["mean", "low", "high"].map((name) => signed(found[name], digits));
+  const inputs = found.unit === "points" ? "values" : "windows";
+  const test = found.gained === undefined ? `paired t interval, n = ${found.n} ${inputs}`
+    : `exact McNemar, n = ${found.n}, only A right ${found.gained}, only B right ${found.lost}`;
+  rows.push(["A minus B, paired [95 %]", `${middle}${found.unit === "%" ? " %" : ""} [${low}, ${high}]`]);
+  rows.push(["test", test], ["p value, of this comparison alone", small(found.p)]);
+  return [listing("", rows), ...pictures(found, one, one.records[0], ["A", "B"])];
+}
+
+function showDifference() {
+  const cells = [pair.a, pair.b].map((index) => data.cells[index]);
+  const facts = cells.map((cell) => data.records[cell.records[0]].facts);
+  const parts = contrast(...cells);
+  const others = [];
+  const same = [];
+  for (const title of Object.keys(facts[0])) {
+    const keys = new Set(facts.flatMap((each) => Object.keys(each[title])));
+    const rows = [...keys]
+      .map((name) => [name, ...facts.map((each) => each[title][name] ?? "–")])
+      .filter(([, a, b]) => a !== b);
+    const shown = rows.filter(([name]) => cells.some((cell) => matters(cell, title, name)));
+    const rest = rows.filter((row) => !shown.includes(row));
+    if (shown.length) parts.push(listing(title, [["", "A", "B"], ...shown]));
+    if (rest.length) others.push(folded(`${shown.length ? "more " : ""}${title}: ${rest.length} differ`, [["", "A", "B"], ...rest]));
+    if (!rows.length) same.push(title);
+  }
+  if (same.length) others.push(element("p", {}, `The same: ${same.join(", ")}`));
+  open("What differs between these two cells", ...parts, ...others);
 }
 
 document.addEventListener("click", (event) => {
