@@ -198,6 +198,16 @@ HEADINGS = """[...document.querySelectorAll('#added thead th')]
     .filter(heading => !heading.hidden).map(heading => heading.innerText.trim())"""
 
 
+def choose(page, axis, value):
+    """Set a filter; return the heads of the rows that are left."""
+    return page.run(
+        f"document.getElementById('{axis}').value = '{value}';"
+        f"document.getElementById('{axis}').dispatchEvent(new Event('change'));"
+        "[...document.querySelectorAll('#added tbody tr')].filter(row => row.offsetParent)"
+        ".map(row => [...row.querySelectorAll('th')].map(head => head.dataset.sort).join(' '))"
+    )
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_in_a_browser(opened, width):
     page, file = opened
@@ -224,6 +234,11 @@ def test_the_page_in_a_browser(opened, width):
         "document.getElementById('model').dispatchEvent(new Event('change'))"
     )
     assert [h.split()[0] for h in page.run(HEADINGS)] == ["grid", "method", "tiny-opt"]
+    assert sorted(choose(page, "method", "teq")) == ["w3_g64 teq", "w4 teq"]
+    assert choose(page, "grid", "w4") == ["w4 teq"]
+    assert choose(page, "verdict", "worse") == []
+    assert page.run("document.getElementById('added').hidden") is True
+    assert choose(page, "verdict", "") == ["w4 teq"]
     assert page.errors == []
 
 
@@ -263,6 +278,28 @@ def test_a_cell_opens_its_record_and_two_cells_their_differences(opened):
     # losses of 2 + 0.1 i + ..., i of the run: exp(0.3) - 1
     assert rows[2] == ["A minus B, paired [95 %]", "+35.0 % [+35.0, +35.0]"]
     assert rows[3] == ["test", "paired t interval, n = 6 windows"]
+    assert page.errors == []
+
+
+def test_a_link_opens_its_cell_and_the_numbers_can_be_taken_along(opened):
+    page, file = opened
+    link = "added/w4/teq/tiny-opt/ppl"
+    page.open(f"{file}#{link}")
+    title = "document.getElementById('details-title').innerText"
+    assert page.run(title) == "Added: <one> file & no code: w4, teq, tiny-opt"
+    assert page.run("document.getElementById('details').open") is True
+    page.run("document.getElementById('details').close()")
+    page.run("document.querySelector('[data-cell]').click()")
+    assert page.run("decodeURIComponent(location.hash)") == "#added/full/fp/tiny-opt/ppl"
+    csv = page.run(
+        "decodeURIComponent(document.querySelector('#added a[download]').href.split(',').slice(1).join(','))"
+    )
+    assert csv == (file.parent / "tables" / "added.csv").read_text()
+    page.run("navigator.clipboard.writeText = (text) => { window.copied = text; }")
+    page.run("document.querySelector('.copy').click()")
+    assert (
+        page.run("copied") == "python run.py model=tiny-opt method=fp grid=w4 recipe=quick experiments=added"
+    )
     assert page.errors == []
 
 

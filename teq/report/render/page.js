@@ -30,14 +30,27 @@ function sort(header) {
   table.tBodies[0].append(...rows.map(([, row]) => row));
 }
 
-// Filtering: a model is a column of some tables and a row of others.
-function filter(model) {
-  for (const node of document.querySelectorAll("[data-model]")) {
-    node.hidden = model !== "" && node.dataset.model !== "" && node.dataset.model !== model;
-  }
-  for (const section of document.querySelectorAll("main section")) {  // what shows no cell any more says nothing
-    const cells = [...section.querySelectorAll("[data-cell]")];
-    section.hidden = cells.length > 0 && cells.every((cell) => cell.closest("[data-model][hidden]"));
+// Filtering: cells by their coordinates and verdict (an axis that a cell lacks lets it pass); then rows, columns,
+// sections and contents of which no cell is left.
+const filters = [...document.querySelectorAll("nav select")];
+function filter() {
+  const chosen = filters.filter((select) => select.value);
+  const passes = (cell) => chosen.every(({ id, value }) => [value, "", undefined].includes(data.cells[cell.dataset.cell][id]));
+  const empty = (cells) => cells.length > 0 && cells.every((cell) => cell.classList.contains("off"));
+  const inside = (part) => [...part.querySelectorAll("[data-cell]")];
+  for (const section of document.querySelectorAll("main section")) {
+    const cells = inside(section);
+    for (const cell of cells) cell.classList.toggle("off", !passes(cell));
+    for (const row of section.querySelectorAll("tbody tr")) row.hidden = row.matches(".quoted") ? chosen.length > 0 : empty(inside(row));
+    const rows = [...section.querySelectorAll("tr")];
+    [...(rows[0]?.cells ?? [])].forEach((_, column) => {
+      const stack = rows.map((row) => row.cells[column]);
+      const off = empty(stack.flatMap(inside));
+      for (const each of stack) each.hidden = off;
+    });
+    section.hidden = empty(cells);
+    const entry = document.querySelector(`nav a[href="#${section.id}"]`);
+    if (entry) entry.parentNode.hidden = section.hidden;
   }
 }
 
@@ -132,8 +145,25 @@ function matters(cell, title, name) {
     case "configuration":
       if (parts[0] !== "evals") return parts.at(-1) !== "version";
       return evaluations.some((evaluation) => evaluation === parts[1] || evaluation.endsWith(`-${parts[1]}`));
-    default: return ["weights", "cost"].includes(title);
+    case "cost": return ["scales", "weights", "tuned", ...evaluations].includes(name.split(" ")[0]);
+    default: return title === "weights";
   }
+}
+
+// The command of a cell and a button that copies it; where a page may not write the clipboard, it is selected.
+function command(text) {
+  const code = element("code", {}, text);
+  const button = element("button", { type: "button", class: "pick copy" }, "Copy");
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(text);
+      button.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(code);
+      button.textContent = "Selected";
+    }
+  });
+  return element("p", {}, "Run it: ", code, " ", button);
 }
 
 function open(title, ...children) {
@@ -151,7 +181,7 @@ function showCell(index) {
     parts.push(...pictures(found, cell, cell.records[0], ["this cell", cell.versus]));
   }
   if (cell.differences) parts.push(element("p", {}, element("b", {}, "Partial: "), cell.differences));
-  parts.push(element("p", {}, "Run it: ", element("code", {}, cell.command)));
+  parts.push(command(cell.command));
   if (cell.records.length) {
     const picks = element("div", { class: "picks" });
     for (const side of ["a", "b"]) {
@@ -166,11 +196,17 @@ function showCell(index) {
     parts.push(element("p", {}, `Record ${name}, ${record.created}`));
     if (record.loss.length) parts.push(curve(record.loss));
     for (const [title, facts] of Object.entries(record.facts)) {
-      const rows = Object.entries(facts).filter(([key]) => title !== "results" || matters(cell, title, key));
+      const rows = Object.entries(facts).filter(([key]) => !["results", "cost"].includes(title) || matters(cell, title, key));
       if (rows.length) parts.push(folded(title, rows, title === "results" || title === "cost"));
     }
   }
   open(cell.title, ...parts);
+  history.replaceState(null, "", `#${cell.link}`);  // a permalink, as long as the cell is open
+}
+
+function openLinked() {
+  const index = data.cells.findIndex((cell) => cell.link === decodeURIComponent(location.hash.slice(1)));
+  if (index >= 0) showCell(index);
 }
 
 function choose(side, index) {
@@ -233,9 +269,14 @@ document.addEventListener("click", (event) => {
   if (cell) showCell(Number(cell.dataset.cell));
   else if (header && !details.contains(header)) sort(header);
 });
-document.getElementById("model").addEventListener("change", (event) => filter(event.target.value));
+for (const select of filters) select.addEventListener("change", filter);
 document.getElementById("pair-show").addEventListener("click", showDifference);
 document.getElementById("pair-clear").addEventListener("click", () => {
   pair.a = pair.b = null;
   showPair();
 });
+details.addEventListener("close", () => {
+  if (!details.open && location.hash.includes("/")) history.replaceState(null, "", location.pathname + location.search);
+});
+window.addEventListener("hashchange", openLinked);
+openLinked();

@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import numpy as np
@@ -23,6 +24,7 @@ from teq.report.cells import (
     UNJUDGED,
     WORSE,
 )
+from teq.report.render import formats
 from teq.report.render.forest import forest
 from teq.report.sheet import Sheet
 from teq.spec import digest
@@ -67,7 +69,8 @@ def render(
     """
     cells: list[Mapping[str, Any]] = []
     sections = [_section(sheet, svg, cells) for sheet, svg in sheets]
-    models = sorted({cell["model"] for cell in cells if cell["model"]})
+    filters = {axis: sorted({cell[axis] for cell in cells} - {""}) for axis in ("model", "method", "grid")}
+    filters["verdict"] = [name for name in SYMBOLS if any(cell["verdict"] == name for cell in cells)]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((HERE / "page.html").read_text(encoding="utf-8"))
     summaries = {record.file.stem: summary(record) for record in records}
@@ -78,7 +81,7 @@ def render(
         script=Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)),
         data=Markup(data.replace("<", "\\u003c")),
         sections=sections,
-        models=models,
+        filters=filters,
         problems=problems,
         symbols=SYMBOLS,
         forest=forest(cells),
@@ -89,21 +92,21 @@ def render(
 def _section(sheet: Sheet, svg: bytes, cells: list[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the template reads of a sheet; the details of its boxes go to `cells`."""
     first, rows = len(cells), []
-    for model, row in zip(sheet.row_models, sheet.rows, strict=True):
+    for row in sheet.rows:
         numbered = []
         for box in row:
             numbered.append((len(cells), box))
             if box.kind == "cell":
                 cells.append(box.detail)
-        rows.append((model, numbered))
+        rows.append(numbered)
     verdicts = [cell["verdict"] for cell in cells[first:]]
     counts = [(symbol, name, verdicts.count(name)) for name, symbol in SYMBOLS.items() if name in verdicts]
     picture = svg.decode()
     return {
         "sheet": sheet,
-        "columns": list(zip(sheet.models, sheet.header, strict=True)),
         "rows": rows,
         "counts": counts,
+        "csv": quote(formats.comma_separated(sheet)),
         "figure": Markup(picture[picture.index("<svg") :]) if picture else None,
     }
 

@@ -16,7 +16,6 @@ NEAR = "[0.75, 1.25]"  # the range around the start that a record's `near` count
 def of_table(table: Table) -> Sheet:
     """Return the sheet of a table: a row per row, then rows of numbers that only others measured."""
     notes = wording.notes_of(table)
-    models = [_model(table.column_axes, column) for column in table.columns]
     ran = {column for (_, column), cell in table.cells.items() if cell.verdict != NOT_RUN}
     published = {column for (_, column), cell in table.cells.items() if cell.published is not None} - ran
     rows, rules = [], []
@@ -25,12 +24,12 @@ def of_table(table: Table) -> Sheet:
             rules.append(index)
         boxes = [Box(kind="head", ours=wording.coordinate(part)) for part in row]
         boxes[-1] = replace(boxes[-1], mark=notes.rows.get(row, ""))
-        for column, model in zip(table.columns, models, strict=True):
+        for column in table.columns:
             cell = table.cells.get((row, column))
-            empty = Box(kind="empty", model=model)
-            boxes.append(empty if cell is None else _cell_box(table, cell, row, column, model, notes))
+            empty = Box(kind="empty")
+            boxes.append(empty if cell is None else _cell_box(table, cell, row, column, notes))
         rows.append(boxes)
-    quoted = _quoted_rows(table, models)
+    quoted = _quoted_rows(table)
     if quoted:
         rules.append(len(rows))
     headings = [
@@ -43,9 +42,7 @@ def of_table(table: Table) -> Sheet:
         title=table.layout.title,
         caption=table.layout.caption,
         header=[*(wording.axis_title(axis) for axis in table.row_axes), *headings],
-        models=[*[""] * len(table.row_axes), *models],
         rows=rows + quoted,
-        row_models=[*(_model(table.row_axes, row) for row in table.rows), *[""] * len(quoted)],
         rules=rules,
         notes=wording.legend(table, notes),
         claims=wording.claims(table.claims),
@@ -54,7 +51,7 @@ def of_table(table: Table) -> Sheet:
     )
 
 
-def _cell_box(table: Table, cell: Cell, row: Place, column: Place, model: str, notes: wording.Notes) -> Box:
+def _cell_box(table: Table, cell: Cell, row: Place, column: Place, notes: wording.Notes) -> Box:
     ran = cell.verdict != NOT_RUN
     ours, spread = wording.shown(cell, cell.ours), wording.shown(cell, cell.spread)
     published, change = wording.shown(cell, cell.published), wording.difference(cell)
@@ -62,7 +59,6 @@ def _cell_box(table: Table, cell: Cell, row: Place, column: Place, model: str, n
     return Box(
         kind="cell",
         ours=ours if ran else "",
-        model=model,
         best=cell.is_best,
         versus=wording.compared(cell, cell.versus),
         spread=spread,
@@ -126,14 +122,14 @@ def _digits(value: float) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-def _quoted_rows(table: Table, models: list[str]) -> list[list[Box]]:
+def _quoted_rows(table: Table) -> list[list[Box]]:
     """Return rows of numbers that only others measured, in parentheses as every published number."""
     rows: dict[Place, list[Box]] = {}
-    for index, (place, column, value) in enumerate(_quoted(table)):
+    for place, column, value in _quoted(table):
         digits = (table.layout.cells or {})[column[-1]].digits
         text = "" if value is None else f"({wording.number(value, digits)})"
         row = rows.setdefault(place, [Box(kind="head", ours=part) for part in place])
-        row.append(Box(kind="quoted", ours=text, model=models[index % len(models)]))
+        row.append(Box(kind="quoted", ours=text))
     return list(rows.values())
 
 
@@ -146,11 +142,6 @@ def _quoted(table: Table) -> Iterator[tuple[Place, Place, Any]]:
             at = dict(zip(table.column_axes, column, strict=True))
             picked = table.layout.published.pick(quoted.values, at) if table.layout.published else None
             yield tuple(place), column, picked
-
-
-def _model(axes: "Any", place: Place) -> str:
-    """Return the model that a row or a column stands for; empty where it stands for none."""
-    return dict(zip(axes, place, strict=True)).get("model", "")
 
 
 def of_figure(figure: Figure) -> Sheet:
@@ -171,9 +162,7 @@ def of_figure(figure: Figure) -> Sheet:
         title=figure.layout.title,
         caption=figure.layout.caption,
         header=header,
-        models=[""] * len(header),
         rows=rows,
-        row_models=[panel.model for panel in figure.panels],
         notes=[*notes, *wording.plain(figure.layout.notes)],
         picture=bool(figure.used()),
         data=_figure_data(figure),
