@@ -61,14 +61,14 @@ SCRIPTS = ("paired.js", "page.js")
 
 
 def render(
-    sheets: Sequence[tuple[Sheet, bytes]], records: Collection[Record], problems: Mapping[str, str]
+    sheets: Sequence[tuple[Sheet, Sequence[bytes]]], records: Collection[Record], problems: Mapping[str, str]
 ) -> str:
-    """Return the page of some sheets, each with its SVG or nothing, and the records that they show.
+    """Return the page of some sheets, each with the SVGs of its panels, and the records that they show.
 
     `problems` are what could not be shown, by experiment.
     """
     cells: list[Mapping[str, Any]] = []
-    sections = [_section(sheet, svg, cells) for sheet, svg in sheets]
+    sections = [_section(sheet, panels, cells) for sheet, panels in sheets]
     filters = {axis: sorted({cell[axis] for cell in cells} - {""}) for axis in ("model", "method", "grid")}
     filters["verdict"] = [name for name in SYMBOLS if any(cell["verdict"] == name for cell in cells)]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -89,7 +89,7 @@ def render(
     )
 
 
-def _section(sheet: Sheet, svg: bytes, cells: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _section(sheet: Sheet, panels: Sequence[bytes], cells: list[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the template reads of a sheet; the details of its boxes go to `cells`."""
     first, rows = len(cells), []
     for row in sheet.rows:
@@ -101,13 +101,13 @@ def _section(sheet: Sheet, svg: bytes, cells: list[Mapping[str, Any]]) -> dict[s
         rows.append(numbered)
     verdicts = [cell["verdict"] for cell in cells[first:]]
     counts = [(symbol, name, verdicts.count(name)) for name, symbol in SYMBOLS.items() if name in verdicts]
-    picture = svg.decode()
+    pictures = [panel.decode() for panel in panels]
     return {
         "sheet": sheet,
         "rows": rows,
         "counts": counts,
         "csv": quote(formats.comma_separated(sheet)),
-        "figure": Markup(picture[picture.index("<svg") :]) if picture else None,
+        "panels": [Markup(picture[picture.index("<svg") :]) for picture in pictures],
     }
 
 
