@@ -178,6 +178,19 @@ def test_the_page_needs_nothing_from_elsewhere(added, own_home):
     assert page == report.page_of(shown, problems)
 
 
+def test_costs_are_drawn_with_the_cheaper_left_and_the_better_below(added, own_home):
+    run_some(own_home / "records", methods=("fp", "rtn"), seconds=1.0)
+    run_some(own_home / "records", methods=("teq",), seconds=100.0)
+    shown, _ = report.read_all(["added"], (), RecordIndex(own_home / "records"))
+    found = re.findall(
+        r'<circle cx="([\d.]+)" cy="([\d.]+)" r="4"/><text[^>]*>([^<]+)', report.page_of(shown, {})
+    )
+    at = {name: (float(x), float(y)) for x, y, name in found}
+    assert set(at) == {"rtn w4", "teq w4", "rtn w3_g64", "teq w3_g64"}
+    assert at["rtn w4"][0] == at["rtn w3_g64"][0] < at["teq w4"][0]
+    assert at["rtn w4"][1] > at["rtn w3_g64"][1] > at["teq w4"][1]  # perplexities of 9.25, 10.23, 11.30
+
+
 @pytest.fixture
 def opened(added, own_home, tmp_path):
     """The page of all in a chromium."""

@@ -45,6 +45,7 @@ def of_cell(table: Table, cell: Cell, row: Place, column: Place) -> dict[str, An
         "command": wording.command(cell.jobs),
         "numbers": [[key, text] for key, text in lines.items() if text],
         "interval": None if one is None else _interval(one),
+        "value": float(f"{cell.ours:.6g}") if isinstance(cell.ours, float) else None,
         "metrics": formula.names,
         "factor": 0 if formula.ratio else formula.factor,
         "versus": "" if one is None else one.versus,

@@ -26,6 +26,7 @@ from teq.report.cells import (
 )
 from teq.report.render import formats
 from teq.report.render.forest import forest
+from teq.report.render.tradeoff import tradeoffs
 from teq.report.sheet import Sheet
 from teq.spec import digest
 
@@ -85,6 +86,7 @@ def render(
         problems=problems,
         symbols=SYMBOLS,
         forest=forest(cells),
+        tradeoffs=tradeoffs(cells, {record.file.stem: record for record in records}),
         verdicts=[(SYMBOLS[name], name, meaning) for name, meaning in MEANINGS.items()],
     )
 
