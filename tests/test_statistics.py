@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import shutil
 import subprocess
 import zlib
@@ -13,6 +14,8 @@ import pytest
 from scipy import stats
 
 from teq import record, statistics
+from teq.report import read as report
+from teq.report.match import RecordIndex
 from teq.report.render import page
 
 RECORDS = pathlib.Path(__file__).resolve().parent.parent / "results" / "records"
@@ -171,12 +174,12 @@ def test_another_mean_of_seeds_lies_within_the_prediction():
     assert 0.93 <= np.mean(inside) <= 0.97
 
 
-def on_the_page(expressions):
+def on_the_page(expressions, given=""):
     """The values of JavaScript expressions over the page's own statistics."""
     if (node := shutil.which("node")) is None:
         pytest.skip("needs node (Debian: apt-get install nodejs)")
     script = (pathlib.Path(page.__file__).parent / "paired.js").read_text()
-    code = f"{script}\nconsole.log(JSON.stringify([{', '.join(expressions)}]))"
+    code = f"{script}\n{given}\nconsole.log(JSON.stringify([{', '.join(expressions)}]))"
     return json.loads(
         subprocess.run([node, "-"], input=code, capture_output=True, text=True, check=True).stdout
     )
@@ -205,3 +208,22 @@ def test_the_page_has_the_intervals_of_the_tables():
     for one, parts in zip(found, cases, strict=True):
         assert one == pytest.approx(dataclasses.asdict(statistics.paired_difference(parts)), rel=1e-8)
     assert on_the_page(["pairedDifference([[[1]]])"]) == [None]
+
+
+def test_the_page_recomputes_the_differences_of_the_published_tables():
+    shown, _ = report.read_all(["smollm2", "seeds"], (), RecordIndex(RECORDS))
+    (text,) = re.findall(r'id="data">(.*?)</script>', report.page_of(shown, {}), re.DOTALL)
+    cells = [cell for cell in json.loads(text)["cells"] if cell.get("interval")]
+    expressions = [
+        f"compareCells(data.records, {json.dumps(cell['records'])}, {json.dumps(cell['against'])}, "
+        f"{{metrics: {json.dumps(cell['metrics'])}, factor: {cell['factor']}}})"
+        for cell in cells
+    ]
+    found = on_the_page(expressions, f"const data = {text};")
+    assert len(found) > 20 and {one["unit"] for one in found} == {"%", "points"}
+    assert any(len(cell["records"]) > 1 for cell in cells) and any("gained" in one for one in found)
+    for one, cell in zip(found, cells, strict=True):
+        interval = {end: cell["interval"][end] for end in ("mean", "low", "high")}
+        assert {end: one[end] for end in interval} == pytest.approx(interval, rel=1e-4, abs=1e-4), cell[
+            "title"
+        ]
