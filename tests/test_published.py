@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -14,6 +15,7 @@ from teq import data as corpora
 from teq.device.runtime import Runtime
 from teq.evaluate import perplexity
 from teq.quantizers.quantized import restore
+from teq.report.render import formats
 from teq.spec import UserError
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
@@ -89,6 +91,21 @@ print(*files)
     assert done.returncode == 0, done.stderr
     committed = {f"figures/{file.name}" for file in (RESULTS / "figures").iterdir()}
     assert set(done.stdout.split()) == committed | {"report/index.html"}
+
+
+def test_the_committed_latex_compiles(tmp_path):
+    """With booktabs and graphicx alone, and whatever `escaped` knows."""
+    if (pdflatex := shutil.which("pdflatex")) is None:
+        pytest.skip("needs pdflatex (Debian: apt-get install texlive-latex-base texlive-latex-recommended)")
+    files = sorted((RESULTS / "tables").glob("*.tex"))
+    inputs = [rf"\input{{{file.name}}}\clearpage" for file in files]
+    lines = [r"\documentclass{article}", r"\usepackage{booktabs,graphicx}", r"\begin{document}", *inputs]
+    lines += [formats.escaped("".join(formats.SPECIAL)), r"\end{document}"]
+    (tmp_path / "all.tex").write_text("\n".join(lines))
+    options = ["-draftmode", "-halt-on-error", "-file-line-error", f"-output-directory={tmp_path}"]
+    command = [pdflatex, *options, tmp_path / "all.tex"]
+    done = subprocess.run(command, cwd=RESULTS / "tables", capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, [line for line in done.stdout.splitlines() if ":" in line][-3:]
 
 
 def test_figures_are_the_same_bytes_from_process_to_process():

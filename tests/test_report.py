@@ -178,6 +178,19 @@ def test_the_page_needs_nothing_from_elsewhere(added, own_home):
     assert page == report.page_of(shown, problems)
 
 
+def test_costs_are_drawn_with_the_cheaper_left_and_the_better_below(added, own_home):
+    run_some(own_home / "records", methods=("fp", "rtn"), seconds=1.0)
+    run_some(own_home / "records", methods=("teq",), seconds=100.0)
+    shown, _ = report.read_all(["added"], (), RecordIndex(own_home / "records"))
+    found = re.findall(
+        r'<circle cx="([\d.]+)" cy="([\d.]+)" r="4"/><text[^>]*>([^<]+)', report.page_of(shown, {})
+    )
+    at = {name: (float(x), float(y)) for x, y, name in found}
+    assert set(at) == {"rtn w4", "teq w4", "rtn w3_g64", "teq w3_g64"}
+    assert at["rtn w4"][0] == at["rtn w3_g64"][0] < at["teq w4"][0]
+    assert at["rtn w4"][1] > at["rtn w3_g64"][1] > at["teq w4"][1]  # perplexities of 9.25, 10.23, 11.30
+
+
 @pytest.fixture
 def opened(added, own_home, tmp_path):
     """The page of all in a chromium."""
@@ -195,7 +208,17 @@ def opened(added, own_home, tmp_path):
 ROWS = """[...document.querySelectorAll('#added tbody tr')].map(
     row => [...row.cells].slice(0, 3).map(cell => cell.innerText.trim().split(/\\s/)[0]))"""
 HEADINGS = """[...document.querySelectorAll('#added thead th')]
-    .filter(heading => !heading.hidden).map(heading => heading.innerText.trim())"""
+    .filter(heading => heading.getClientRects().length).map(heading => heading.innerText.trim())"""
+
+
+def choose(page, axis, value):
+    """Set a filter; return the heads of the rows that are left."""
+    return page.run(
+        f"document.getElementById('{axis}').value = '{value}';"
+        f"document.getElementById('{axis}').dispatchEvent(new Event('change'));"
+        "[...document.querySelectorAll('#added tbody tr')].filter(row => row.offsetParent)"
+        ".map(row => [...row.querySelectorAll('th')].map(head => head.dataset.sort).join(' '))"
+    )
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -219,11 +242,30 @@ def test_the_page_in_a_browser(opened, width):
     )
     assert sorted(page.run(ROWS)) == sorted(before)
 
+    # scrolled sideways, grid and method of a row stay on a narrow screen; its header stays everywhere
+    page.run("document.querySelector('#added .scroll').scrollTo(40, 20)")
+    box = "document.querySelector('#added .scroll').getBoundingClientRect()"
+    name = "document.querySelector('#added tbody tr:nth-child(2) .inner').getBoundingClientRect()"
+    if width == 390:
+        assert page.run(f"{name}.left - {box}.left") == 0
+        assert page.run(
+            "document.querySelector('#added tbody tr:nth-child(2) .inner').innerText"
+        ).split() in ([grid, method] for grid in ("w4", "w3_g64") for method in ("rtn", "teq"))
+    assert (
+        page.run(f"document.querySelector('#added thead th.inner').getBoundingClientRect().top - {box}.top")
+        == 0
+    )
+
     page.run(
         "document.getElementById('model').value = 'tiny-opt';"
         "document.getElementById('model').dispatchEvent(new Event('change'))"
     )
-    assert [h.split()[0] for h in page.run(HEADINGS)] == ["grid", "method", "tiny-opt"]
+    assert [h.split()[0] for h in page.run(HEADINGS)] == ["grid", "method", "tiny-opt"][width == 390 :]
+    assert sorted(choose(page, "method", "teq")) == ["w3_g64 teq", "w4 teq"]
+    assert choose(page, "grid", "w4") == ["w4 teq"]
+    assert choose(page, "verdict", "worse") == []
+    assert page.run("document.getElementById('added').hidden") is True
+    assert choose(page, "verdict", "") == ["w4 teq"]
     assert page.errors == []
 
 
@@ -239,6 +281,10 @@ def test_a_cell_opens_its_record_and_two_cells_their_differences(opened):
     details = page.run("document.getElementById('details').innerText")
     assert "python run.py model=tiny-opt method=teq grid=w3_g64 recipe=quick experiments=added" in details
     assert "Training loss over 3 steps: first 3.000, last 2.000" in details
+    assert "paired t interval, n = 6 windows" in details
+    assert "log-loss difference of each of 6 windows, 0 of them below 0; mean +0.2000" in details.replace(
+        "−", "-"
+    )
     opened_record = page.run("document.getElementById('details').textContent")
     for fact in ("transform.steps", "scales seconds", "torch", "python-docs.tokens_sha256"):
         assert fact in opened_record
@@ -254,7 +300,33 @@ def test_a_cell_opens_its_record_and_two_cells_their_differences(opened):
     assert ["quantizer.grid.bits", "3", "4"] in rows
     assert ["transform.steps", "100", "–"] in rows
     assert not any(row[0] == "model.name" for row in rows)
-    assert "versions: the same" in page.run("document.getElementById('details').innerText")
+    text = page.run("document.getElementById('details').innerText").replace("−", "-")
+    assert re.search(r"The same: .*versions", text)
+    # losses of 2 + 0.1 i + ..., i of the run: exp(0.3) - 1
+    assert rows[2] == ["A minus B, paired [95 %]", "+35.0 % [+35.0, +35.0]"]
+    assert rows[3] == ["test", "paired t interval, n = 6 windows"]
+    assert page.errors == []
+
+
+def test_a_link_opens_its_cell_and_the_numbers_can_be_taken_along(opened):
+    page, file = opened
+    link = "added/w4/teq/tiny-opt/ppl"
+    page.open(f"{file}#{link}")
+    title = "document.getElementById('details-title').innerText"
+    assert page.run(title) == "Added: <one> file & no code: w4, teq, tiny-opt"
+    assert page.run("document.getElementById('details').open") is True
+    page.run("document.getElementById('details').close()")
+    page.run("document.querySelector('[data-cell]').click()")
+    assert page.run("decodeURIComponent(location.hash)") == "#added/full/fp/tiny-opt/ppl"
+    csv = page.run(
+        "decodeURIComponent(document.querySelector('#added a[download]').href.split(',').slice(1).join(','))"
+    )
+    assert csv == (file.parent / "tables" / "added.csv").read_text()
+    page.run("navigator.clipboard.writeText = (text) => { window.copied = text; }")
+    page.run("document.querySelector('.copy').click()")
+    assert (
+        page.run("copied") == "python run.py model=tiny-opt method=fp grid=w4 recipe=quick experiments=added"
+    )
     assert page.errors == []
 
 

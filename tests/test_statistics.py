@@ -1,7 +1,12 @@
 """Standard errors, paired differences and corrections: against closed forms, scipy and simulation."""
 
+import dataclasses
+import json
 import math
 import pathlib
+import re
+import shutil
+import subprocess
 import zlib
 
 import numpy as np
@@ -9,6 +14,9 @@ import pytest
 from scipy import stats
 
 from teq import record, statistics
+from teq.report import read as report
+from teq.report.match import RecordIndex
+from teq.report.render import page
 
 RECORDS = pathlib.Path(__file__).resolve().parent.parent / "results" / "records"
 
@@ -164,3 +172,58 @@ def test_another_mean_of_seeds_lies_within_the_prediction():
         abs(d.mean() - x) <= statistics.prediction_half_width(d) for d, x in zip(draws, one, strict=True)
     ]
     assert 0.93 <= np.mean(inside) <= 0.97
+
+
+def on_the_page(expressions, given=""):
+    """The values of JavaScript expressions over the page's own statistics."""
+    if (node := shutil.which("node")) is None:
+        pytest.skip("needs node (Debian: apt-get install nodejs)")
+    script = (pathlib.Path(page.__file__).parent / "paired.js").read_text()
+    code = f"{script}\n{given}\nconsole.log(JSON.stringify([{', '.join(expressions)}]))"
+    return json.loads(
+        subprocess.run([node, "-"], input=code, capture_output=True, text=True, check=True).stdout
+    )
+
+
+def test_the_page_has_the_quantiles_of_student_and_the_p_values_of_mcnemar():
+    freedoms = [1, 1.5, 2.7, *range(7, 1000, 31), 999]
+    found = on_the_page([f"tQuantile({freedom})" for freedom in freedoms])
+    assert found == pytest.approx([stats.t.ppf(0.975, freedom) for freedom in freedoms], rel=1e-9)
+    counts = [(0, 0), (1, 0), (3, 3), (12, 5), (5, 12), (0, 40), (150, 101)]
+    found = on_the_page([f"mcnemar({gained}, {lost})" for gained, lost in counts])
+    expected = [statistics.mcnemar([1] * gained + [-1] * lost) for gained, lost in counts]
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_page_has_the_intervals_of_the_tables():
+    rng = np.random.default_rng(0)
+    cases = [
+        [rng.normal(0.1, 1, (1, 8))],
+        [rng.normal(0.1, 1, (3, 16))],
+        [rng.integers(-1, 2, (1, n)) for n in (20, 200, 1000)],
+        [rng.normal(0, 1, (2, 30)), rng.normal(1, 3, (2, 9))],
+        [np.ones((1, 4))],
+    ]
+    found = on_the_page([f"pairedDifference({json.dumps([p.tolist() for p in parts])})" for parts in cases])
+    for one, parts in zip(found, cases, strict=True):
+        assert one == pytest.approx(dataclasses.asdict(statistics.paired_difference(parts)), rel=1e-8)
+    assert on_the_page(["pairedDifference([[[1]]])"]) == [None]
+
+
+def test_the_page_recomputes_the_differences_of_the_published_tables():
+    shown, _ = report.read_all(["smollm2", "seeds"], (), RecordIndex(RECORDS))
+    (text,) = re.findall(r'id="data">(.*?)</script>', report.page_of(shown, {}), re.DOTALL)
+    cells = [cell for cell in json.loads(text)["cells"] if cell.get("interval")]
+    expressions = [
+        f"compareCells(data.records, {json.dumps(cell['records'])}, {json.dumps(cell['against'])}, "
+        f"{{metrics: {json.dumps(cell['metrics'])}, factor: {cell['factor']}}})"
+        for cell in cells
+    ]
+    found = on_the_page(expressions, f"const data = {text};")
+    assert len(found) > 20 and {one["unit"] for one in found} == {"%", "points"}
+    assert any(len(cell["records"]) > 1 for cell in cells) and any("gained" in one for one in found)
+    for one, cell in zip(found, cells, strict=True):
+        interval = {end: cell["interval"][end] for end in ("mean", "low", "high")}
+        assert {end: one[end] for end in interval} == pytest.approx(interval, rel=1e-4, abs=1e-4), cell[
+            "title"
+        ]

@@ -754,6 +754,10 @@ def test_any_metric_that_is_a_mean_over_documents_is_compared(golden):
     one = compare.compared(formula, found[1:], found[:1])
     assert one.difference.mean == pytest.approx(100 * 3 / 8) and one.unit == "points"
     assert one.difference.p == pytest.approx(stats.binomtest(4, 5).pvalue)
+    assert one.discordant == (4, 1) and one.n == 8
+    half = stats.t.ppf(0.975, 7) * stats.sem(correct["teq"])
+    expected = [100 * (6 / 8 + side * half) for side in (-1, 1)]
+    assert compare.interval(formula, found[1:]) == (*map(pytest.approx, expected), 8)
     # an aggregate that is no mean of its array has no error
     other = Formula(label="x", mean=("lastword-python-docs.perplexity",))
     assert compare.compared(other, found[1:], found[:1]) is None

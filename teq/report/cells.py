@@ -29,13 +29,17 @@ Cells = Mapping[tuple[Place, Place], "Cell"]  # by row and column
 class Comparison:
     """A cell's paired difference to another one's: per cent of perplexity, nats of KL, points of a share.
 
-    `adjusted` is its p value among all comparisons of the table (Benjamini-Hochberg).
+    `adjusted` is its p value among all comparisons of the table (Benjamini-Hochberg). `discordant` counts the
+    documents that only this cell and only the other one had right, where McNemar's test compared them.
     """
 
     difference: Difference
     unit: str  # "%", "nats" or "points"
     versus: str = ""  # the other cell's method
     adjusted: float = 1.0
+    n: int = 0  # windows or documents
+    discordant: tuple[int, int] | None = None
+    against: Sequence[str] = ()  # the other cell's records
 
     @property
     def significant(self) -> bool:

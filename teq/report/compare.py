@@ -28,14 +28,14 @@ HARNESS = ("task_version", "lm_eval", "bos", "context", "pair", "chat_template",
 
 def stderr(record: Record, name: str) -> float | None:
     """Return the standard error of a metric from its packed values; None without."""
-    if (behind := _values(record, name)) is None:
+    if (behind := values_behind(record, name)) is None:
         return None
     data, unit = behind
     found = (statistics.stderr_of_perplexity if unit == "%" else statistics.stderr_of_mean)(data)
     return None if math.isnan(found) else found
 
 
-def _values(record: Record, name: str) -> "tuple[np.ndarray, str] | None":
+def values_behind(record: Record, name: str) -> "tuple[np.ndarray, str] | None":
     """Return the values `[n]` behind a metric and the unit of its differences; None if it is not of any."""
     evaluation, _, key = name.rpartition(".")
     array, unit = ARRAYS.get(key, (key, "points"))
@@ -77,24 +77,50 @@ def compared(formula: Formula, ones: Sequence[Record], others: Sequence[Record])
     if found is None:
         return None
     (unit,) = units
+    n = sum(part.shape[1] for part in parts)
     if unit == "%":
-        return Comparison(found.percent(), unit)
+        return Comparison(found.percent(), unit, n=n)
+    discordant = None
     if pairs == len(parts) == 1 and np.isin(parts[0], (-1, 0, 1)).all():
         found = dataclasses.replace(found, p=statistics.mcnemar(parts[0]))
-    return Comparison(found.scaled(formula.times * (1 if formula.mean else len(parts))), unit)
+        discordant = int((parts[0] > 0).sum()), int((parts[0] < 0).sum())
+    return Comparison(found.scaled(formula.factor), unit, n=n, discordant=discordant)
+
+
+def interval(formula: Formula, records: Sequence[Record]) -> tuple[float, float, int] | None:
+    """Return the ends of the 95 % interval of a cell's number, over texts and seeds, and its n.
+
+    None where the number is not a mean over the values of one kind, or an exponential of a single such mean.
+    """
+    if formula.ratio or formula.setting or not records:
+        return None
+    units, parts = set(), []
+    for name in formula.names:
+        seeds = [values_behind(record, name) for record in records]
+        if any(one is None or one[0].shape != seeds[0][0].shape for one in seeds):
+            return None
+        parts.append(np.stack([one[0] for one in seeds]))
+        units |= {one[1] for one in seeds}
+    found = statistics.paired_difference(parts) if len(units) == 1 else None
+    if found is None or ("%" in units and len(parts) > 1):
+        return None
+    found = found.scaled(formula.factor)
+    ends = (found.low, found.high)
+    low, high = (math.exp(end) for end in ends) if "%" in units else ends
+    return low, high, sum(part.shape[1] for part in parts)
 
 
 def paired(one: Record, other: Record, name: str) -> "tuple[np.ndarray, str] | None":
     """Return the differences `[n]` behind a metric in two records that measured the same inputs; the unit."""
-    evaluation, both = name.rpartition(".")[0], [_values(record, name) for record in (one, other)]
+    evaluation, both = name.rpartition(".")[0], [values_behind(record, name) for record in (one, other)]
     if both[0] is None or both[1] is None:
         return None
     (first, unit), (second, _) = both
-    same = _inputs(one.metrics[evaluation]) == _inputs(other.metrics[evaluation])
+    same = inputs(one.metrics[evaluation]) == inputs(other.metrics[evaluation])
     return (first - second, unit) if same and len(first) == len(second) else None
 
 
-def _inputs(measured: Mapping[str, Any]) -> tuple[Any, ...]:
+def inputs(measured: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what two measurements must share to be paired: tokens or documents, and the harness."""
     info = measured["info"]
     return tuple((key, info[key]) for key in sorted(info) if key.endswith("sha256") or key in HARNESS)
@@ -154,7 +180,8 @@ def compare_with_baseline(cells: Cells, layout: Layout) -> Cells:
         other = next((one for one in rivals if _same_but_method(cell, one)), None)
         if other is not None:
             one = compared(cell.formula, _records(cell), _records(other))
-            found |= {} if one is None else {key: dataclasses.replace(one, versus=versus)}
+            against = [match.record.file.stem for match in other.matches]
+            found |= {} if one is None else {key: dataclasses.replace(one, versus=versus, against=against)}
     adjusted = statistics.benjamini_hochberg([one.difference.p for one in found.values()])
     marked = dict(cells)
     for (key, one), p in zip(found.items(), adjusted, strict=True):

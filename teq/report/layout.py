@@ -61,6 +61,11 @@ class Formula(Settings):
         return self.mean or self.sum or self.ratio or ()
 
     @property
+    def factor(self) -> float:
+        """Return what the mean over its metrics is multiplied by, of a mean or a sum."""
+        return self.times * (1 if self.mean else len(self.names))
+
+    @property
     def is_cost(self) -> bool:
         """Return whether it reads seconds or memory, which no other machine has to meet."""
         return any(name.rpartition(".")[0] in COSTS for name in self.names)

@@ -27,11 +27,12 @@ class Kind:
     fill: Callable[..., Table | Figure]
     sheet: Callable[..., Sheet]
     draw: Callable[..., dict[str, bytes]]
+    panels: Callable[..., list[bytes]]
 
 
 KINDS = {
-    "table": Kind(table.fill, sheets.of_table, lambda _: {}),
-    "figure": Kind(figure.fill, sheets.of_figure, draw.draw),
+    "table": Kind(table.fill, sheets.of_table, lambda _: {}, lambda _: []),
+    "figure": Kind(figure.fill, sheets.of_figure, draw.draw, draw.panels),
 }
 
 
@@ -59,6 +60,11 @@ class Shown:
     def drawings(self) -> dict[str, bytes]:
         """Return a figure's `svg` and `png`; none of a table, or where nothing has run."""
         return KINDS[self.layout.kind].draw(self.body)
+
+    @cached_property
+    def panels(self) -> list[bytes]:
+        """Return the SVGs of a figure's panels, one by one; none of a table."""
+        return KINDS[self.layout.kind].panels(self.body)
 
     def markdown(self) -> str:
         """Return it as Markdown."""
@@ -149,7 +155,7 @@ def write_page(shown: dict[str, Shown], problems: dict[str, str], file: Path) ->
 def page_of(shown: dict[str, Shown], problems: dict[str, str]) -> str:
     """Return the page of some experiments as HTML."""
     records = {match.record.file.stem: match.record for one in shown.values() for match in one.body.used()}
-    drawn = [(one.sheet, one.drawings.get("svg", b"")) for one in shown.values()]
+    drawn = [(one.sheet, one.panels) for one in shown.values()]
     return page.render(drawn, records.values(), problems)
 
 

@@ -15,7 +15,6 @@ class Box:
 
     kind: str
     ours: str = ""
-    model: str = ""
     best: bool = False
     versus: str = ""  # the paired difference to the table's baseline
     spread: str = ""
@@ -38,9 +37,7 @@ class Sheet:
     title: str
     caption: str
     header: Sequence[str]
-    models: Sequence[str]  # of each column, empty where it has none
     rows: Sequence[Sequence[Box]]
-    row_models: Sequence[str]
     rules: Sequence[int] = ()  # rows that begin a new block
     notes: Sequence[Sequence[str]]  # texts and code in turn
     claims: Sequence[str] = ()

@@ -1,7 +1,7 @@
 """Drawing a figure: histograms of the scales of each layer, and the outliers of each layer."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,35 +35,44 @@ def rebinned(histogram: Mapping[str, Any], edges: np.ndarray) -> np.ndarray:
 def draw(figure: Figure) -> dict[str, bytes]:
     """Return the figure as `svg` and `png`, the same bytes for the same records; empty without any record."""
     shown = [panel for panel in figure.panels if panel.match is not None]
-    if not shown:
-        return {}
+    return _drawn(shown, figure.name, ("svg", "png")) if shown else {}
+
+
+def panels(figure: Figure) -> list[bytes]:
+    """Return each panel that has a record as an `svg` of its own."""
+    shown = [panel for panel in figure.panels if panel.match is not None]
+    return [_drawn([panel], f"{figure.name}.{i}", ("svg",))["svg"] for i, panel in enumerate(shown)]
+
+
+def _drawn(panels: Sequence[Panel], salt: str, kinds: Sequence[str]) -> dict[str, bytes]:
     import matplotlib
     from matplotlib.figure import Figure as Canvas
     from matplotlib.gridspec import GridSpec
 
     style = {
-        "svg.hashsalt": figure.name,
+        "svg.hashsalt": salt,
         "svg.fonttype": "none",
         "font.family": "DejaVu Sans",
         "font.size": 9,
         **dict.fromkeys(COLOURED, GREY),
     }
+    metadata = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
     with matplotlib.rc_context(style):
-        columns = min(len(shown), 2)
-        rows = -(-len(shown) // columns)
+        columns = min(len(panels), 2)
+        rows = -(-len(panels) // columns)
         width, height = 4.6 * columns, 3.9 * rows
         canvas = Canvas(figsize=(width, height))
         # margins in inches; matplotlib's own layout engines give other last digits from process to process
         margins = {"left": 0.65 / width, "right": 1 - 0.15 / width, "top": 1 - 0.3 / height}
         grid = GridSpec(rows, columns, canvas, bottom=0.5 / height, wspace=0.25, hspace=0.35, **margins)
-        for cell, panel in zip(grid, shown, strict=False):
+        for cell, panel in zip(grid, panels, strict=False):
             parts = cell.subgridspec(2, 1, height_ratios=[3, 1], hspace=0.4)
             _histogram(canvas.add_subplot(parts[0]), panel)
             _outliers(canvas.add_subplot(parts[1]), panel)
         out = {}
-        for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
+        for kind in kinds:
             buffer = io.BytesIO()
-            canvas.savefig(buffer, format=kind, metadata=metadata, transparent=kind == "svg", dpi=120)
+            canvas.savefig(buffer, format=kind, metadata=metadata[kind], transparent=kind == "svg", dpi=120)
             out[kind] = buffer.getvalue()
     return out
 

@@ -28,6 +28,7 @@ def forest(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             {
                 "heading": "" if cell["group"] == group else cell["group"],
                 "place": cell["place"],
+                "link": cell["link"],
                 "y": y,
                 "significant": interval["significant"],
                 "said": f"{interval['mean']:+.1f} % [{interval['low']:+.1f}, {interval['high']:+.1f}]",

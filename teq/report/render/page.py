@@ -1,14 +1,17 @@
 """The report: one self-contained HTML page. What is shown is decided here; how it behaves, in page.js."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
 from teq.record import Record
+from teq.report import compare
 from teq.report.cells import (
     AS_STATED,
     BETTER,
@@ -21,8 +24,11 @@ from teq.report.cells import (
     UNJUDGED,
     WORSE,
 )
+from teq.report.render import formats
 from teq.report.render.forest import forest
+from teq.report.render.tradeoff import tradeoffs
 from teq.report.sheet import Sheet
+from teq.spec import digest
 
 SYMBOLS = {  # a verdict is a sign and a word, so that its colour is never needed
     MATCH: "≈",
@@ -52,61 +58,66 @@ UNKNOWN = "not recorded"
 MACHINE = ("device", "name", "cpus", "threads", "flags")
 CODE = ("sources", "commit", "dirty")
 HERE = Path(__file__).parent
+SCRIPTS = ("paired.js", "page.js")
 
 
 def render(
-    sheets: Sequence[tuple[Sheet, bytes]], records: Iterable[Record], problems: Mapping[str, str]
+    sheets: Sequence[tuple[Sheet, Sequence[bytes]]], records: Collection[Record], problems: Mapping[str, str]
 ) -> str:
-    """Return the page of some sheets, each with its SVG or nothing, and the records that they show.
+    """Return the page of some sheets, each with the SVGs of its panels, and the records that they show.
 
     `problems` are what could not be shown, by experiment.
     """
     cells: list[Mapping[str, Any]] = []
-    sections = [_section(sheet, svg, cells) for sheet, svg in sheets]
-    models = sorted({cell["model"] for cell in cells if cell["model"]})
+    sections = [_section(sheet, panels, cells) for sheet, panels in sheets]
+    filters = {axis: sorted({cell[axis] for cell in cells} - {""}) for axis in ("model", "method", "grid")}
+    filters["verdict"] = [name for name in SYMBOLS if any(cell["verdict"] == name for cell in cells)]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((HERE / "page.html").read_text(encoding="utf-8"))
     summaries = {record.file.stem: summary(record) for record in records}
-    data = json.dumps({"cells": cells, "records": summaries}, separators=(",", ":"))
+    documents = {digest: ids for record in records for digest, ids in _documents(record)}
+    data = json.dumps({"cells": cells, "records": summaries, "documents": documents}, separators=(",", ":"))
     return template.render(
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        script=Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)),
         data=Markup(data.replace("<", "\\u003c")),
         sections=sections,
-        models=models,
+        filters=filters,
         problems=problems,
         symbols=SYMBOLS,
         forest=forest(cells),
+        tradeoffs=tradeoffs(cells, {record.file.stem: record for record in records}),
         verdicts=[(SYMBOLS[name], name, meaning) for name, meaning in MEANINGS.items()],
     )
 
 
-def _section(sheet: Sheet, svg: bytes, cells: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _section(sheet: Sheet, panels: Sequence[bytes], cells: list[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the template reads of a sheet; the details of its boxes go to `cells`."""
     first, rows = len(cells), []
-    for model, row in zip(sheet.row_models, sheet.rows, strict=True):
+    for row in sheet.rows:
         numbered = []
         for box in row:
             numbered.append((len(cells), box))
             if box.kind == "cell":
                 cells.append(box.detail)
-        rows.append((model, numbered))
+        rows.append(numbered)
     verdicts = [cell["verdict"] for cell in cells[first:]]
     counts = [(symbol, name, verdicts.count(name)) for name, symbol in SYMBOLS.items() if name in verdicts]
-    picture = svg.decode()
+    pictures = [panel.decode() for panel in panels]
     return {
         "sheet": sheet,
-        "columns": list(zip(sheet.models, sheet.header, strict=True)),
         "rows": rows,
         "counts": counts,
-        "figure": Markup(picture[picture.index("<svg") :]) if picture else None,
+        "csv": quote(formats.comma_separated(sheet)),
+        "panels": [Markup(picture[picture.index("<svg") :]) for picture in pictures],
     }
 
 
 def summary(record: Record) -> dict[str, Any]:
-    """Return what the page keeps of a record: everything except its packed arrays and histograms.
+    """Return what the page keeps of a record: everything except loglikelihoods and histograms.
 
-    `facts` are grouped, flat and textual, so that two records can be compared line by line.
+    `arrays` are the values behind metrics. `facts` are grouped, flat and textual, so that two records can be
+    compared line by line.
     """
     data = record.data
     machine = data.get("machine", {})
@@ -116,14 +127,50 @@ def summary(record: Record) -> dict[str, Any]:
         "configuration": dict(_flat(data["run"])),
         "weights": {"identity": str(data.get("identity", ""))},
         "text and tokens": dict(_flat({"calibration": data.get("text") or {}, **info})),
-        "results": dict(_flat(values)),
+        "results": {name: _digits(value) for name, value in _flat(values)},
         "cost": dict(_costs(data)),
         "versions": {**dict(_flat(machine.get("versions", {}))), "python": str(machine.get("python"))},
         "machine": dict(_flat({key: machine.get(key, UNKNOWN) for key in MACHINE})),
         "code": _code(data),
         "digests": {name: stage.get("digest", UNKNOWN) for name, stage in data["stages"].items()},
     }
-    return {"facts": facts, "created": data["created"], "loss": data.get("training", {}).get("loss", [])}
+    loss = data.get("training", {}).get("loss", [])
+    return {"facts": facts, "created": data["created"], "loss": loss, "arrays": dict(_arrays(record))}
+
+
+def _arrays(record: Record) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the values behind each metric, with a digest of what they were measured on."""
+    for evaluation, measured in record.metrics.items():
+        for key in measured["values"]:
+            if (behind := compare.values_behind(record, f"{evaluation}.{key}")) is None:
+                continue
+            values, unit = behind
+            whole = np.isin(values, (0, 1)).all()
+            yield (
+                f"{evaluation}.{key}",
+                {
+                    "unit": unit,
+                    "on": digest(compare.inputs(measured)),
+                    "values": "".join(map(str, values.astype(int)))
+                    if whole
+                    else [float(f"{v:.7g}") for v in values],
+                },
+            )
+
+
+def _documents(record: Record) -> Iterator[tuple[str, list[int]]]:
+    """Yield the ids of the documents of each task, by the digest of what was measured."""
+    for evaluation, measured in record.metrics.items():
+        if "document" in measured["arrays"]:
+            yield digest(compare.inputs(measured)), record.array(evaluation, "document").tolist()
+
+
+def _digits(text: str) -> str:
+    """Return six significant digits of what is a fraction."""
+    try:
+        return f"{float(text):.6g}" if "." in text else text
+    except ValueError:
+        return text
 
 
 def _costs(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from teq.report.cells import NOT_RUN, OURS, PARTIAL, Cell, Comparison, Place, Table
+from teq.report.cells import NOT_RUN, OURS, PARTIAL, Cell, Place, Table
 from teq.report.figure import Figure, Panel
-from teq.report.layout import BASELINE, FULL
-from teq.report.render import wording
+from teq.report.layout import FULL
+from teq.report.render import details, wording
 from teq.report.sheet import Box, Sheet
 
 NEAR = "[0.75, 1.25]"  # the range around the start that a record's `near` counts
@@ -16,7 +16,6 @@ NEAR = "[0.75, 1.25]"  # the range around the start that a record's `near` count
 def of_table(table: Table) -> Sheet:
     """Return the sheet of a table: a row per row, then rows of numbers that only others measured."""
     notes = wording.notes_of(table)
-    models = [_model(table.column_axes, column) for column in table.columns]
     ran = {column for (_, column), cell in table.cells.items() if cell.verdict != NOT_RUN}
     published = {column for (_, column), cell in table.cells.items() if cell.published is not None} - ran
     rows, rules = [], []
@@ -25,12 +24,12 @@ def of_table(table: Table) -> Sheet:
             rules.append(index)
         boxes = [Box(kind="head", ours=wording.coordinate(part)) for part in row]
         boxes[-1] = replace(boxes[-1], mark=notes.rows.get(row, ""))
-        for column, model in zip(table.columns, models, strict=True):
+        for column in table.columns:
             cell = table.cells.get((row, column))
-            empty = Box(kind="empty", model=model)
-            boxes.append(empty if cell is None else _cell_box(table, cell, row, column, model, notes))
+            empty = Box(kind="empty")
+            boxes.append(empty if cell is None else _cell_box(table, cell, row, column, notes))
         rows.append(boxes)
-    quoted = _quoted_rows(table, models)
+    quoted = _quoted_rows(table)
     if quoted:
         rules.append(len(rows))
     headings = [
@@ -43,9 +42,7 @@ def of_table(table: Table) -> Sheet:
         title=table.layout.title,
         caption=table.layout.caption,
         header=[*(wording.axis_title(axis) for axis in table.row_axes), *headings],
-        models=[*[""] * len(table.row_axes), *models],
         rows=rows + quoted,
-        row_models=[*(_model(table.row_axes, row) for row in table.rows), *[""] * len(quoted)],
         rules=rules,
         notes=wording.legend(table, notes),
         claims=wording.claims(table.claims),
@@ -54,7 +51,7 @@ def of_table(table: Table) -> Sheet:
     )
 
 
-def _cell_box(table: Table, cell: Cell, row: Place, column: Place, model: str, notes: wording.Notes) -> Box:
+def _cell_box(table: Table, cell: Cell, row: Place, column: Place, notes: wording.Notes) -> Box:
     ran = cell.verdict != NOT_RUN
     ours, spread = wording.shown(cell, cell.ours), wording.shown(cell, cell.spread)
     published, change = wording.shown(cell, cell.published), wording.difference(cell)
@@ -62,7 +59,6 @@ def _cell_box(table: Table, cell: Cell, row: Place, column: Place, model: str, n
     return Box(
         kind="cell",
         ours=ours if ran else "",
-        model=model,
         best=cell.is_best,
         versus=wording.compared(cell, cell.versus),
         spread=spread,
@@ -73,50 +69,8 @@ def _cell_box(table: Table, cell: Cell, row: Place, column: Place, model: str, n
         mark=notes.cells.get((row, column), ""),
         synthetic=cell.synthetic,
         sort="" if known is None else known,
-        detail=_detail(table, cell, row, column),
+        detail=details.of_cell(table, cell, row, column),
     )
-
-
-def _detail(table: Table, cell: Cell, row: Place, column: Place) -> dict[str, Any]:
-    """Return what the page says of a cell that is opened."""
-    formula = cell.formula
-    how = {"mean": "mean of", "sum": "sum of", "ratio": "ratio of"}
-    kind = next((words for name, words in how.items() if getattr(formula, name)), "setting")
-    names = ", ".join(formula.names) or formula.setting or ""
-    one = cell.versus
-    lines = {
-        "from": f"{kind} {names}{f' x {formula.times:g}' if formula.times != 1 else ''}",
-        "ours": "" if cell.verdict == NOT_RUN else wording.shown(cell, cell.ours),
-        "standard error": wording.shown(cell, cell.stderr),
-        f"spread over {len(cell.matches)} seeds": wording.shown(cell, cell.spread),
-        f"minus {one.versus if one else BASELINE}, paired [95 %]": wording.compared(cell, one),
-        "p value": "" if one is None else f"{one.difference.p:.2g}",
-        "p value, adjusted for the table": "" if one is None else f"{one.adjusted:.2g}",
-        "recovered of what RTN costs": "" if cell.gap is None else f"{cell.gap:.1%}",
-        "the same, published": "" if cell.published_gap is None else f"{cell.published_gap:.1%}",
-        "published": wording.shown(cell, cell.published),
-        "difference": wording.difference(cell),
-    }
-    place = [*(wording.coordinate(part) for part in row), wording.heading(table, column)]
-    return {
-        "title": f"{table.layout.title}: {', '.join(place)}",
-        "group": table.layout.title,
-        "place": ", ".join(place),
-        "model": cell.at.get("model", table.constant.get("model", "")),
-        "verdict": cell.verdict,
-        "records": [match.record.file.stem for match in cell.matches],
-        "differences": wording.difference_text(cell),
-        "command": wording.command(cell.jobs),
-        "numbers": [[key, text] for key, text in lines.items() if text],
-        "interval": None if one is None else _interval(one),
-    }
-
-
-def _interval(one: Comparison) -> dict[str, Any]:
-    """Return a comparison as the page draws it."""
-    found = one.difference
-    ends = {name: float(f"{getattr(found, name):.6g}") for name in ("mean", "low", "high")}
-    return {**ends, "unit": one.unit, "significant": one.significant}
 
 
 def _table_data(table: Table) -> list[list[Any]]:
@@ -168,14 +122,14 @@ def _digits(value: float) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-def _quoted_rows(table: Table, models: list[str]) -> list[list[Box]]:
+def _quoted_rows(table: Table) -> list[list[Box]]:
     """Return rows of numbers that only others measured, in parentheses as every published number."""
     rows: dict[Place, list[Box]] = {}
-    for index, (place, column, value) in enumerate(_quoted(table)):
+    for place, column, value in _quoted(table):
         digits = (table.layout.cells or {})[column[-1]].digits
         text = "" if value is None else f"({wording.number(value, digits)})"
         row = rows.setdefault(place, [Box(kind="head", ours=part) for part in place])
-        row.append(Box(kind="quoted", ours=text, model=models[index % len(models)]))
+        row.append(Box(kind="quoted", ours=text))
     return list(rows.values())
 
 
@@ -188,11 +142,6 @@ def _quoted(table: Table) -> Iterator[tuple[Place, Place, Any]]:
             at = dict(zip(table.column_axes, column, strict=True))
             picked = table.layout.published.pick(quoted.values, at) if table.layout.published else None
             yield tuple(place), column, picked
-
-
-def _model(axes: "Any", place: Place) -> str:
-    """Return the model that a row or a column stands for; empty where it stands for none."""
-    return dict(zip(axes, place, strict=True)).get("model", "")
 
 
 def of_figure(figure: Figure) -> Sheet:
@@ -213,9 +162,7 @@ def of_figure(figure: Figure) -> Sheet:
         title=figure.layout.title,
         caption=figure.layout.caption,
         header=header,
-        models=[""] * len(header),
         rows=rows,
-        row_models=[panel.model for panel in figure.panels],
         notes=[*notes, *wording.plain(figure.layout.notes)],
         picture=bool(figure.used()),
         data=_figure_data(figure),
@@ -241,15 +188,7 @@ def _panel_boxes(figure: Figure, panel: Panel, header: list[str], marks: dict[st
         ours=numbers[0],
         verdict=verdict,
         sort="" if panel.match is None else panel.near,
-        detail={
-            "title": f"{figure.layout.title}: {panel.model} {panel.grid}",
-            "model": panel.model,
-            "verdict": verdict,
-            "records": [] if panel.match is None else [panel.match.record.file.stem],
-            "differences": differs,
-            "command": wording.command(panel.jobs),
-            "numbers": list(zip(header[2:], numbers, strict=True)),
-        },
+        detail=details.of_panel(figure, panel, verdict, differs, list(zip(header[2:], numbers, strict=True))),
     )
     heads = [Box(kind="head", ours=part) for part in (panel.model, panel.grid)]
     return [*heads, first, *(Box(kind="text", ours=part) for part in numbers[1:])]
