@@ -235,13 +235,13 @@ def test_a_stream_is_not_read_from_before_it_is_waited_for():
 
 def test_a_read_in_the_loop_over_columns_is_found(ran, monkeypatch):
     """What the bounds are there for: a number that is read back whenever a group of columns begins."""
-    original, cuda = solver.qparams, Cuda()
+    original, cuda = solver.group_params, Cuda()
 
     def reading(block, grid):
         block.sum().item()
         return original(block, grid)
 
-    monkeypatch.setattr(solver, "qparams", reading)
+    monkeypatch.setattr(solver, "group_params", reading)
     found = ran("model=tiny-llama", "method=gptq", cuda=cuda)
     with pytest.raises(AssertionError):
         assert_waits_are_few(cuda, found)
