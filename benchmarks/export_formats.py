@@ -67,7 +67,7 @@ MATRIX = {  # by format: grids and the methods run in each
     },
     "gptq": {
         **dict.fromkeys(("w2_g", "w3_g", "w4_g", "w8_g"), (*FEW, "gptq-ao")),
-        **dict.fromkeys(("w4_g_sym", "w8_g_sym", "w8"), ("rtn",)),
+        **dict.fromkeys(("w4_g_sym", "w8_g_sym", "w4", "w8"), ("rtn",)),
     },
     "awq": {"w4_g": (*FEW, "awq"), "w4_g16": ("rtn",), "w4": FEW},
     "gguf": dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), FEW),

@@ -102,6 +102,8 @@ def test_compressed_tensors_own_code_unpacks_our_words():
         ("compressed-tensors", ["model=tiny-phi3", "method=smoothquant", "bits=4", "group_size=32"]),
         ("gptq", ["model=tiny-llama", "method=gptq-ao", "bits=3", "group_size=32", HALF, "dtype=float16"]),
         ("awq", ["model=tiny-llama", "method=rtn", "bits=4", "group_size=32", HALF, "dtype=float16"]),
+        ("awq", ["model=tiny-llama", "method=rtn", "bits=4", "group_size=-1", HALF, "dtype=float16"]),
+        ("gptq", ["model=tiny-opt", "method=gptq-ao", "bits=4", "group_size=-1", HALF, "dtype=float16"]),
     ],
 )
 def test_a_folder_holds_the_model_that_was_evaluated(tmp_path, form, overrides):
@@ -163,6 +165,18 @@ def test_a_tuned_model_is_exported_as_it_was_tuned(tmp_path, form, overrides):
     assert manifest["tensors"][norm] == tensor_digest(tuned[f"param/{norm}"].to(kept))
     for name, linear in writer.read(plan, form, tmp_path / "out"):
         assert torch.equal(linear.scale, tuned[f"{name}/scale"].float()), name
+
+
+@pytest.mark.parametrize(("form", "size"), [("gptq", 32), ("awq", 32), ("compressed-tensors", None)])
+def test_whole_rows_of_4_bits_are_stored_in_groups_where_kernels_take_no_rows(tmp_path, form, size):
+    argv = ["model=tiny-llama", "method=rtn", "bits=4", "group_size=-1", HALF]
+    plan, _ = exported(tmp_path / "out", form, *argv)
+    told = formats.find(form).configuration(plan)
+    weights = told["config_groups"]["group_0"]["weights"] if size is None else told
+    assert weights["group_size"] == size
+    if size is not None:
+        scales = tensors_of(tmp_path / "out")["model.layers.0.mlp.down_proj.scales"]
+        assert scales.shape == (160 // size, 64) and (scales == scales[:1]).all()
 
 
 def test_tied_embeddings_stay_tied_and_a_folder_is_read_tensor_by_tensor(tmp_path):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from teq.export.gptq import INSTALL, MODULE, dtype, scale_dtype
+from teq.export.gptq import INSTALL, MODULE, dtype, grouped, scale_and_zero, stored
 from teq.export.plan import Plan
 from teq.export.words import codes_of, words
 from teq.grid import Grid
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["INSTALL", "MODULE", "NAME", "PACKED", "configuration", "dtype"]
-__all__ += ["packed", "refusal", "scale_dtype", "unpacked"]
+__all__ += ["packed", "refusal", "stored", "unpacked"]
 NAME = "awq"
 PACKED = "qweight"
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs each half byte of a word holds
@@ -36,17 +36,18 @@ def packed(linear: Quantized, grid: Grid) -> "dict[str, Tensor]":
     """Return a linear's tensors by suffix: codes `[in, out / 8]`, zeros `[groups, out / 8]`, scales fp16."""
     import torch
 
+    scale, zero = scale_and_zero(linear, grid)
     return {
         "qweight": _interleaved(linear.codes.T),
-        "qzeros": _interleaved(linear.zero.T),
-        "scales": linear.scale.T.to(torch.float16).contiguous(),
+        "qzeros": _interleaved(zero.T),
+        "scales": scale.T.to(torch.float16).contiguous(),
     }
 
 
 def unpacked(tensors: "Mapping[str, Tensor]", grid: Grid) -> Quantized:
     """Return the linear that tensors by suffix hold."""
     codes, zero = _plain(tensors["qweight"]), _plain(tensors["qzeros"]).float()
-    return Quantized(codes, tensors["scales"].T.float().contiguous(), zero)
+    return Quantized(codes, *grouped(tensors["scales"].T.float(), zero, grid))
 
 
 def configuration(plan: Plan) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def configuration(plan: Plan) -> dict[str, Any]:
     return {
         "quant_method": NAME,
         "bits": plan.grid.bits,
-        "group_size": plan.grid.group_size,
+        "group_size": stored(plan).group_size,
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": plan.kept,

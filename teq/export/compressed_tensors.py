@@ -4,6 +4,7 @@ Dense packing of 3, 5, 6 and 7 bits is read by compressed-tensors 0.18 and newer
 versions too.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,10 @@ def dtype(run: str) -> str:
     return run
 
 
-def scale_dtype(plan: Plan) -> str:
-    """Return the dtype of stored scales: the run's, or float32: loaders multiply in that of scales."""
-    return plan.dtype if plan.grid.scale_dtype == plan.dtype else "float32"
+def stored(plan: Plan) -> Grid:
+    """Return the grid as stored: loaders multiply in the dtype of scales, so it is the run's or float32."""
+    same = plan.grid.scale_dtype == plan.dtype
+    return plan.grid if same else dataclasses.replace(plan.grid, scale_dtype="float32")
 
 
 def packed(linear: Quantized, grid: Grid) -> "dict[str, Tensor]":
@@ -92,4 +94,4 @@ def configuration(plan: Plan) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "config_groups": {"group_0": {**group, "input_activations": None, "output_activations": None}},
-    } | ({} if plan.grid.symmetric and scale_dtype(plan) == plan.dtype else {"dequantize": True})
+    } | ({} if plan.grid.symmetric and stored(plan).scale_dtype == plan.dtype else {"dequantize": True})

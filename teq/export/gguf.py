@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teq.export.plan import Part, Plan
+from teq.grid import Grid
 from teq.quantizers.quantized import Quantized
 
 if TYPE_CHECKING:
@@ -53,9 +54,9 @@ def dtype(run: str) -> str:
     return run if run in FLOATS else "float32"
 
 
-def scale_dtype(plan: Plan) -> str:
-    """Return the dtype of stored scales."""
-    return "float16"
+def stored(plan: Plan) -> Grid:
+    """Return the grid as stored: the run's."""
+    return plan.grid
 
 
 def write(plan: Plan, parts: Iterator[Part], folder: Path) -> Iterator[Part]:

@@ -1,5 +1,6 @@
 """The GPTQ format, version 2 (zeros as they are): the only one with a column order (g_idx)."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -43,21 +44,39 @@ def dtype(run: str) -> str:
     return run if run in ("float16", "bfloat16") else "float16"
 
 
-def scale_dtype(plan: Plan) -> str:
-    """Return the dtype of stored scales."""
-    return "float16"
+def stored(plan: Plan) -> Grid:
+    """Return the grid as stored: GPTQModel's CPU kernels of 4 bits take no whole rows.
+
+    Such rows are stored in groups which all have the scale and zero of their row.
+    """
+    widths = {width for _, width in plan.shapes.values()}
+    size = next((size for size in (128, 64, 32) if not any(width % size for width in widths)), -1)
+    whole = plan.grid.bits == 4 and plan.grid.group_size == -1
+    return dataclasses.replace(plan.grid, group_size=size) if whole else plan.grid
+
+
+def scale_and_zero(linear: Quantized, grid: Grid) -> "tuple[Tensor, Tensor]":
+    """Return a linear's scale and zero `[out, groups]` in the groups of a stored grid."""
+    count = grid.group_count(linear.codes.shape[1])
+    return linear.scale.expand(-1, count), linear.zero.expand(-1, count)
+
+
+def grouped(scale: "Tensor", zero: "Tensor", grid: Grid) -> "tuple[Tensor, Tensor]":
+    """Return a stored scale and zero `[out, groups]` in the groups of a run's grid."""
+    count = 1 if grid.group_size == -1 else scale.shape[1]
+    return scale[:, :count].contiguous(), zero[:, :count].contiguous()
 
 
 def packed(linear: Quantized, grid: Grid) -> "dict[str, Tensor]":
     """Return a linear's tensors by suffix; codes are packed along the inputs, zeros along the outputs."""
     import torch
 
-    columns = linear.codes.shape[1]
+    columns, (scale, zero) = linear.codes.shape[1], scale_and_zero(linear, grid)
     return {
         "qweight": words(linear.codes, grid.bits).T.contiguous(),
-        "qzeros": words(linear.zero.T, grid.bits),
-        "scales": linear.scale.T.to(torch.float16).contiguous(),
-        "g_idx": _natural(columns, grid) if linear.g_idx is None else linear.g_idx,
+        "qzeros": words(zero.T, grid.bits),
+        "scales": scale.T.to(torch.float16).contiguous(),
+        "g_idx": _natural(columns, grid.width(columns)) if linear.g_idx is None else linear.g_idx,
     }
 
 
@@ -65,12 +84,13 @@ def unpacked(tensors: "Mapping[str, Tensor]", grid: Grid) -> Quantized:
     """Return the linear that tensors by suffix hold; it has a g_idx where that is not the natural one."""
     import torch
 
-    columns, (_, rows) = len(tensors["g_idx"]), tensors["scales"].shape
+    g_idx, scale = tensors["g_idx"], tensors["scales"].T.float()
+    columns, zero = len(g_idx), codes_of(tensors["qzeros"], grid.bits, len(scale)).T.float()
+    natural = torch.equal(g_idx, _natural(columns, columns // scale.shape[1]))
     return Quantized(
         codes_of(tensors["qweight"].T.contiguous(), grid.bits, columns),
-        tensors["scales"].T.float().contiguous(),
-        codes_of(tensors["qzeros"], grid.bits, rows).T.float().contiguous(),
-        None if torch.equal(tensors["g_idx"], _natural(columns, grid)) else tensors["g_idx"],
+        *grouped(scale, zero, grid),
+        None if natural else g_idx,
     )
 
 
@@ -79,7 +99,7 @@ def configuration(plan: Plan) -> dict[str, Any]:
     return {
         "quant_method": NAME,
         "bits": plan.grid.bits,
-        "group_size": plan.grid.group_size,
+        "group_size": stored(plan).group_size,
         "sym": plan.grid.symmetric,
         "desc_act": plan.reordered,
         "true_sequential": True,
@@ -89,8 +109,8 @@ def configuration(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _natural(columns: int, grid: Grid) -> "Tensor":
-    """Return the group of each column where groups are consecutive columns, int32 `[in]`."""
+def _natural(columns: int, size: int) -> "Tensor":
+    """Return the group of each column where groups are `size` consecutive columns, int32 `[in]`."""
     import torch
 
-    return torch.arange(columns, dtype=torch.int32) // (columns if grid.group_size == -1 else grid.group_size)
+    return torch.arange(columns, dtype=torch.int32) // size

@@ -5,7 +5,6 @@ of the record: what `python -m teq verify` compares with.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from teq.export import card, formats, gguf
 from teq.export.plan import Part, Plan
 from teq.files import disk
 from teq.files.digests import tensor_digest
-from teq.grid import Grid, pack
+from teq.grid import pack
 from teq.models import Folder
 from teq.pipeline import cost
 from teq.pipeline.store import DATA, Artefact
@@ -86,17 +85,12 @@ def _write_configuration(plan: Plan, form: ModuleType, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _stored(plan: Plan, form: ModuleType) -> Grid:
-    """Return the grid with the dtype that a format stores its scales in."""
-    return dataclasses.replace(plan.grid, scale_dtype=form.scale_dtype(plan))
-
-
 def _shards(plan: Plan, form: ModuleType, parts: Iterator[Part], folder: Path) -> Iterator[Part]:
     """Write one shard for each part, and the index; yield each part once it is written."""
     import torch
 
     shards, where, total = len(plan.names), {}, 0
-    grid = _stored(plan, form)
+    grid = form.stored(plan)
     kept = getattr(torch, form.dtype(plan.dtype))
     for i, part in enumerate(parts, 1):
         others = {name: t.to(kept) if t.is_floating_point() else t for name, t in part.others.items()}
@@ -120,7 +114,7 @@ def _shards(plan: Plan, form: ModuleType, parts: Iterator[Part], folder: Path) -
 def _manifest(plan: Plan, record: Record, name: str, command: str) -> dict[str, Any]:
     """Return what the folder is: run, format, numbers, and what it was made with."""
     data, form = record.data, formats.find(name)
-    stored = _stored(plan, form)
+    stored = form.stored(plan)
     numbers = {
         each: {"values": metric["values"], "interval": card.interval(record, each), "info": metric["info"]}
         for each, metric in record.metrics.items()
