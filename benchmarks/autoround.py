@@ -289,7 +289,8 @@ def contenders(arguments: argparse.Namespace, setup: Setup) -> list[str]:
     chosen = [name for name in names if name in (arguments.only or names)]
     for name in [name for name in chosen if name in arguments.settings]:
         found = config.jobs([*setup.overrides, *shlex.split(name), *CHEAP])
-        if len(found) > 1 or found[0].run.quantizer.grid != setup.calibration.grid:
+        grid = found[0].run.quantizer.grid
+        if len(found) > 1 or grid is None or grid.unsearched != setup.calibration.grid:
             raise UserError(f"--settings {name!r} is not allowed: it must be one run with the grid of all")
     return chosen
 

@@ -344,6 +344,17 @@ def test_the_notebook_runs(monkeypatch):
     assert "12.10" in shown
 
 
+def test_the_notebook_on_generation_runs(own_home, monkeypatch):
+    """Its cells as they are, on a model that needs no download."""
+    nbformat = pytest.importorskip("nbformat", reason="needs the notebook extra: pip install 'teq[notebook]'")
+    notebook = nbformat.read(config.ROOT / "notebooks" / "generate.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    source = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    found: dict = {}
+    exec(source.replace("model=smollm2-135m", "model=tiny-llama").replace("grid=w4_g64", "grid=w4"), found)
+    assert found["written"].shape[1] > found["read"].input_ids.shape[1]
+
+
 def test_a_stage_out_of_the_cache_says_where_it_ran(added, own_home):
     job = config.jobs(["experiments=added", "model=tiny-opt", "method=teq"])[0]
 

@@ -8,7 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from teq import config
+from teq.device.live_bytes import LiveBytes
+from teq.device.runtime import Runtime
 from teq.grid import Grid, decode, encode, extremes, fake_quant, group_params, grouped, spread
+from teq.pipeline.estimate import estimate
 from teq.quantizers.blockwise import quantize_blocks
 from teq.quantizers.signround.rounding import RoundedLinear, Rounding
 from teq.quantizers.signround.train import batches
@@ -162,8 +165,6 @@ def test_every_sample_is_drawn_once_in_a_pass():
 def quantized(tiny, family, *options, partial=None, windows=None):
     lm = tiny(family)
     (job,) = config.jobs([f"model=tiny-{family}", *SIGNROUND, *options])
-    from teq.device.runtime import Runtime
-
     return job.run.quantizer.quantize(lambda: lm, {}, Runtime(partial=partial))
 
 
@@ -235,3 +236,17 @@ def test_blocks_that_training_makes_worse_keep_their_start(own_home, tiny):
 def test_refusals(options, message):
     with pytest.raises(UserError, match=message):
         config.jobs(["model=tiny-llama", *SIGNROUND, *options])
+
+
+def test_plan_predicts_its_memory(own_home):
+    """What a dry run on fake tensors needs, against the tensors that live while a model is quantized."""
+    config_of = "model.config={model_type: llama, vocab_size: 300, hidden_size: 128, intermediate_size: 352, "
+    config_of += "num_hidden_layers: 3, num_attention_heads: 4, num_key_value_heads: 2}"
+    (job,) = config.jobs(["model=tiny-llama", config_of, *SIGNROUND, "signround.iterations=4"])
+    quantizer, checkpoint = job.run.quantizer, job.run.model
+    predicted = estimate(quantizer, checkpoint.source.dimensions(), checkpoint.arch, "float32", "keep").bytes
+    lm = checkpoint.load("float32", "cpu")
+    with LiveBytes() as live:
+        live.count([*lm.model.parameters(), *lm.model.buffers()])
+        quantizer.quantize(lambda: lm, {}, Runtime())
+    assert predicted == pytest.approx(live.peak, rel=0.15)

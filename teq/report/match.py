@@ -171,13 +171,14 @@ def group_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what a record must share with a run to be shown for it: model, transform, quantizer and grid.
 
     A method is told by its settings, whatever it is called: the kinds of its stages and the switches that are
-    on in them (act-order, clipping), and what is tuned after them.
+    on in them (act-order, clipping), how the grid is found, where scales are, and what is tuned after them.
     """
     grid = run["quantizer"].get("grid") or {}
     stages = [run["transform"], run["quantizer"]]
     switches = [(s["kind"], *sorted(key for key, value in s.items() if value is True)) for s in stages]
-    tuned = (run.get("finetune") or {}).get("parts")
-    return run["model"]["name"], *switches, tuned, *(grid.get(k) for k in ("bits", "group_size", "symmetric"))
+    added = (run.get("finetune") or {}).get("parts"), "more_sites" in run["model"]["arch"]
+    found = (grid.get(key) for key in ("bits", "group_size", "symmetric", "search"))
+    return run["model"]["name"], *switches, *added, *found
 
 
 def _differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
