@@ -94,18 +94,19 @@ function strip(found, label) {
   const middle = pairedDifference(found.parts);
   const low = Math.min(0, middle.low, ...values);
   const high = Math.max(0, middle.high, ...values);
-  const x = (value) => 20 + (560 * (value - low)) / (high - low || 1);
+  const width = innerWidth < 640 ? 320 : 600;
+  const x = (value) => 20 + ((width - 40) * (value - low)) / (high - low || 1);
   const dots = values.map((value, i) => drawing("circle", { cx: x(value), cy: 22 + ((i * 7) % 11) * 2.6, r: 3 },
     drawing("title", {}, `window ${i + 1}: ${signed(value, 4)}`)));
   const bar = [drawing("line", { class: "interval", x1: x(middle.low), x2: x(middle.high), y1: 64, y2: 64 }),
     drawing("circle", { class: "interval", cx: x(middle.mean), cy: 64, r: 4 })];
   const zero = drawing("line", { class: "axis", x1: x(0), x2: x(0), y1: 8, y2: 72 });
-  const ends = [[20, low, "start"], [580, high, "end"]].map(([at, value, anchor]) =>
+  const ends = [[20, low, "start"], [width - 20, high, "end"]].map(([at, value, anchor]) =>
     drawing("text", { x: at, y: 90, "text-anchor": anchor }, value === 0 ? "0" : signed(value, 3)));
   const lower = values.filter((value) => value < 0).length;
   const caption = `${label}: log-loss difference of each of ${values.length} windows, ${lower} of them below 0; `
     + `mean ${signed(middle.mean, 4)} with its 95 % interval below`;
-  return plot(caption, caption, { class: "strip", viewBox: "0 0 600 96" }, zero, ...dots, ...bar, ...ends);
+  return plot(caption, caption, { class: "strip", viewBox: `0 0 ${width} 96` }, zero, ...dots, ...bar, ...ends);
 }
 
 // The documents that only one of two records had right, folded.
