@@ -85,14 +85,14 @@ class Folding:
 def norm_offset(norm: "nn.Module") -> int:
     """Return c of a norm whose output is (c + weight) * x_hat + bias: 0, or 1 as in Gemma.
 
-    The norm is asked: with weights of 0 its output is 0, or half of that with weights of 1. Raises UserError
-    where it is neither.
+    The norm is asked, in the host's memory, so that a device is not waited for: with weights of 0 its output
+    is 0, or half of that with weights of 1. Raises UserError where it is neither.
     """
     import torch
     from torch.func import functional_call
 
-    given = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in norm.named_parameters()}
-    x = torch.linspace(-1, 2, given["weight"].numel(), device=given["weight"].device)[None]
+    given = {name: torch.zeros(p.shape, device="cpu") for name, p in norm.named_parameters()}
+    x = torch.linspace(-1, 2, given["weight"].numel(), device="cpu")[None]
     without, with_one = (
         functional_call(norm, {**given, "weight": torch.full_like(given["weight"], w)}, (x,)) for w in (0, 1)
     )
