@@ -180,7 +180,9 @@ def _shown(found: dict[str, Cell], form: str, model: str, grid: str, methods: tu
     if equal:
         worst = max(cell["ppl"]["difference"] for cell in equal)
         parts.append(f"{len(equal)} equal (ppl {f'{worst:.0e}' if worst else 'equal'})")
-    if differ := [method for method, cell in run.items() if cell not in equal]:
+    if failed := [method for method, cell in run.items() if "error" in cell]:
+        parts.append(f"**not loaded: {', '.join(failed)}**")
+    if differ := [method for method, cell in run.items() if cell not in equal and method not in failed]:
         parts.append(f"**differs: {', '.join(differ)}**")
     if missing := [method for method in methods if method not in run]:
         parts.append("not run" if len(missing) == len(methods) else f"not run: {', '.join(missing)}")
