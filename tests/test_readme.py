@@ -1,5 +1,6 @@
 """README, CONTRIBUTING and docs: their commands parse, their numbers are published, their links work."""
 
+import json
 import pathlib
 import re
 import shlex
@@ -71,6 +72,22 @@ def test_the_first_table_is_the_published_one_rounded():
         assert f"| {grid} | {shown(grid, 'rtn')} | {shown(grid, 'teq')} | not run |" in README
         assert all(published[grid, method] == ["–"] * 3 for method in ("gptq", "teq+gptq"))
     assert re.search(r"unquantized\s+" + re.escape(shown("–", "fp")), README)
+
+
+def test_the_comparison_with_autoround_is_the_measured_one():
+    text = (ROOT / "benchmarks" / "results" / "autoround.json").read_text(encoding="utf-8")
+    found = json.loads(text)["contenders"]
+    tuned = "method=rtn quant_grid.search=clip finetune=scales+norms tune.steps=60 tune.lr=3e-3"
+    for name in ("method=rtn", "autoround50", tuned, "method=best tune.lr=3e-3"):
+        one = found[name]
+        shown = [f"{one['perplexity'][text]:.1f}" for text in ("wikitext2", "c4-new")]
+        assert f"| {one['seconds']:.0f} | {' | '.join(shown)} |" in README
+        exact = [f"{one['perplexity'][text]:.2f}" for text in ("wikitext2", "c4-new")]
+        assert f"| {one['token_visits']:,} | {' | '.join(exact)} |" in TEXTS["docs/beyond.md"]
+    plain = " / ".join(f"{found['fp']['perplexity'][text]:.1f}" for text in ("wikitext2", "c4-new"))
+    assert f"unquantized {plain}" in README
+    (default,) = config.jobs(["method=best"])
+    assert default.run.finetune.lr == 3e-3  # what the last contender was given
 
 
 @pytest.mark.parametrize("name", [f"table{n}" for n in range(1, 8)] + ["figure2", "figure3"])
