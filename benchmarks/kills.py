@@ -90,7 +90,7 @@ def child(file: Path, argv: list[str]) -> int:
         return made
 
     def block(original: Callable[..., Any], *given: Any) -> Any:
-        notes.begin(f"block {next(iter(given[5]))}")
+        notes.begin(f"block {given[-1].folded.name}")
         return original(*given)
 
     def batch(original: Callable[..., Any], self: Any, rows: list[Any]) -> Any:
