@@ -116,6 +116,18 @@ def test_runs_give_a_cpus_bits_and_wait_no_more_than_they_must(ran, argv):
     assert {data["machine"]["name"] for data in found.records.values()} == {cuda_double.NAME}
 
 
+def test_learned_rounding_and_the_last_stage_give_a_cpus_bits(ran):
+    argv = ["model=tiny-llama", "method=best", "signround.samples=4", "signround.length=32", "memory=keep"]
+    argv += [
+        "signround.iterations=10",
+        "signround.lr=0.02",
+        "signround.batch=2",
+        "tune.steps=3",
+        "tune.length=32",
+    ]
+    assert_equal_to_the_bit(ran(*argv, cuda=Cuda()), ran(*argv))
+
+
 def test_every_strategy_gives_a_cpus_bits(ran):
     argv = ["model=tiny-llama", "method=teq", "train.length=32"]
     expected = ran(*argv, "memory=keep")

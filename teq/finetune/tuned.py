@@ -56,7 +56,7 @@ class Tuned:
         for block in blocks(model, arch).items():
             for name, linear in linears(*block).items():
                 q = read(name, linear)
-                linear.weight.data = q.codes
+                linear.weight = nn.Parameter(q.codes, requires_grad=False)
                 scale, zero = q.scale.to(device), q.zero.to(device)
                 g_idx = None if q.g_idx is None else q.g_idx.to(device).long()
                 self.frozen[linear] = f"{name}/scale", zero, g_idx
