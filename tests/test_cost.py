@@ -1,6 +1,5 @@
 """The code that a record names is the code that ran."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -9,11 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from tiny_jobs import GPTQ, QUICK, run
 
 from teq import config, record
-from teq.device.runtime import Runtime
-from teq.pipeline import run as pipeline
-from teq.pipeline.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -93,17 +90,6 @@ def test_outside_of_a_checkout_the_sources_are_known_and_the_commit_is_not(proje
     shutil.rmtree(project / ".git")
     (outside,) = said(project, "show()")
     assert outside == {"sources": inside["sources"], "commit": None, "dirty": None}
-
-
-QUICK = ["model=tiny-llama", "train.steps=2", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
-GPTQ = ["gptq.samples=4", "gptq.length=64"]
-
-
-def run(home, *overrides, **changes):
-    (job,) = config.jobs([*QUICK, *GPTQ, *overrides])
-    spec = dataclasses.replace(job.run, **changes)
-    store = Store(home / "store")
-    return pipeline.run(spec, store, home, Runtime(device="cpu"), None)
 
 
 def test_record_holds_what_can_move_a_number_and_is_in_no_key(own_home):

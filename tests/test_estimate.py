@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tiny_jobs import job_of
 from transformers import AutoModelForCausalLM
 
-from teq import config
 from teq.device import memory
 from teq.device.live_bytes import LiveBytes
 from teq.device.runtime import Runtime
@@ -13,19 +13,6 @@ from teq.models.checkpoint import LM
 from teq.pipeline import estimate, store
 from teq.pipeline import run as pipeline
 from teq.spec import UserError
-
-STEP = [
-    "method=teq",
-    "train.length=96",
-    "train.steps=3",
-    "evals=[python-docs]",
-    "ppl.limit=1",
-    "ppl.context=64",
-]
-
-
-def job_of(family, *overrides):
-    return config.jobs([f"model=tiny-{family}", *STEP, *overrides])[0]
 
 
 @pytest.mark.parametrize("strategy", ["keep", "checkpoint", "offload"])

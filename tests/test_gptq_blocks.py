@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_jobs import GPTQ, QUICK
 
 from teq import config
 from teq.data import texts as corpora
@@ -15,9 +16,6 @@ from teq.quantizers.gptq import blocks
 from teq.quantizers.gptq.settings import Gptq
 from teq.quantizers.gptq.solver import Hessian
 from teq.stage import NothingDone
-
-QUICK = ["model=tiny-llama", "train.steps=2", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
-GPTQ = ["gptq.samples=4", "gptq.length=64"]
 
 
 def test_gptq_that_equals_rounding_is_an_error(own_home, tiny, monkeypatch):

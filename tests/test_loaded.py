@@ -4,13 +4,12 @@ import dataclasses
 
 import pytest
 from conftest import in_a_cycle
+from tiny_jobs import QUICK
 
 from teq import config
 from teq.models.checkpoint import Checkpoint
 from teq.pipeline import loaded
 from teq.quantizers.rtn import Rtn
-
-QUICK = ["model=tiny-llama", "train.steps=2", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_jobs import STEP, job_of
 
 from teq import config
 from teq.device import memory
@@ -10,19 +11,6 @@ from teq.pipeline import run as pipeline
 from teq.pipeline import store
 from teq.spec import UserError
 from teq.transforms.teq import train
-
-STEP = [
-    "method=teq",
-    "train.length=96",
-    "train.steps=3",
-    "evals=[python-docs]",
-    "ppl.limit=1",
-    "ppl.context=64",
-]
-
-
-def job_of(family, *overrides):
-    return config.jobs([f"model=tiny-{family}", *STEP, *overrides])[0]
 
 
 @pytest.mark.parametrize("amount", ["much", "40", "-1GB", "40 GB", "0.5TB"])

@@ -4,25 +4,12 @@ import dataclasses
 import weakref
 
 import torch
+from tiny_jobs import job_of
 from transformers import AutoModelForCausalLM
 
-from teq import config
 from teq.device import offload
 from teq.device.runtime import Runtime
 from teq.transforms.teq.settings import Teq
-
-STEP = [
-    "method=teq",
-    "train.length=96",
-    "train.steps=3",
-    "evals=[python-docs]",
-    "ppl.limit=1",
-    "ppl.context=64",
-]
-
-
-def job_of(family, *overrides):
-    return config.jobs([f"model=tiny-{family}", *STEP, *overrides])[0]
 
 
 def test_offload_holds_three_blocks_at_most_and_copies_each_twice_a_step(monkeypatch):

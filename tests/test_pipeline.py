@@ -10,26 +10,15 @@ import sys
 
 import pytest
 import torch
+from tiny_jobs import GPTQ, QUICK, run
 
 from teq import config
-from teq.device.runtime import Runtime
 from teq.models.checkpoint import Checkpoint
-from teq.pipeline import run as pipeline
 from teq.pipeline.loaded import LoadedModel
 from teq.pipeline.store import Store
 from teq.quantizers.rtn import Rtn
 from teq.transforms.teq.settings import Teq
 from teq.verbs import run as cli
-
-QUICK = ["model=tiny-llama", "train.steps=2", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
-GPTQ = ["gptq.samples=4", "gptq.length=64"]
-
-
-def run(home, *overrides, **changes):
-    (job,) = config.jobs([*QUICK, *GPTQ, *overrides])
-    spec = dataclasses.replace(job.run, **changes)
-    store = Store(home / "store")
-    return pipeline.run(spec, store, home, Runtime(device="cpu"), None)
 
 
 def cached(finished):

@@ -1,24 +1,12 @@
 """The stored form of a quantized model."""
 
-import dataclasses
-
 import pytest
+from tiny_jobs import GPTQ, QUICK, run
 
 from teq import config
 from teq.device.runtime import Runtime
-from teq.pipeline import run as pipeline
 from teq.pipeline.store import Store
 from teq.quantizers.quantized import restore, shapes
-
-QUICK = ["model=tiny-llama", "train.steps=2", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
-GPTQ = ["gptq.samples=4", "gptq.length=64"]
-
-
-def run(home, *overrides, **changes):
-    (job,) = config.jobs([*QUICK, *GPTQ, *overrides])
-    spec = dataclasses.replace(job.run, **changes)
-    store = Store(home / "store")
-    return pipeline.run(spec, store, home, Runtime(device="cpu"), None)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "teq", "teq+gptq"])

@@ -1,7 +1,6 @@
 """Records: written once, healed when damaged, never unpacked without limit."""
 
 import base64
-import dataclasses
 import errno
 import json
 import pathlib
@@ -10,11 +9,9 @@ import zlib
 import numpy as np
 import pytest
 from record_factory import made
+from tiny_jobs import run
 
 from teq import config, record
-from teq.device.runtime import Runtime
-from teq.pipeline import run as pipeline
-from teq.pipeline.store import Store
 from teq.spec import UserError
 
 
@@ -135,17 +132,6 @@ def test_a_record_with_a_bomb_in_it_hides_no_other(tmp_path, job, caplog):
     (tmp_path / "armed.json").write_text(json.dumps(armed_data))
     assert [one.file for one in record.load(tmp_path)] == [first.file]
     assert "armed.json is left out" in caplog.text
-
-
-QUICK = ["model=tiny-llama", "train.steps=2", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
-GPTQ = ["gptq.samples=4", "gptq.length=64"]
-
-
-def run(home, *overrides, **changes):
-    (job,) = config.jobs([*QUICK, *GPTQ, *overrides])
-    spec = dataclasses.replace(job.run, **changes)
-    store = Store(home / "store")
-    return pipeline.run(spec, store, home, Runtime(device="cpu"), None)
 
 
 def test_records_as_a_frame(own_home):

@@ -1,9 +1,8 @@
 """The stages of a run: their failures and what is kept."""
 
-import dataclasses
-
 import pytest
 import torch
+from tiny_jobs import QUICK, run
 
 from teq import config
 from teq.data import texts as corpora
@@ -16,16 +15,6 @@ from teq.pipeline.store import Store
 from teq.spec import UserError
 from teq.stage import Diverged
 from teq.transforms.teq.settings import Teq
-
-QUICK = ["model=tiny-llama", "train.steps=2", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
-GPTQ = ["gptq.samples=4", "gptq.length=64"]
-
-
-def run(home, *overrides, **changes):
-    (job,) = config.jobs([*QUICK, *GPTQ, *overrides])
-    spec = dataclasses.replace(job.run, **changes)
-    store = Store(home / "store")
-    return pipeline.run(spec, store, home, Runtime(device="cpu"), None)
 
 
 def cached(finished):

@@ -11,7 +11,17 @@ from teq.models.blocks import one_sequence_a_row
 CHUNK = 128  # tokens whose logits exist at once; fewer make the matrix products thin
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
+class _Chunked(torch.autograd.Function):
+    """A loss whose forward pass saves the gradient to its first argument."""
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
+        """Return the gradient to `hidden`; `scale` is that of the loss, a number."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * scale.to(gradient.dtype), None, None, None
+
+
+class ChunkedCrossEntropy(_Chunked):
     """Mean cross-entropy of `linear(hidden, weight, bias)` against `targets`, without the whole logits.
 
     The gradient to `hidden` is made in the forward pass, chunk by chunk, while the chunk's logits exist:
@@ -33,14 +43,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(gradient)
         return total / len(targets)
 
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
-        """Return the gradient to `hidden`; `scale` is that of the loss, a number."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * scale.to(gradient.dtype), None, None, None
 
-
-class ChunkedDivergence(torch.autograd.Function):
+class ChunkedDivergence(_Chunked):
     """Mean divergence KL(p || q) over the vocabulary, p of `linear(reference)` and q of `linear(hidden)`.
 
     The gradient to `hidden` is made in the forward pass, chunk by chunk: `(q - p) @ weight / tokens`. The
@@ -62,12 +66,6 @@ class ChunkedDivergence(torch.autograd.Function):
             slot.copy_(ours.exp_().sub_(p).mul_(1 / len(hidden)).to(part.dtype) @ weight)
         ctx.save_for_backward(gradient)
         return total / len(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
-        """Return the gradient to `hidden`; `scale` is that of the loss, a number."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * scale.to(gradient.dtype), None, None, None
 
 
 def last_hidden(model: nn.Module, tokens: Tensor) -> Tensor:
