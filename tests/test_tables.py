@@ -55,6 +55,11 @@ NOTHING = RecordIndex(config.ROOT / "no-such-folder")
 LOSSES = np.log(8) + np.array([0.01, -0.02, 0.03, -0.01, 0.0, 0.02, -0.03, 0.0])
 
 
+def undecided(cell):
+    """Whether a cell was compared with its baseline and does not differ significantly from it."""
+    return cell.versus is not None and not cell.versus.significant
+
+
 def filled(name, records, overrides=()):
     """The table of an experiment from the records of a folder."""
     jobs = config.jobs([f"experiments={name}", *overrides])
@@ -196,7 +201,7 @@ def test_a_difference_to_rtn_within_chance_is_marked_and_only_on_the_same_tokens
     made(golden, of(jobs, "tiny-opt", "rtn"), evals={"python-docs": LOSSES})
     made(golden, of(jobs, "tiny-opt", "teq"), evals={"python-docs": LOSSES + noise})
     place = ("w3_g64", "teq"), ("tiny-opt", "ppl")
-    assert filled("golden", golden).cells[place].not_significant
+    assert undecided(filled("golden", golden).cells[place])
     made(
         golden,
         of(jobs, "tiny-opt", "teq"),
@@ -204,7 +209,7 @@ def test_a_difference_to_rtn_within_chance_is_marked_and_only_on_the_same_tokens
         created="2027",
         change=_again,
     )
-    assert not filled("golden", golden).cells[place].not_significant
+    assert not undecided(filled("golden", golden).cells[place])
 
     def other_tokens(data):
         _again(data)
@@ -218,7 +223,7 @@ def test_a_difference_to_rtn_within_chance_is_marked_and_only_on_the_same_tokens
         created="2028",
         change=other_tokens,
     )
-    assert not filled("golden", golden).cells[place].not_significant
+    assert not undecided(filled("golden", golden).cells[place])
 
 
 def test_several_seeds_are_compared_together(monkeypatch, tmp_path):
@@ -229,10 +234,10 @@ def test_several_seeds_are_compared_together(monkeypatch, tmp_path):
     made(folder, next(j for j in jobs if j.run.method == "rtn"), evals={"python-docs": LOSSES})
     made(folder, teq[0], evals={"python-docs": LOSSES - 0.1})
     place = ("w3_g64", "teq"), ("tiny-opt", "ppl")
-    assert not filled("seeds2", folder).cells[place].not_significant
+    assert not undecided(filled("seeds2", folder).cells[place])
     made(folder, teq[1], evals={"python-docs": LOSSES + 0.1})
     cell = filled("seeds2", folder).cells[place]
-    assert cell.not_significant and cell.versus.difference.mean == pytest.approx(0, abs=1e-9)
+    assert undecided(cell) and cell.versus.difference.mean == pytest.approx(0, abs=1e-9)
     lines = formats.comma_separated(sheet("seeds2", folder)).splitlines()
     header, row = (
         lines[0].split(","),
@@ -720,7 +725,7 @@ def test_divergence_and_agreement_are_columns_with_paired_differences(monkeypatc
     assert kl.versus.difference.mean == pytest.approx(-0.1) and kl.versus.difference.p == pytest.approx(
         expected.pvalue
     )
-    assert top1.versus.unit == "points" and top1.not_significant and top1.is_best
+    assert top1.versus.unit == "points" and undecided(top1) and top1.is_best
     assert top1.ours == pytest.approx(80.1) and top1.versus.difference.mean == pytest.approx(0.1)
     # a record from before the option has the perplexity, and no other cell
     assert cells["fp", "ppl"].verdict == OURS and cells["fp", "kl"].verdict == NOT_RUN

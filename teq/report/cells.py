@@ -72,11 +72,6 @@ class Cell:
         return {key: pair for match in self.matches for key, pair in match.differences.items()}
 
     @property
-    def not_significant(self) -> bool:
-        """Return whether it was compared with the baseline and does not differ significantly from it."""
-        return self.versus is not None and not self.versus.significant
-
-    @property
     def synthetic(self) -> bool:
         """Return whether the number comes from synthetic weights."""
         return any(match.record.synthetic for match in self.matches)
