@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 SCHEMA = 1
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+OUTPUT_ERROR, WEIGHT_ERROR = "output_error", "weight_error"  # of each linear, relative
 LARGEST = 2**28  # bytes of one unpacked array: a record is no place for more
 
 
@@ -160,6 +161,9 @@ def _check(data: dict[str, Any]) -> None:
         _check_text(text or {})
     run["model"]["name"], run["model"]["source"]["kind"], run["method"], run["quantizer"]["kind"]
     run["transform"]["kind"], (run["quantizer"].get("grid") or {}).get("bits")
+    for kind in (OUTPUT_ERROR, WEIGHT_ERROR):  # which older records lack
+        for error in data["quantization"].get(kind, {}).values():
+            float(error)
     for stage in data["stages"].values():
         float(stage["cost"]["seconds"]), stage["cost"]["peak_bytes"]
     for metric in metrics.values():

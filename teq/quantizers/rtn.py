@@ -10,7 +10,9 @@ from teq.data import Calibration
 from teq.device.runtime import Runtime
 from teq.grid import Grid, encode, group_params, spread
 from teq.models.fold import FoldedBlock, FoldedModel
+from teq.quantizers import errors
 from teq.quantizers.quantized import Quantized, stored
+from teq.record import OUTPUT_ERROR, WEIGHT_ERROR
 from teq.spec import option
 from teq.stage import Load, Made, NothingDone, Quantizer
 
@@ -44,14 +46,15 @@ class Rtn(Quantizer):
         """
         if self.calib is not None:
             return self._quantize_searched(load(), scales, runtime)
-        lm, tensors, count, moved = load(), {}, 0, False
+        lm, tensors, shares = load(), {}, {}
         for block in track(FoldedModel(lm.model, lm.arch, scales).blocks(), "rounding blocks"):
-            rounded, differs = self._rounded(block)
+            rounded, lost = self._rounded(block)
             tensors |= stored({}, block.changed, self.grid) | rounded
-            count, moved = count + len(block.linears), moved or bool(differs)
-        if not moved:
+            shares |= lost
+        found = errors.read_back(shares)
+        if not any(found.values()):
             raise NothingDone("rounding changed no weight: the quantized model is the floating-point model")
-        return tensors, {"linears": count}
+        return tensors, {"linears": len(shares), WEIGHT_ERROR: found}
 
     def _quantize_searched(self, lm: "LM", scales: "Mapping[str, Tensor]", runtime: Runtime) -> Made:
         """Return codes on grids that are searched for on what the quantized blocks before put out."""
@@ -67,27 +70,26 @@ class Rtn(Quantizer):
             "rounding",
             partial=runtime.partial,
         )
-        return tensors, {"linears": len(report)}
+        lost = errors.collected(report)
+        return tensors, {"linears": sum(name.endswith("/codes") for name in tensors), OUTPUT_ERROR: lost}
 
     def dry_run(self, lm: "LM", strategy: str) -> None:
         """Round all blocks."""
         packed = [self._rounded(block)[0] for block in FoldedModel(lm.model, lm.arch, {}).blocks()]
         del packed
 
-    def _rounded(self, block: FoldedBlock) -> "tuple[dict[str, Tensor], Tensor]":
-        """Return a block's stored tensors in host memory, packed, and whether a weight was changed.
+    def _rounded(self, block: FoldedBlock) -> "tuple[dict[str, Tensor], dict[str, Tensor]]":
+        """Return a block's stored tensors in host memory, packed, and the errors of its weights.
 
         A model's codes at once would be a byte for every weight.
         """
-        import torch
-
-        quantized, differs = {}, []
+        quantized, shares = {}, {}
         for name in block.linears:
             weight = block.weight(name)
             quantized[name] = round_to_nearest(weight, self.grid)
-            differs.append((quantized[name].dequantize(self.grid) != weight).any())
+            shares[name] = errors.weight_error(quantized[name].dequantize(self.grid).sub_(weight), weight)
         packed = {name: tensor.cpu() for name, tensor in stored(quantized, {}, self.grid).items()}
-        return packed, torch.stack(differs).any()
+        return packed, shares
 
 
 def round_to_nearest(
@@ -103,9 +105,12 @@ def round_to_nearest(
 
 
 def round_block(grid: Grid, block: "Calibrated") -> "tuple[dict[str, Quantized], Report]":
-    """Return a block's linears rounded on grids that are searched, and an empty report for each."""
-    from teq.quantizers.search import search_block
+    """Return a block's linears rounded on grids that are searched, and a report of the block's errors."""
+    from teq.quantizers.search import input_grams, search_block
 
-    params = search_block(block, grid)
+    grams = input_grams(block, grid, whole=True)
+    params = search_block(block, grid, grams)
     quantized = {name: round_to_nearest(block.exact[name], grid, found) for name, found in params.items()}
-    return quantized, {name: {} for name in quantized}
+    whole = {names: parts[-1] for names, parts in grams.items()}
+    lost = errors.output_errors(block.exact, quantized, whole, grid)
+    return quantized, {block.folded.name: {OUTPUT_ERROR: lost}}

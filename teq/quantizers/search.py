@@ -1,7 +1,7 @@
 """Scales and zeros searched for the least error of what a weight puts out, instead of a group's extremes."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,15 @@ CHUNK = 1 << 16  # weights that are tried at once: the passes over them stay in 
 
 
 class GroupGrams:
-    """The mean over tokens of `x^T x` `[group, group]` of each group of an input's channels, fp32."""
+    """The mean over tokens of `x^T x` `[group, group]` of each group of an input's channels, fp32.
 
-    def __init__(self, grid: Grid, width: int, device: torch.device) -> None:
+    With `whole` the last one is that of all channels.
+    """
+
+    def __init__(self, grid: Grid, width: int, device: torch.device, *, whole: bool = False) -> None:
         self.spans = grid.spans(width)
+        if whole and len(self.spans) > 1:
+            self.spans.append((0, width))
         self.blocks = [torch.zeros(stop - start, stop - start, device=device) for start, stop in self.spans]
         self.tokens = 0
 
@@ -58,20 +63,22 @@ def searched_params(weight: Tensor, grams: Sequence[Tensor], grid: Grid) -> tupl
     return torch.stack(scales, 1), torch.stack(zeros, 1)
 
 
-def search_block(block: Calibrated, grid: Grid) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return scale and zero `[out, groups]` of each linear of a block, by full name."""
-    found = measure(
-        block.folded.module,
-        block.linears,
-        block.hidden,
-        block.kwargs,
-        functools.partial(GroupGrams, grid),
-    )
-    params: dict[str, tuple[Tensor, Tensor]] = {}
-    for names, grams in found.items():
-        matrices = grams.mean()
-        params |= {name: searched_params(block.exact[name], matrices, grid) for name in names}
-    return params
+def input_grams(block: Calibrated, grid: Grid, *, whole: bool = False) -> dict[tuple[str, ...], list[Tensor]]:
+    """Return what `GroupGrams` gives for each distinct input of a block's linears, by those that read it."""
+    sums = functools.partial(GroupGrams, grid, whole=whole)
+    found = measure(block.folded.module, block.linears, block.hidden, block.kwargs, sums)
+    return {names: grams.mean() for names, grams in found.items()}
+
+
+def search_block(
+    block: Calibrated, grid: Grid, grams: Mapping[tuple[str, ...], Sequence[Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return scale and zero `[out, groups]` of each linear of a block, by full name; see `input_grams`."""
+    return {
+        name: searched_params(block.exact[name], matrices, grid)
+        for names, matrices in grams.items()
+        for name in names
+    }
 
 
 class _Best:

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from teq.device.memory import Estimate
 from teq.grid import Grid
 from teq.models.arch import Arch, blocks, linears, sites
-from teq.quantizers import blockwise
+from teq.quantizers import blockwise, errors
 from teq.quantizers.blockwise import Calibrated, Report
 from teq.quantizers.gptq.solver import Hessian, Solution
 from teq.quantizers.quantized import Quantized
 from teq.quantizers.rtn import round_to_nearest
+from teq.record import OUTPUT_ERROR
 from teq.stage import NothingDone
 
 if TYPE_CHECKING:
     from teq.models.checkpoint import LM
 
 Solve = Callable[[Sequence[tuple[Tensor, Tensor]]], list[Solution]]  # (weight, hessian) pairs
+Solved = tuple[tuple[str, ...], Tensor, Solution]  # linears of one input, the Hessian, their solution
 
 
 def quantize_blocks(
@@ -38,8 +40,8 @@ def quantize_blocks(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Quantize every linear of every block; see `teq.quantizers.blockwise.quantize_blocks`.
 
-    Returns the stored tensors, and a report by linear: the damping, the share of codes that differ from
-    RTN's, the output error. Raises NothingDone when all codes equal RTN's.
+    Returns the stored tensors, the relative errors of the outputs, and a report by linear: the damping, the
+    share of codes that differ from RTN's, the output error. Raises NothingDone when all codes equal RTN's.
     """
     quantize = functools.partial(_quantize_block, grid, solve, true_sequential)
     tensors, report = blockwise.quantize_blocks(
@@ -49,7 +51,7 @@ def quantize_blocks(
         raise NothingDone(
             "GPTQ's codes equal plain rounding's in every linear: the calibration had no effect"
         )
-    return tensors, {"linears": len(report), "gptq": report}
+    return tensors, {"linears": len(report), OUTPUT_ERROR: errors.collected(report), "gptq": report}
 
 
 def _quantize_block(
@@ -58,9 +60,10 @@ def _quantize_block(
     """Return a block's quantized linears and a report by linear."""
     quantized: dict[str, Quantized] = {}
     report: Report = {}
-    moved, errors = [], []
+    moved, totals, hessians = [], [], {}
     solve_block = functools.partial(_solve_in_turn, grid) if true_sequential else _solve_at_once
-    for names, solution in solve_block(block, solve):
+    for names, hessian, solution in solve_block(block, solve):
+        hessians[names] = hessian
         rows = [block.exact[name].shape[0] for name in names]
         q = solution.quantized
         for name, *parts in zip(names, *(t.split(rows) for t in (q.codes, q.scale, q.zero)), strict=True):
@@ -68,25 +71,27 @@ def _quantize_block(
             plain = round_to_nearest(block.exact[name], grid)
             moved.append((plain.codes != quantized[name].codes).double().mean())
             report[name] = {"damping": solution.damping}
-        errors.append((names[0], solution.error))
+        totals.append((names[0], solution.error))
     # read back at once: every read waits for the device
-    numbers = torch.stack([*moved, *(error for _, error in errors)]).tolist()
+    numbers = torch.stack([*moved, *(error for _, error in totals)]).tolist()
     for name, share in zip(quantized, numbers, strict=False):
         report[name]["moved"] = share
-    for (name, _), error in zip(errors, numbers[len(moved) :], strict=True):
+    for (name, _), error in zip(totals, numbers[len(moved) :], strict=True):
         report[name]["error"] = error
+    for name, share in errors.output_errors(block.exact, quantized, hessians, grid).items():
+        report[name][OUTPUT_ERROR] = {name: share}
     return quantized, report
 
 
-def _solve_at_once(block: Calibrated, solve: Solve) -> list[tuple[tuple[str, ...], Solution]]:
+def _solve_at_once(block: Calibrated, solve: Solve) -> list[Solved]:
     """Return a solution for each distinct input of the block's linears, with the linears that read it."""
     groups = blockwise.measure(block.folded.module, block.linears, block.hidden, block.kwargs, Hessian)
     tall = [torch.cat([block.exact[name] for name in names]) for names in groups]
     means = [hessian.mean() for hessian in groups.values()]
-    return list(zip(groups, solve(list(zip(tall, means, strict=True))), strict=True))
+    return list(zip(groups, means, solve(list(zip(tall, means, strict=True))), strict=True))
 
 
-def _solve_in_turn(grid: Grid, block: Calibrated, solve: Solve) -> list[tuple[tuple[str, ...], Solution]]:
+def _solve_in_turn(grid: Grid, block: Calibrated, solve: Solve) -> list[Solved]:
     """Solve as `_solve_at_once` does, each input measured after the linears before it were quantized."""
     solutions = []
     module, kwargs = block.folded.module, block.kwargs
@@ -94,7 +99,7 @@ def _solve_in_turn(grid: Grid, block: Calibrated, solve: Solve) -> list[tuple[tu
         inside = {name: block.linears[name] for name in names}
         hessian = blockwise.measure(module, inside, block.hidden, kwargs, Hessian)[names].mean()
         (solution,) = solve([(torch.cat([block.exact[name] for name in names]), hessian)])
-        solutions.append((names, solution))
+        solutions.append((names, hessian, solution))
         weight = solution.quantized.dequantize(grid)
         for name, part in zip(names, weight.split([block.exact[n].shape[0] for n in names]), strict=True):
             block.linears[name].weight.copy_(part)
@@ -113,8 +118,8 @@ def estimate(lm: "LM", samples: int, length: int, solution_bytes: Callable[[int,
     and what the largest of their solutions takes: `solution_bytes(rows, columns)`.
 
     Every token passes twice through the blocks (attention as a full square); a Hessian takes half of a
-    product of all tokens, a solution one product of its rows with the factor's upper half, and the factor the
-    cube of its width.
+    product of all tokens, a solution one product of its rows with the factor's upper half, its errors two
+    with the whole Hessian, and the factor the cube of its width.
     """
     weights = sum(t.nbytes for t in {*lm.model.parameters(), *lm.model.buffers()})
     every = blocks(lm.model, lm.arch)
@@ -128,11 +133,11 @@ def estimate(lm: "LM", samples: int, length: int, solution_bytes: Callable[[int,
 
     tokens, hidden = samples * length, lm.model.config.hidden_size
     passes = 2 * tokens * (2 * numbers + 4 * length * hidden)
-    solving = sum(linear.weight.numel() * linear.in_features for linear in inside.values())
+    products = sum(linear.weight.numel() * linear.in_features for linear in inside.values())
     factors = sum(group[0].in_features ** 3 for group in readers)
     waiting = waiting_bytes(lm, tokens)
     return Estimate(
         weights + waiting + 4 * numbers + 4 * squares + largest,
-        len(every) * (passes + tokens * squares + solving + factors),
+        len(every) * (passes + tokens * squares + 5 * products + factors),
         movable=waiting,
     )

@@ -10,6 +10,8 @@ from teq.data import Calibration
 from teq.device.runtime import Runtime
 from teq.grid import Grid
 from teq.models.fold import FoldedModel
+from teq.quantizers import errors
+from teq.record import OUTPUT_ERROR
 from teq.spec import UserError, option
 from teq.stage import Load, Made, NothingDone, Quantizer
 
@@ -87,7 +89,8 @@ class SignRound(Quantizer):
                 "learned rounding made no block better: the result would be plain rounding under another "
                 "name; raise signround.iterations or signround.samples"
             )
-        return tensors, {"linears": sum(name.endswith("/codes") for name in tensors), "signround": report}
+        count, lost = sum(name.endswith("/codes") for name in tensors), errors.collected(report)
+        return tensors, {"linears": count, OUTPUT_ERROR: lost, "signround": report}
 
     def dry_run(self, lm: "LM", strategy: str) -> None:
         """Do a training step of the first block while the hidden states of all samples wait."""

@@ -4,6 +4,7 @@ import functools
 import math
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,12 @@ from torch.nn import functional
 
 from teq.grid import Grid
 from teq.models.blocks import run_block
+from teq.quantizers import errors
 from teq.quantizers.blockwise import Calibrated, Report
 from teq.quantizers.quantized import Quantized
-from teq.quantizers.search import search_block
+from teq.quantizers.search import input_grams, search_block
 from teq.quantizers.signround.rounding import RoundedLinear, Rounding
+from teq.record import OUTPUT_ERROR
 
 CHECKED = 8  # windows on which the end of a block's training is compared with its start
 
@@ -24,7 +27,8 @@ class BlockTrainer:
 
     def __init__(self, block: Calibrated, grid: Grid) -> None:
         self.block = block
-        start = {} if grid.search == "none" else search_block(block, grid)
+        searched = grid.search != "none"
+        start = search_block(block, grid, input_grams(block, grid)) if searched else {}
         self.roundings = {name: Rounding(w, start.get(name), grid) for name, w in block.exact.items()}
         self.device = next(iter(block.exact.values())).device
 
@@ -76,10 +80,20 @@ class BlockTrainer:
 def quantize_block(
     block: Calibrated, *, grid: Grid, iterations: int, batch: int, lr: float, seed: int
 ) -> tuple[dict[str, Quantized], Report]:
+    """Return a block's linears, trained by `train_block`, and a report of its training and its errors."""
+    quantized, entry = train_block(block, grid, iterations, batch, lr, seed)
+    grams = {names: parts[-1] for names, parts in input_grams(block, grid, whole=True).items()}
+    entry[OUTPUT_ERROR] = errors.output_errors(block.exact, quantized, grams, grid)
+    return quantized, {block.folded.name: entry}
+
+
+def train_block(
+    block: Calibrated, grid: Grid, iterations: int, batch: int, lr: float, seed: int
+) -> tuple[dict[str, Quantized], dict[str, Any]]:
     """Return a block's linears, their rounding learned in `iterations` steps of `batch` samples.
 
     The rate falls linearly from `lr`. Of the start, the step of the least loss and the last one, the block
-    keeps what has the least loss on `CHECKED` of the samples; the report says which.
+    keeps what has the least loss on `CHECKED` of the samples; it is returned which, with the losses.
     """
     with BlockTrainer(block, grid) as trainer:
         count = len(block.hidden)
@@ -106,7 +120,7 @@ def quantize_block(
         elif kept == "last":
             trainer.restore(last)
         quantized = {name: rounding.quantized() for name, rounding in trainer.roundings.items()}
-    return quantized, {block.folded.name: {"loss": losses, "kept": kept}}
+    return quantized, {"loss": losses, "kept": kept}
 
 
 def batches(count: int, batch: int, seed: int) -> Iterator[list[int]]:
