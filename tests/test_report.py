@@ -42,11 +42,16 @@ def added(monkeypatch, tmp_path):
 
 
 def run_some(folder, methods=("fp", "rtn", "teq"), seconds=1.0):
-    """Records of tiny-opt's runs."""
+    """Records of tiny-opt's runs, those of TEQ with errors by linear."""
+
+    def with_errors(data):
+        data["quantization"]["weight_error"] = {"layers.0.fc1": 0.0123}
+
     for i, job in enumerate(config.jobs(["experiments=added", "model=tiny-opt"])):
         if job.run.method in methods:
             losses = 2 + 0.1 * i + 0.01 * np.arange(6)
-            made(folder, job, evals={"python-docs": losses}, seconds=seconds)
+            change = with_errors if job.run.method == "teq" else None
+            made(folder, job, evals={"python-docs": losses}, seconds=seconds, change=change)
 
 
 def test_a_table_is_one_file(added, own_home, capsys):
@@ -269,6 +274,54 @@ def test_the_page_in_a_browser(opened, width):
     assert page.errors == []
 
 
+FOREST = """[...document.querySelectorAll('.forest h3, .forest .place, .forest .said')].map(part => {
+    const box = part.getBoundingClientRect();
+    const cut = part.scrollWidth > part.clientWidth + 1;
+    return [part.innerText, parseFloat(getComputedStyle(part).fontSize), box.left, box.right, cut];
+})"""
+MARKS = """[...document.querySelectorAll('.forest a')].map(row => {
+    const at = part => row.querySelector(part).getBoundingClientRect();
+    return [row.querySelector('.said').innerText, at('circle').left + 4 - at('.axis').left];
+})"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_forest_is_readable_on_any_screen(opened, width):
+    page, file = opened
+    page.open(file, width=width)
+    assert page.run("document.scrollingElement.scrollWidth") <= width
+    parts = page.run(FOREST)
+    texts = [text for text, *_ in parts]
+    assert texts[0] == "Added: <one> file & no code" and "w4, teq, tiny-opt" in texts and len(texts) == 5
+    for text, size, left, right, cut in parts:
+        assert size >= 10 and left >= 0 and right <= width and not cut, text
+    for text, offset in page.run(MARKS):  # a higher perplexity lies right of the line
+        assert text[0] in "+−" and (offset > 0) == (text[0] == "+"), text
+    assert page.errors == []
+
+
+COUNTS = """[...document.querySelectorAll('nav li .counts span:not([hidden])')].map(s => s.textContent)"""
+LEFT = """[...document.querySelectorAll('#added .cell:not(.off)')].map(
+    cell => data.cells[cell.dataset.cell].verdict)"""
+
+
+def test_the_contents_and_the_forest_follow_the_filters(opened):
+    page, file = opened
+    page.open(file)
+    for axis, value in (("method", "teq"), ("model", "tiny-opt"), ("grid", "w4"), ("grid", "")):
+        choose(page, axis, value)
+        left = page.run(LEFT)
+        expected = {f"{report.page.SYMBOLS[verdict]} {left.count(verdict)}" for verdict in left}
+        assert left and set(page.run(COUNTS)) == expected
+    rows = "[...document.querySelectorAll('.forest a')].filter(r => r.offsetParent).length"
+    assert page.run(rows) == 2
+    choose(page, "grid", "w3_g64")
+    assert page.run(rows) == 1
+    choose(page, "method", "rtn")
+    assert page.run("document.getElementById('differences').hidden") is True
+    assert page.errors == []
+
+
 def test_a_cell_opens_its_record_and_two_cells_their_differences(opened):
     page, file = opened
     page.open(file)
@@ -285,11 +338,13 @@ def test_a_cell_opens_its_record_and_two_cells_their_differences(opened):
     assert "log-loss difference of each of 6 windows, 0 of them below 0; mean +0.2000" in details.replace(
         "−", "-"
     )
+    assert re.search(r"Squared error of 1 linears' weights, relative.*\nlayers.0.fc1\t1.23%", details)
     opened_record = page.run("document.getElementById('details').textContent")
     for fact in ("transform.steps", "scales seconds", "torch", "python-docs.tokens_sha256"):
         assert fact in opened_record
     page.run("document.querySelector('[data-pick=a]').click()")
     page.run(f"document.querySelector('[data-cell=\"{rtn}\"]').click()")
+    assert "Squared error" not in page.run("document.getElementById('details').innerText")
     page.run("document.querySelector('[data-pick=b]').click()")
     assert page.run("document.getElementById('pair').hidden") is False
     page.run("document.getElementById('pair-show').click()")
@@ -449,3 +504,18 @@ def test_a_report_after_an_edit_of_the_checkpoint_says_so(added, own_home, tmp_p
     for file in folder.iterdir():
         file.unlink()  # what is not there cannot differ
     assert RecordIndex(own_home / "records").find(first.run, {"python-docs"}).differences == {}
+
+
+def test_a_cell_shows_the_largest_errors_of_its_linears_where_its_record_has_them(added, own_home):
+    shares = {f"model.layers.{i}.mlp.down_proj": 0.01 * (i + 1) for i in range(7)}
+    job = config.jobs(["experiments=added", "model=tiny-opt", "method=rtn"])[0]
+    losses = {"python-docs": np.full(6, 2.0)}
+
+    def with_errors(data):
+        data["quantization"]["weight_error"] = shares
+
+    older = made(own_home / "older", job, evals=losses)
+    assert "errors" not in report.page.summary(older)
+    shown = report.page.summary(made(own_home / "records", job, evals=losses, change=with_errors))["errors"]
+    assert shown["title"] == "Squared error of 7 linears' weights, relative: median 4.00%, the largest"
+    assert shown["rows"][0] == ["model.layers.6.mlp.down_proj", "7.00%"] and len(shown["rows"]) == 5

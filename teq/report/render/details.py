@@ -1,13 +1,18 @@
 """What the page shows of a cell that is opened."""
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
+from teq.record import OUTPUT_ERROR, WEIGHT_ERROR, Record
 from teq.report import compare
 from teq.report.cells import NOT_RUN, Cell, Comparison, Place, Table
 from teq.report.figure import Figure, Panel
 from teq.report.layout import BASELINE
 from teq.report.render import wording
+
+SHOWN = 5  # linears of a record, those with the largest errors
+ERRORS = {OUTPUT_ERROR: "outputs on the calibration inputs", WEIGHT_ERROR: "weights"}
 
 
 def of_cell(table: Table, cell: Cell, row: Place, column: Place) -> dict[str, Any]:
@@ -84,6 +89,17 @@ def _tested(cell: Cell, one: Comparison) -> str:
     return (
         f"exact McNemar, n = {one.n} documents, only this one right {gained}, only {one.versus} right {lost}"
     )
+
+
+def largest_errors(record: Record) -> dict[str, Any] | None:
+    """Return a title and the linears with the largest relative errors; None where the record has none."""
+    for kind, what in ERRORS.items():
+        if found := record.data["quantization"].get(kind):
+            order = sorted(found, key=found.__getitem__, reverse=True)[:SHOWN]
+            middle = f"median {median(found.values()):.2%}"
+            title = f"Squared error of {len(found)} linears' {what}, relative: {middle}, the largest"
+            return {"title": title, "rows": [[name, f"{found[name]:.2%}"] for name in order]}
+    return None
 
 
 def of_panel(

@@ -31,16 +31,16 @@ function sort(header) {
 }
 
 // Filtering: cells by their coordinates and verdict (an axis that a cell lacks lets it pass); then rows, columns,
-// sections and contents of which no cell is left.
+// sections and contents of which no cell is left. The contents count what is left.
 const filters = [...document.querySelectorAll("nav select")];
 function filter() {
   const chosen = filters.filter((select) => select.value);
-  const passes = (cell) => chosen.every(({ id, value }) => [value, "", undefined].includes(data.cells[cell.dataset.cell][id]));
+  const passes = (index) => chosen.every(({ id, value }) => [value, "", undefined].includes(data.cells[index][id]));
   const empty = (cells) => cells.length > 0 && cells.every((cell) => cell.classList.contains("off"));
   const inside = (part) => [...part.querySelectorAll("[data-cell]")];
   for (const section of document.querySelectorAll("main section")) {
     const cells = inside(section);
-    for (const cell of cells) cell.classList.toggle("off", !passes(cell));
+    for (const cell of cells) cell.classList.toggle("off", !passes(cell.dataset.cell));
     for (const row of section.querySelectorAll("tbody tr")) row.hidden = row.matches(".quoted") ? chosen.length > 0 : empty(inside(row));
     const rows = [...section.querySelectorAll("tr")];
     [...(rows[0]?.cells ?? [])].forEach((_, column) => {
@@ -50,8 +50,20 @@ function filter() {
     });
     section.hidden = empty(cells);
     const entry = document.querySelector(`nav a[href="#${section.id}"]`);
-    if (entry) entry.parentNode.hidden = section.hidden;
+    if (!entry) continue;
+    entry.parentNode.hidden = section.hidden;
+    for (const count of entry.parentNode.querySelectorAll(".counts span")) {
+      const left = cells.filter((cell) => !cell.matches(".off") && data.cells[cell.dataset.cell].verdict === count.title);
+      count.hidden = left.length === 0;
+      count.textContent = count.textContent.replace(/\d+$/, left.length);
+    }
   }
+  const groups = [...document.querySelectorAll(".forest .group")];
+  for (const group of groups) {
+    for (const row of group.querySelectorAll("a")) row.hidden = !passes(row.dataset.row);
+    group.hidden = group.querySelectorAll("a:not([hidden])").length === 0;
+  }
+  if (groups.length) document.getElementById("differences").hidden = groups.every((group) => group.hidden);
 }
 
 function listing(title, rows) {
@@ -196,6 +208,7 @@ function showCell(index) {
     const record = data.records[name];
     parts.push(element("p", {}, `Record ${name}, ${record.created}`));
     if (record.loss.length) parts.push(curve(record.loss));
+    if (record.errors) parts.push(listing(record.errors.title, record.errors.rows));
     for (const [title, facts] of Object.entries(record.facts)) {
       const rows = Object.entries(facts).filter(([key]) => !["results", "cost"].includes(title) || matters(cell, title, key));
       if (rows.length) parts.push(folded(title, rows, title === "results" || title === "cost"));

@@ -25,6 +25,7 @@ from teq.report.cells import (
     WORSE,
 )
 from teq.report.render import formats
+from teq.report.render.details import largest_errors
 from teq.report.render.forest import forest
 from teq.report.render.tradeoff import tradeoffs
 from teq.report.sheet import Sheet
@@ -116,8 +117,8 @@ def _section(sheet: Sheet, panels: Sequence[bytes], cells: list[Mapping[str, Any
 def summary(record: Record) -> dict[str, Any]:
     """Return what the page keeps of a record: everything except loglikelihoods and histograms.
 
-    `arrays` are the values behind metrics. `facts` are grouped, flat and textual, so that two records can be
-    compared line by line.
+    `arrays` are the values behind metrics, `errors` the largest of its linears', where it has them. `facts`
+    are grouped, flat and textual, so that two records can be compared line by line.
     """
     data = record.data
     machine = data.get("machine", {})
@@ -135,7 +136,9 @@ def summary(record: Record) -> dict[str, Any]:
         "digests": {name: stage.get("digest", UNKNOWN) for name, stage in data["stages"].items()},
     }
     loss = data.get("training", {}).get("loss", [])
-    return {"facts": facts, "created": data["created"], "loss": loss, "arrays": dict(_arrays(record))}
+    shown = {"facts": facts, "created": data["created"], "loss": loss, "arrays": dict(_arrays(record))}
+    largest = largest_errors(record)
+    return shown if largest is None else {**shown, "errors": largest}
 
 
 def _arrays(record: Record) -> Iterator[tuple[str, dict[str, Any]]]:
