@@ -17,7 +17,7 @@ def output_errors(
     quantized: Mapping[str, Quantized],
     grams: "Mapping[tuple[str, ...], Tensor]",
     grid: Grid,
-) -> dict[str, float]:
+) -> "dict[str, Tensor]":
     """Return `||(W - Q) X||^2 / ||W X||^2` of each linear, W its folded weight `exact`, `[out, in]` fp32.
 
     `grams` are `X X^T [in, in]` or a multiple of it, by the linears that read the input X.
@@ -27,7 +27,7 @@ def output_errors(
         for name in names:
             lost = quantized[name].dequantize(grid).sub_(exact[name])
             shares[name] = _through(lost, gram) / _through(exact[name], gram)
-    return read_back(shares)
+    return shares
 
 
 def weight_error(lost: "Tensor", weight: "Tensor") -> "Tensor":
@@ -36,20 +36,21 @@ def weight_error(lost: "Tensor", weight: "Tensor") -> "Tensor":
 
 
 def read_back(shares: "Mapping[str, Tensor]") -> dict[str, float]:
-    """Return the numbers of some linears, read in one go: every read waits for the device.
-
-    A linear whose weight or output is zero has no relative error and is left out.
-    """
+    """Return the numbers of some linears, read in one go: every read waits for the device."""
     import torch
 
-    numbers = torch.stack([*shares.values()]).tolist()
-    return {name: share for name, share in zip(shares, numbers, strict=True) if math.isfinite(share)}
+    return dict(zip(shares, torch.stack([*shares.values()]).tolist(), strict=True))
+
+
+def defined(shares: Mapping[str, float]) -> dict[str, float]:
+    """Leave out linears without a relative error: their weight or output is zero."""
+    return {name: share for name, share in shares.items() if math.isfinite(share)}
 
 
 def collected(report: "Mapping[str, dict[str, Any]]") -> dict[str, float]:
     """Take the errors of all linears out of a report, which lacks them where older code wrote a block's."""
     parts = [entry.pop(OUTPUT_ERROR, {}) for entry in report.values()]
-    return {name: error for part in parts for name, error in part.items()}
+    return defined({name: error for part in parts for name, error in part.items()})
 
 
 def _through(matrix: "Tensor", gram: "Tensor") -> "Tensor":

@@ -51,7 +51,7 @@ class Rtn(Quantizer):
             rounded, lost = self._rounded(block)
             tensors |= stored({}, block.changed, self.grid) | rounded
             shares |= lost
-        found = errors.read_back(shares)
+        found = errors.defined(errors.read_back(shares))
         if not any(found.values()):
             raise NothingDone("rounding changed no weight: the quantized model is the floating-point model")
         return tensors, {"linears": len(shares), WEIGHT_ERROR: found}
@@ -112,5 +112,5 @@ def round_block(grid: Grid, block: "Calibrated") -> "tuple[dict[str, Quantized],
     params = search_block(block, grid, grams)
     quantized = {name: round_to_nearest(block.exact[name], grid, found) for name, found in params.items()}
     whole = {names: parts[-1] for names, parts in grams.items()}
-    lost = errors.output_errors(block.exact, quantized, whole, grid)
+    lost = errors.read_back(errors.output_errors(block.exact, quantized, whole, grid))
     return quantized, {block.folded.name: {OUTPUT_ERROR: lost}}

@@ -72,13 +72,14 @@ def _quantize_block(
             moved.append((plain.codes != quantized[name].codes).double().mean())
             report[name] = {"damping": solution.damping}
         totals.append((names[0], solution.error))
+    shares = errors.output_errors(block.exact, quantized, hessians, grid)
     # read back at once: every read waits for the device
-    numbers = torch.stack([*moved, *(error for _, error in totals)]).tolist()
+    numbers = torch.stack([*moved, *(error for _, error in totals), *shares.values()]).tolist()
     for name, share in zip(quantized, numbers, strict=False):
         report[name]["moved"] = share
-    for (name, _), error in zip(totals, numbers[len(moved) :], strict=True):
+    for (name, _), error in zip(totals, numbers[len(moved) :], strict=False):
         report[name]["error"] = error
-    for name, share in errors.output_errors(block.exact, quantized, hessians, grid).items():
+    for name, share in zip(shares, numbers[-len(shares) :], strict=True):
         report[name][OUTPUT_ERROR] = {name: share}
     return quantized, report
 

@@ -83,7 +83,7 @@ def quantize_block(
     """Return a block's linears, trained by `train_block`, and a report of its training and its errors."""
     quantized, entry = train_block(block, grid, iterations, batch, lr, seed)
     grams = {names: parts[-1] for names, parts in input_grams(block, grid, whole=True).items()}
-    entry[OUTPUT_ERROR] = errors.output_errors(block.exact, quantized, grams, grid)
+    entry[OUTPUT_ERROR] = errors.read_back(errors.output_errors(block.exact, quantized, grams, grid))
     return quantized, {block.folded.name: entry}
 
 
