@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from teq.device.runtime import Runtime
 from teq.evaluate import perplexity
 from teq.quantizers.quantized import restore
 from teq.report.render import formats
+from teq.report.sheet import Box, Sheet
 from teq.spec import UserError
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "results"
@@ -96,19 +98,43 @@ print(*files)
     assert set(done.stdout.split()) == committed | {PAGE}, "where the page is meant to change, PAGE does too"
 
 
-def test_the_committed_latex_compiles(tmp_path):
-    """With booktabs and graphicx alone, and whatever `escaped` knows."""
+def overfull(folder, lines):
+    """Compile with booktabs and graphicx alone; the points by which boxes are wider than their line."""
     if (pdflatex := shutil.which("pdflatex")) is None:
         pytest.skip("needs pdflatex (Debian: apt-get install texlive-latex-base texlive-latex-recommended)")
-    files = sorted((RESULTS / "tables").glob("*.tex"))
-    inputs = [rf"\input{{{file.name}}}\clearpage" for file in files]
-    lines = [r"\documentclass{article}", r"\usepackage{booktabs,graphicx}", r"\begin{document}", *inputs]
-    lines += [formats.escaped("".join(formats.SPECIAL)), r"\end{document}"]
-    (tmp_path / "all.tex").write_text("\n".join(lines))
-    options = ["-draftmode", "-halt-on-error", "-file-line-error", f"-output-directory={tmp_path}"]
-    command = [pdflatex, *options, tmp_path / "all.tex"]
+    lines = [r"\documentclass{article}", r"\usepackage{booktabs,graphicx}", r"\begin{document}", *lines]
+    (folder / "all.tex").write_text("\n".join([*lines, r"\end{document}"]))
+    options = ["-draftmode", "-halt-on-error", "-file-line-error", f"-output-directory={folder}"]
+    command = [pdflatex, *options, folder / "all.tex"]
     done = subprocess.run(command, cwd=RESULTS / "tables", capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, [line for line in done.stdout.splitlines() if ":" in line][-3:]
+    return [float(points) for points in re.findall(r"Overfull \\hbox \(([\d.]+)pt", done.stdout)]
+
+
+def test_the_committed_latex_compiles_and_no_table_is_wider_than_a_line(tmp_path):
+    """And whatever `escaped` knows compiles."""
+    files = sorted((RESULTS / "tables").glob("*.tex"))
+    inputs = [rf"\input{{{file.name}}}\clearpage" for file in files]
+    assert all(
+        points <= 1 for points in overfull(tmp_path, [*inputs, formats.escaped("".join(formats.SPECIAL))])
+    )
+
+
+@pytest.mark.parametrize("columns", [3, 12, 30])
+def test_a_table_of_any_width_fits_a_line_and_keeps_its_columns(tmp_path, columns):
+    box = Box(
+        kind="cell", ours="123.45", versus="−12.3 % [−23.4, −10.2] ~", mark="¹", synthetic=True, best=True
+    )
+    names = [f"WWWWWW{i} perplexity (published)" for i in range(columns)]
+    words = {"name": "wide", "kind": "table", "title": "", "caption": "", "notes": [], "data": []}
+    rows = [[Box(kind="head", ours=method), *[box] * columns] for method in ("rtn", "teq+gptq-ao")]
+    text = formats.latex(Sheet(header=["method", *names], rows=rows, **words))
+    assert all(text.count(f"WWWWWW{i}\\\\") + text.count(f"WWWWWW{i} ") == 1 for i in range(columns))
+    assert text.count("123.45") == text.count("[synthetic]") == text.count("23.4, ") == 2 * columns
+    assert text.count("teq+gptq-ao") == text.count(r"\toprule") and (text.count(r"\toprule") > 1) == (
+        columns > 3
+    )
+    assert all(points <= 1 for points in overfull(tmp_path, [text]))
 
 
 def test_figures_are_the_same_bytes_from_process_to_process():

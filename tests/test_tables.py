@@ -604,8 +604,10 @@ def test_a_broken_record_and_one_of_another_schema_are_named_and_hide_nothing(go
 def test_latex_and_csv(golden):
     table = filled("golden", golden)
     latex = formats.latex(sheets.of_table(table))
-    assert r"w3\_g64 & rtn & 13.19 (9.00, +4.19, worse) & \textbf{4} & -- & 6 [synthetic] \\" in latex
-    assert latex.count(r"\begin{") == latex.count(r"\end{") == 2
+    stacked = [r"\begin{tabular}[t]{@{}r@{}}13.19\\\scriptsize (9.00, +4.19, worse)\end{tabular}"]
+    stacked += [r"\textbf{4} & -- & \begin{tabular}[t]{@{}r@{}}6\\\scriptsize [synthetic]\end{tabular} \\"]
+    assert rf"w3\_g64 & rtn & {' & '.join(stacked)}" in latex
+    assert latex.count(r"\begin{") == latex.count(r"\end{") and latex.count(r"\toprule") == 1
     rows = formats.comma_separated(sheets.of_table(table)).splitlines()
     assert rows[0].startswith("grid,method,model,cell,ours,stderr,seed_sd,published,difference,verdict")
     assert any(
