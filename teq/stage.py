@@ -117,9 +117,13 @@ class Tuner(_Calibrated):
 
 
 class Evaluation(Work):
-    """A measurement of a quantized model; `name` is what records and tables call it."""
+    """A measurement of a quantized model; `name` is what records and tables call it.
+
+    `dry_reference(lm, strategy)` does a unit of the work of `reference`, as `dry_run` does of `measure`.
+    """
 
     name: ClassVar[Any]
+    dry_reference: ClassVar[Callable[..., None] | None] = None
 
     def provenance(self) -> dict[str, Any] | None:
         """Return what identifies the text, which enters the stage's key; None if it reads none."""

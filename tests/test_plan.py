@@ -2,12 +2,16 @@
 
 import json
 import re
+from unittest import mock
 
 import pytest
+import torch
 
 from teq import config
 from teq.__main__ import main
 from teq.device import host_memory
+from teq.device.live_bytes import LiveBytes
+from teq.device.runtime import Runtime
 from teq.evaluate.workload import WORKLOADS
 from teq.pipeline import estimate, forecast
 
@@ -39,6 +43,38 @@ def test_every_stage_is_planned_without_weights(no_weights, capsys):
     assert found["scales", "keep (picked)"][0] == f"{kept.bytes / 1e6:.2f} MB"
     assert found["lastword-python-docs", ""][0].startswith("~") and "~ an estimate from the lengths" in out
     assert "seconds are known after `python -m teq plan --calibrate model=tiny-llama" in out
+
+
+def test_the_reference_of_a_divergence_is_planned(no_weights, own_home, capsys):
+    """Its hidden states wait in the host's memory: on a CPU that counts."""
+    sizes = {}
+    for place in ("device=cpu", "memory=40GB"):
+        assert main(["plan", *TINY, "ppl.kl=true", "ppl.limit=5000", place]) == 0
+        found = rows(capsys.readouterr().out)
+        names = [name for name, _ in found]
+        assert names.index("reference/python-docs") + 1 == names.index("python-docs")
+        sizes[place] = float(found["reference/python-docs", ""][0].removesuffix(" MB"))
+    (job,) = config.jobs(TINY)
+    waiting = 5000 * 64 * job.run.model.source.dimensions().hidden_size * 4 / 1e6
+    assert 0 < sizes["memory=40GB"] < waiting < sizes["device=cpu"]
+
+
+@pytest.mark.parametrize("limit", [2, 9])
+def test_the_references_prediction_is_within_15_percent(own_home, limit):
+    argv = ["model=tiny-llama", "method=rtn", "evals=[python-docs]", "ppl.kl=true", "ppl.context=96"]
+    (job,) = config.jobs([*argv, f"ppl.limit={limit}"])
+    run, lm = job.run, job.run.model.load("float32", "cpu")
+    (planned,) = (
+        stage
+        for stage in forecast.stages(run, lm.model.config, forecast.target("cpu", "auto"), "auto", 8)
+        if stage.name == "reference/python-docs"
+    )
+    # in inference mode nobody counts a linear's operations
+    with mock.patch("torch.inference_mode", torch.no_grad), torch.no_grad(), LiveBytes() as live:
+        kept = run.evals[0].reference(lm, Runtime(device="cpu"))
+    weights = sum(p.nbytes for p in lm.model.parameters())
+    assert planned.bytes == pytest.approx(weights + live.peak, rel=0.15)
+    assert planned.flops == pytest.approx(live.flops, rel=0.01) and len(kept) == limit
 
 
 def test_a_model_of_the_hub_is_planned_without_the_hub(no_weights, capsys):

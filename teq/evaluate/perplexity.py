@@ -129,6 +129,17 @@ class Perplexity(Evaluation):
     def _windows(self, tokenizer: "PreTrainedTokenizerBase") -> tuple["Tensor", int]:
         return data.windows(self.corpus, tokenizer, self.context, self.limit, even=self.windows == "even")
 
+    def dry_reference(self, lm: "LM", strategy: str) -> None:
+        """Run one window of the float model, the hidden states of all windows in the host's memory."""
+        import torch
+
+        with torch.no_grad():
+            window = torch.zeros(1, self.context, dtype=torch.int64, device=lm.device)
+            shape = self.limit or 1, self.context, lm.model.config.hidden_size
+            kept = torch.empty(shape, dtype=lm.model.dtype, device="cpu")
+            head_input(lm.model, window)
+            del kept
+
     def dry_run(self, lm: "LM", strategy: str) -> None:
         """Run one window."""
         import torch

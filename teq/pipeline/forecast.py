@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from teq.device import memory
@@ -82,6 +83,9 @@ def stages(
     run: Run, sizes: "PretrainedConfig", target: Target, allowed: str, batch_size: int
 ) -> Iterator[Stage]:
     """Yield what each stage of a run needs; what is trained once for each strategy, the picked one marked."""
+    on = (
+        "meta" if target.kind == "cuda" else "cpu"
+    )  # from a GPU codes and hidden states go to the host's memory
 
     def needed(stage: Any, strategy: str = "keep", device: str = "cpu", dtype: str = "") -> memory.Estimate:
         return estimate.estimate(stage, sizes, run.model.arch, dtype or run.dtype, strategy, device)
@@ -97,10 +101,16 @@ def stages(
             mark = " (picked)" if strategy == picked else ""
             yield Stage(name, one.bytes, flops, strategy + mark)
 
+    def reference(evaluation: Any) -> Stage:
+        name, windows = f"reference/{evaluation.name}", getattr(evaluation, "limit", None) or 0
+        if evaluation.dry_reference is None:
+            return Stage(name, None)
+        one = needed(SimpleNamespace(dry_run=evaluation.dry_reference), device=on, dtype=run.eval_dtype or "")
+        return Stage(name, one.bytes, one.flops * windows or None)
+
     if run.transform.dry_run is not None:
         yield from trained("scales", run.transform)
     if run.quantizer.dry_run is not None:
-        on = "meta" if target.kind == "cuda" else "cpu"  # from a GPU the packed codes go to the host's memory
         one, times = needed(run.quantizer, device=on), run.quantizer.dry_runs(sizes.num_hidden_layers)
         yield Stage("weights", one.bytes, times and times * one.flops)  # RTN's time is no matrix products'
     elif run.quantizer.estimate is not None:
@@ -113,7 +123,7 @@ def stages(
         yield from trained("tuned", run.finetune)
     for evaluation in run.evals:
         if evaluation.needs_reference:
-            yield Stage(f"reference/{evaluation.name}", None)
+            yield reference(evaluation)
         if evaluation.dry_run is not None:
             one = needed(evaluation, dtype=run.eval_dtype or "")
             yield Stage(evaluation.name, one.bytes, one.flops * (evaluation.limit or 0) or None)
