@@ -1,6 +1,9 @@
 """Checks of composed configurations, and Hydra's errors, each in one line."""
 
 import difflib
+import functools
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +21,7 @@ LAUNCHERS = {  # that Hydra's documentation names, with the extra of pyproject.t
     "submitit_local": "slurm",
     "submitit_slurm": "slurm",
 }
+OPTION = re.compile(r"\$\{([\w.]+)\}")  # a value that is an option's
 MAPS = ("tasks.limit",)  # options whose value may be a map
 
 
@@ -46,7 +50,10 @@ def one_line(error: Exception, overrides: Sequence[str], known: Sequence[str] = 
 
 
 def check_choices(cfg: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Reject bits or group_size next to grid, which would override them, and a value for a whole section."""
+    """Reject options that others override, and a value for a whole section.
+
+    Options are overridden by grid (bits, group_size) and by the method.
+    """
     for section, values in read(folder("conf") / "config.yaml").items():
         if section in cfg and isinstance(values, dict) and not isinstance(cfg[section], dict):
             first = next(iter(values))
@@ -59,6 +66,36 @@ def check_choices(cfg: Mapping[str, Any], choices: Mapping[str, Any], overrides:
                 f"{override} has no effect beside grid={choices['grid']}, which sets bits and group_size: "
                 f"choose grid={', '.join(groups()['grid'])}"
             )
+    given = [override.lstrip("+").partition("=")[::2] for override in overrides]
+    given = [(key, value) for key, value in given if "." in key]
+    fixed = _fixed_by_method(cfg) if given else {}
+    for key, value in given:
+        if key in fixed and _at(cfg, key) != fixed[key]:
+            said = json.dumps(fixed[key]).strip('"')
+            raise UserError(
+                f"{key}={value} has no effect beside method={choices['method']}, which sets it to {said}: "
+                "leave it out, or choose another method"
+            )
+
+
+def _fixed_by_method(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options for which the method has a value of its own, where its stages' files refer to them.
+
+    The stages are its transform, the search that TEQ starts from, and its quantizer.
+    """
+    fixed = {}
+    for group in ("transform", "quantizer"):
+        plain = {(file := read(f)).get("_target_"): file for f in (folder("conf") / group).glob("*.yaml")}
+        stage = cfg["method"][group]
+        for node in (stage, stage.get(cfg["init"]) or {}):
+            for name, value in plain.get(node.get("_target_"), {}).items():
+                if (option := OPTION.fullmatch(str(value))) and node[name] != value:
+                    fixed[option[1]] = node[name]
+    return fixed
+
+
+def _at(cfg: Mapping[str, Any], key: str) -> Any:
+    return functools.reduce(lambda node, part: node[part], key.split("."), cfg)
 
 
 def check_keys(

@@ -64,6 +64,8 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     source = _make(_source(model), cfg)
     grid = cfg["quant_grid"]
     grid["search"] = grid["search"] or cfg["method"].get("search", "none")
+    if cfg["awq"]["clip"] is None:
+        cfg["awq"]["clip"] = cfg["method"].get("clip", True)
     transform = _make(cfg["method"]["transform"], cfg)
     evaluations = tuple(_make(node, cfg) for node in _evaluations(cfg["evals"], cfg["tasks"]["limit"]))
     counted = any(isinstance(evaluation, Counts) for evaluation in evaluations)
