@@ -106,11 +106,11 @@ def round_to_nearest(
 
 def round_block(grid: Grid, block: "Calibrated") -> "tuple[dict[str, Quantized], Report]":
     """Return a block's linears rounded on grids that are searched, and a report of the block's errors."""
-    from teq.quantizers.search import input_grams, search_block
+    from teq.quantizers.gptq.solver import Hessian
+    from teq.quantizers.search import search_block
 
-    grams = input_grams(block, grid, whole=True)
-    params = search_block(block, grid, grams)
+    params, hessians = search_block(block, grid, Hessian)
     quantized = {name: round_to_nearest(block.exact[name], grid, found) for name, found in params.items()}
-    whole = {names: parts[-1] for names, parts in grams.items()}
-    lost = errors.read_back(errors.output_errors(block.exact, quantized, whole, grid))
+    means = {names: hessian.mean() for names, hessian in hessians.items()}
+    lost = errors.read_back(errors.output_errors(block.exact, quantized, means, grid))
     return quantized, {block.folded.name: {OUTPUT_ERROR: lost}}

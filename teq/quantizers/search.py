@@ -1,13 +1,14 @@
 """Scales and zeros searched for the least error of what a weight puts out, instead of a group's extremes."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from teq.grid import Grid, decode, encode, extremes, grouped, params_between, storable
-from teq.quantizers.blockwise import Calibrated, measure
+from teq.quantizers.blockwise import Calibrated, S, Sums, measure
 
 SHRINKS = [1 - step / 20 for step in range(12)]  # of a group's extremes
 COARSE, FINE = 64, 32  # scales that are tried first, then between the neighbours of the best
@@ -19,15 +20,21 @@ CHUNK = 1 << 16  # weights that are tried at once: the passes over them stay in 
 class GroupGrams:
     """The mean over tokens of `x^T x` `[group, group]` of each group of an input's channels, fp32.
 
-    With `whole` the last one is that of all channels.
+    `whole` makes sums over the same inputs, of all channels.
     """
 
-    def __init__(self, grid: Grid, width: int, device: torch.device, *, whole: bool = False) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        width: int,
+        device: torch.device,
+        *,
+        whole: Callable[[int, torch.device], Sums] | None = None,
+    ) -> None:
         self.spans = grid.spans(width)
-        if whole and len(self.spans) > 1:
-            self.spans.append((0, width))
         self.blocks = [torch.zeros(stop - start, stop - start, device=device) for start, stop in self.spans]
         self.tokens = 0
+        self.whole: Any = None if whole is None else whole(width, device)
 
     def add(self, inputs: Tensor) -> None:
         """Take in inputs `[sequence, token, in]`."""
@@ -35,6 +42,8 @@ class GroupGrams:
         for (start, stop), block in zip(self.spans, self.blocks, strict=True):
             block.addmm_(flat[:, start:stop].T, flat[:, start:stop])
         self.tokens += len(flat)
+        if self.whole is not None:
+            self.whole.add(inputs)
 
     def mean(self) -> list[Tensor]:
         """Return the matrices; the accumulator is used up."""
@@ -63,22 +72,20 @@ def searched_params(weight: Tensor, grams: Sequence[Tensor], grid: Grid) -> tupl
     return torch.stack(scales, 1), torch.stack(zeros, 1)
 
 
-def input_grams(block: Calibrated, grid: Grid, *, whole: bool = False) -> dict[tuple[str, ...], list[Tensor]]:
-    """Return what `GroupGrams` gives for each distinct input of a block's linears, by those that read it."""
+def search_block(
+    block: Calibrated, grid: Grid, whole: Callable[[int, torch.device], S] | None = None
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[tuple[str, ...], S]]:
+    """Return scale and zero `[out, groups]` of each linear of a block, by full name.
+
+    Also return what `whole(in, device)` summed up in the same pass, by the linears that read an input.
+    """
     sums = functools.partial(GroupGrams, grid, whole=whole)
     found = measure(block.folded.module, block.linears, block.hidden, block.kwargs, sums)
-    return {names: grams.mean() for names, grams in found.items()}
-
-
-def search_block(
-    block: Calibrated, grid: Grid, grams: Mapping[tuple[str, ...], Sequence[Tensor]]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return scale and zero `[out, groups]` of each linear of a block, by full name; see `input_grams`."""
-    return {
-        name: searched_params(block.exact[name], matrices, grid)
-        for names, matrices in grams.items()
-        for name in names
-    }
+    params: dict[str, tuple[Tensor, Tensor]] = {}
+    for names, grams in found.items():
+        matrices = grams.mean()
+        params |= {name: searched_params(block.exact[name], matrices, grid) for name in names}
+    return params, {names: grams.whole for names, grams in found.items()}
 
 
 class _Best:

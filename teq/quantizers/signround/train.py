@@ -13,9 +13,10 @@ from torch.nn import functional
 from teq.grid import Grid
 from teq.models.blocks import run_block
 from teq.quantizers import errors
-from teq.quantizers.blockwise import Calibrated, Report
+from teq.quantizers.blockwise import Calibrated, Report, measure
+from teq.quantizers.gptq.solver import Hessian
 from teq.quantizers.quantized import Quantized
-from teq.quantizers.search import input_grams, search_block
+from teq.quantizers.search import search_block
 from teq.quantizers.signround.rounding import RoundedLinear, Rounding
 from teq.record import OUTPUT_ERROR
 
@@ -27,8 +28,7 @@ class BlockTrainer:
 
     def __init__(self, block: Calibrated, grid: Grid) -> None:
         self.block = block
-        searched = grid.search != "none"
-        start = search_block(block, grid, input_grams(block, grid)) if searched else {}
+        start = {} if grid.search == "none" else search_block(block, grid)[0]
         self.roundings = {name: Rounding(w, start.get(name), grid) for name, w in block.exact.items()}
         self.device = next(iter(block.exact.values())).device
 
@@ -82,8 +82,9 @@ def quantize_block(
 ) -> tuple[dict[str, Quantized], Report]:
     """Return a block's linears, trained by `train_block`, and a report of its training and its errors."""
     quantized, entry = train_block(block, grid, iterations, batch, lr, seed)
-    grams = {names: parts[-1] for names, parts in input_grams(block, grid, whole=True).items()}
-    entry[OUTPUT_ERROR] = errors.read_back(errors.output_errors(block.exact, quantized, grams, grid))
+    found = measure(block.folded.module, block.linears, block.hidden, block.kwargs, Hessian)
+    means = {names: hessian.mean() for names, hessian in found.items()}
+    entry[OUTPUT_ERROR] = errors.read_back(errors.output_errors(block.exact, quantized, means, grid))
     return quantized, {block.folded.name: entry}
 
 
