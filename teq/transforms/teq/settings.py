@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from teq.transforms.teq.train import Trainer
 
 SEARCHES = ("awq", "smoothquant")  # starts that are found on calibration text
+OBJECTIVES = ("lm", "kl")
 HELD_OUT = 4  # windows that no step trains on, where the best scales are kept
 
 
@@ -38,6 +39,9 @@ class Teq(Transform):
     Init `awq` and `smoothquant` start from the scales of that transform, whose settings the field of its name
     holds. `keep` best returns the scales of the lowest loss on held-out windows, the start among them: it is
     the default where a search gave the start, which training then never makes worse.
+
+    The `objective` is the model's own loss (`lm`, as in the paper), or the divergence of the next token's
+    distribution from the float model's (`kl`).
     """
 
     group = "train"
@@ -53,6 +57,7 @@ class Teq(Transform):
     parameter: str = option(among=("clip", "log"))
     profile: str = option(among=("paper", "inc"))
     keep: str | None = option(None, among=("last", "best"), omitted="last")
+    objective: str = option("lm", among=OBJECTIVES, omitted="lm")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,6 +136,7 @@ class Teq(Transform):
             windows,
             self.trainer(model, arch, device, start),
             held_out=held_out,
+            divergence=self.objective == "kl",
             grid=self.grid,
             steps=self.steps,
             batch=self.batch,
@@ -144,10 +150,17 @@ class Teq(Transform):
         """Do two training steps on fake tensors: Adam has its state from the second on."""
         import torch
 
+        from teq.transforms.activations import outputs
         from teq.transforms.teq.linear import fake_quantized
 
         trainer = self.trainer(lm.model, lm.arch, lm.device)
         tokens = torch.zeros(self.batch, self.length, dtype=torch.int64, device=lm.device)
+        exact = [
+            outputs(lm.model, lm.arch, tokens, self.batch, strategy, lm.device)
+            if self.objective == "kl"
+            else None
+            for _ in range(2)
+        ]
         with fake_quantized(lm.model, lm.arch, self.grid, trainer.current.__getitem__, strategy):
-            for step in (0, 0):
-                trainer.move(trainer.loss(lm.model, tokens), step)
+            for reference in exact:
+                trainer.move(trainer.loss(lm.model, tokens, reference), 0)

@@ -1,0 +1,150 @@
+"""What TEQ trains towards: the float model's next-token distribution."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from test_linear import AutogradLinear
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from teq import config
+from teq.data.texts import Calibration
+from teq.device.live_bytes import LiveBytes
+from teq.device.runtime import STRATEGIES, Runtime
+from teq.grid import Grid
+from teq.models.arch import blocks, linears, sites
+from teq.models.checkpoint import LM
+from teq.models.fold import site_scales
+from teq.models.loss import last_hidden
+from teq.pipeline import estimate
+from teq.quantizers.quantized import restore
+from teq.quantizers.rtn import Rtn
+from teq.transforms.teq.linear import fake_quantized
+from teq.transforms.teq.settings import Teq
+
+GRID = Grid(bits=3, group_size=16)
+
+
+def teq(**changes):
+    values = {"init": "ones", "steps": 6, "lr": 0.01, "batch": 1, "length": 48, "parameter": "log"}
+    values |= {"grid": GRID, "calib": Calibration(), "profile": "paper", "objective": "kl"}
+    return Teq(**{**values, **changes})
+
+
+def windows(count=6, length=48):
+    return torch.randint(258, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+def unequal(lm):
+    """The model with channels of unequal importance behind its norms: there scales have something to win."""
+    generator = torch.Generator().manual_seed(0)
+    for site in sites(lm.model, lm.arch):
+        if site.source.weight.ndim == 1:
+            with torch.no_grad():
+                site.source.weight.mul_(10 ** torch.empty(site.width).uniform_(-1, 1, generator=generator))
+    return lm
+
+
+def rounded(lm, scales):
+    """A copy of the model with the scales folded into it, rounded, stored and restored."""
+    model = copy.deepcopy(lm.model)
+    restore(model, Rtn(grid=GRID).quantize(lambda: lm, site_scales(scales), Runtime())[0], GRID)
+    return model
+
+
+def divergence(model, other, tokens):
+    """KL(model || other) of the next token's distribution, from whole logits."""
+    theirs, ours = (m(tokens).logits.log_softmax(-1).flatten(0, 1) for m in (model, other))
+    return functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
+
+def test_a_model_that_rounding_does_not_change_has_no_divergence(tiny, family):
+    lm = tiny(family)
+    lm = LM(rounded(lm, {}), lm.tokenizer, lm.arch, "on the grid")
+    losses = {}
+    for objective in ("kl", "lm"):
+        chosen = teq(steps=0, objective=objective)
+        _, info = chosen.train_on(lm.model, lm.arch, windows(1), held_out=windows(2))
+        losses[objective] = info["held_out"]["start"]
+    assert abs(losses["kl"]) < 1e-6 < losses["lm"]
+
+
+def test_the_loss_is_the_divergence_of_the_model_that_is_stored(tiny, family):
+    lm, held_out = tiny(family), windows(3)
+    trained, info = teq(keep="best").train_on(lm.model, lm.arch, windows(), held_out=held_out)
+    start = {name: trained[f"start/{name}"] for name in info["sites"]}
+    for part, scales in (("start", start), ("best", trained)):
+        expected = divergence(lm.model, rounded(lm, scales), held_out).item()
+        assert info["held_out"][part] == pytest.approx(expected, rel=2e-3)
+
+
+def test_its_gradient_is_autograds(tiny, family):
+    """Of whole logits, and of linears that straight-through rounding alone makes."""
+    lm, tokens = tiny(family), windows(2)
+    trainer = teq().trainer(lm.model, lm.arch, "cpu")
+    reference = last_hidden(lm.model, tokens)
+    with fake_quantized(lm.model, lm.arch, GRID, trainer.current.__getitem__, "keep"):
+        trainer.loss(lm.model, tokens, reference).backward()
+    model, plain = copy.deepcopy(lm.model), teq().trainer(lm.model, lm.arch, "cpu")
+    read = {target: site for site in sites(model, lm.arch) for target in site.targets}
+
+    def forward(name, linear, x):
+        s = read[name].over_inputs(plain.scale(read[name].name)) if name in read else 1.0
+        return functional.linear(x / s, AutogradLinear.apply(linear.weight * s, GRID), linear.bias)
+
+    for block in blocks(model, lm.arch).items():
+        for name, linear in linears(*block).items():
+            linear.forward = functools.partial(forward, name, linear)
+    divergence(lm.model, model, tokens).backward()
+    for name, ours in trainer.free.items():
+        torch.testing.assert_close(ours.grad, plain.free[name].grad, rtol=2e-3, atol=1e-8)
+
+
+def test_training_lowers_it_where_no_step_trained(tiny, family):
+    lm, settings = unequal(tiny(family)), teq(steps=40, lr=0.05, batch=4, keep="best")
+    _, info = settings.train_on(lm.model, lm.arch, windows(168)[:160], held_out=windows(168)[160:])
+    assert info["held_out"]["best"] < 0.85 * info["held_out"]["start"]
+
+
+def test_no_strategy_and_no_interruption_changes_it(tiny, tmp_path):
+    lm, settings = tiny("llama"), teq(batch=2, steps=3)
+
+    def fail(step, _):
+        if step == 1:
+            raise KeyboardInterrupt
+
+    (kept, first), *others = (
+        settings.train_on(lm.model, lm.arch, windows(), Runtime(strategy=s)) for s in STRATEGIES
+    )
+    with pytest.raises(KeyboardInterrupt):
+        settings.train_on(lm.model, lm.arch, windows(), Runtime(partial=tmp_path), fail)
+    others.append(settings.train_on(lm.model, lm.arch, windows(), Runtime(partial=tmp_path)))
+    for scales, info in others:
+        assert info["loss"] == first["loss"]
+        assert all(torch.equal(kept[name], scales[name]) for name in kept)
+
+
+@pytest.mark.parametrize("objective", ["kl"])
+def test_plan_predicts_its_memory_and_operations(objective):
+    (job,) = config.jobs(["model=tiny-llama", "method=teq", f"train.objective={objective}"])
+    transform, checkpoint = job.run.transform, job.run.model
+    dimensions = checkpoint.source.dimensions()
+    dimensions.num_hidden_layers = 7  # the prediction looks at two and at three
+    predicted = estimate.estimate(transform, dimensions, checkpoint.arch, "float32", "keep")
+    model = AutoModelForCausalLM.from_config(dimensions).eval().requires_grad_(False)
+    with LiveBytes() as live:
+        transform.dry_run(LM(model, None, checkpoint.arch, ""), "keep")
+    weights = sum(p.nbytes for p in model.parameters())
+    assert predicted.flops == live.flops
+    assert predicted.bytes - weights == pytest.approx(live.peak, rel=0.15)
+
+
+def test_the_objective_is_in_the_key_where_it_is_not_the_papers():
+    def run(*overrides):
+        (job,) = config.jobs(["model=tiny-llama", "method=teq", *overrides])
+        return job.run
+
+    assert run("train.objective=lm").key() == run().key() != run("train.objective=kl").key()
+    assert "objective" not in run().transform.plain()
