@@ -1,4 +1,4 @@
-"""What TEQ trains towards: the float model's next-token distribution."""
+"""What TEQ trains towards: the float model's next-token distribution, or its blocks' outputs."""
 
 import copy
 import functools
@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from test_linear import AutogradLinear
+from tiny_jobs import run
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,8 @@ from teq.models.loss import last_hidden
 from teq.pipeline import estimate
 from teq.quantizers.quantized import restore
 from teq.quantizers.rtn import Rtn
+from teq.spec import UserError
+from teq.stage import NothingDone
 from teq.transforms.teq.linear import fake_quantized
 from teq.transforms.teq.settings import Teq
 
@@ -126,7 +129,117 @@ def test_no_strategy_and_no_interruption_changes_it(tiny, tmp_path):
         assert all(torch.equal(kept[name], scales[name]) for name in kept)
 
 
-@pytest.mark.parametrize("objective", ["kl"])
+def trained_by_block(lm, partial=None, strategy="keep", **changes):
+    """Some steps of two windows for each block, with four windows held out."""
+    settings = teq(**{"objective": "block", "lr": 0.02, "batch": 2, **changes})
+    runtime, every = Runtime(partial=partial, strategy=strategy), windows(84)
+    return settings.train_on(lm.model, lm.arch, every[:80], runtime, held_out=every[80:])
+
+
+def block_outputs(lm, model, tokens):
+    """What each block puts out, `[window, token, width]`, by name."""
+    found, names = {}, list(blocks(model, lm.arch))
+
+    def note(name, _, args, output):
+        found[name] = output[0] if isinstance(output, tuple) else output
+
+    handles = [model.get_submodule(n).register_forward_hook(functools.partial(note, n)) for n in names]
+    with torch.no_grad():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_every_block_comes_closer_to_the_float_models_outputs(tiny, family):
+    """Of the model that is stored, and by as much as the record says."""
+    lm = unequal(tiny(family))
+    before = {name: p.clone() for name, p in lm.model.named_parameters()}
+    trained, info = trained_by_block(lm, steps=40)
+    assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
+    assert not any("forward" in vars(module) for module in lm.model.modules())
+    tokens = windows(84)[80:]
+    exact, ours = (block_outputs(lm, model, tokens) for model in (lm.model, rounded(lm, trained)))
+    assert info["blocks"].keys() == exact.keys()
+    for name, entry in info["blocks"].items():
+        most = 1 if "1" in name else 0.85  # the second block's inputs already err
+        assert entry["kept"] == "last" and entry["loss"]["last"] < most * entry["loss"]["start"]
+        expected = functional.mse_loss(ours[name], exact[name]).item()
+        assert entry["loss"]["last"] == pytest.approx(expected, rel=5e-2 if "1" in name else 2e-3)
+
+
+def test_blocks_trained_after_a_kill_are_bit_equal(tiny, tmp_path, monkeypatch):
+    from teq.transforms.teq import block
+
+    lm, original = unequal(tiny("llama")), block._train_block
+    expected, report = trained_by_block(lm, lr=0.05)
+    finished = []
+
+    def killed(*args):
+        if finished:
+            raise KeyboardInterrupt
+        finished.append(None)
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(block, "_train_block", killed)
+        trained_by_block(lm, tmp_path, lr=0.05)
+    assert len(list(tmp_path.iterdir())) == 1
+    resumed, again = trained_by_block(lm, tmp_path, lr=0.05)
+    assert again == report and resumed.keys() == expected.keys()
+    assert all(torch.equal(resumed[name], s) for name, s in expected.items())
+
+
+def test_no_strategy_changes_the_scales_of_a_block(tiny):
+    lm = unequal(tiny("bloom"))
+    (kept, first), *others = (trained_by_block(lm, strategy=s, lr=0.05, steps=3) for s in STRATEGIES)
+    for scales, info in others:
+        assert info["blocks"] == first["blocks"]
+        assert all(torch.equal(kept[name], scales[name]) for name in kept)
+
+
+def test_blocks_that_training_makes_worse_keep_their_start(tiny, caplog):
+    with pytest.raises(NothingDone, match="training made no block better on the held-out windows"):
+        trained_by_block(tiny("llama"), lr=50.0, steps=3)
+    assert "2 of 2 blocks keep the scales they began with" in caplog.text
+    trained, info = trained_by_block(tiny("llama"), steps=0)
+    assert all(torch.equal(trained[name], trained[f"start/{name}"]) for name in info["sites"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("train.keep=best", "train.keep=best is not allowed with train.objective=block, where every block"),
+        ("train.profile=inc", "train.profile=inc is not allowed with train.objective=block, which trains"),
+        ("train.objective=mse", "train.objective='mse' is not allowed: it must be one of lm, kl, block"),
+    ],
+)
+def test_refusals(option, message):
+    with pytest.raises(UserError, match=message):
+        config.jobs(["model=tiny-llama", "method=teq", "train.objective=block", option])
+
+
+def test_a_run_from_a_searched_start_trains_block_by_block(own_home):
+    small = ["awq.samples=2", "awq.length=48", "train.batch=2", "train.length=48", "train.steps=4"]
+    record = run(own_home, "method=teq", "init=awq", "train.objective=block", *small)
+    assert record.data["run"]["transform"]["objective"] == "block"
+    assert {e["kept"] for e in record.data["training"]["blocks"].values()} <= {"start", "last"}
+
+
+def test_plan_predicts_what_training_block_by_block_takes():
+    (job,) = config.jobs(["model=tiny-llama", "method=teq"])
+    settings, checkpoint = teq(objective="block", batch=2), job.run.model
+    dimensions = checkpoint.source.dimensions()
+    dimensions.num_hidden_layers = 5
+    model = AutoModelForCausalLM.from_config(dimensions).eval().requires_grad_(False)
+    predicted = estimate.estimate(settings, dimensions, checkpoint.arch, "float32", "keep")
+    with LiveBytes() as live:
+        live.count([*model.parameters(), *model.buffers()])
+        settings.train_on(model, checkpoint.arch, windows(12), held_out=windows(16)[12:])
+    assert predicted.bytes == pytest.approx(live.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("objective", ["kl", "block"])
 def test_plan_predicts_its_memory_and_operations(objective):
     (job,) = config.jobs(["model=tiny-llama", "method=teq", f"train.objective={objective}"])
     transform, checkpoint = job.run.transform, job.run.model
@@ -142,9 +255,10 @@ def test_plan_predicts_its_memory_and_operations(objective):
 
 
 def test_the_objective_is_in_the_key_where_it_is_not_the_papers():
-    def run(*overrides):
+    def transform(*overrides):
         (job,) = config.jobs(["model=tiny-llama", "method=teq", *overrides])
-        return job.run
+        return job.run.transform
 
-    assert run("train.objective=lm").key() == run().key() != run("train.objective=kl").key()
-    assert "objective" not in run().transform.plain()
+    keys = {name: transform(f"train.objective={name}").key() for name in ("lm", "kl", "block")}
+    assert len(set(keys.values())) == 3 and keys["lm"] == transform().key()
+    assert "objective" not in transform().plain()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from teq.transforms.teq.train import Trainer
 
 SEARCHES = ("awq", "smoothquant")  # starts that are found on calibration text
-OBJECTIVES = ("lm", "kl")
+OBJECTIVES = ("lm", "kl", "block")
 HELD_OUT = 4  # windows that no step trains on, where the best scales are kept
 
 
@@ -41,7 +41,9 @@ class Teq(Transform):
     the default where a search gave the start, which training then never makes worse.
 
     The `objective` is the model's own loss (`lm`, as in the paper), or the divergence of the next token's
-    distribution from the float model's (`kl`).
+    distribution from the float model's (`kl`), or the squared difference of each block's outputs from the
+    float model's, one block after the other (`block`): then every block takes all steps, and keeps its start
+    where the end is no better on held-out windows.
     """
 
     group = "train"
@@ -71,7 +73,23 @@ class Teq(Transform):
                 f"init={self.init} needs the settings of that search and its calibration text: set the "
                 f"transform's field {self.init}, or choose init=ones or init=inv_sqrt"
             )
+        if self.objective == "block":
+            self._check_block()
+            searched = False  # its blocks keep the better of start and end whatever the start is
         object.__setattr__(self, "keep", self.keep or ("best" if searched else "last"))
+
+    def _check_block(self) -> None:
+        """Raise UserError if training block by block would not read an option."""
+        if self.keep == "best":
+            raise UserError(
+                "train.keep=best is not allowed with train.objective=block, where every block keeps the "
+                "better of its start and its end: leave it out"
+            )
+        if self.profile == "inc":
+            raise UserError(
+                "train.profile=inc is not allowed with train.objective=block, which trains without dropout: "
+                "use train.profile=paper"
+            )
 
     @property
     def search(self) -> Awq | SmoothQuant | None:
@@ -83,8 +101,9 @@ class Teq(Transform):
         return self._windows(tokenizer, 0)
 
     def held_out(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor | None":
-        """Return the windows `[HELD_OUT, length]` after those of the steps; None unless `keep` is best."""
-        return self._windows(tokenizer, HELD_OUT)[-HELD_OUT:] if self.keep == "best" else None
+        """Return the windows `[HELD_OUT, length]` after those of the steps, None where nothing reads them."""
+        read = self.keep == "best" or self.objective == "block"
+        return self._windows(tokenizer, HELD_OUT)[-HELD_OUT:] if read else None
 
     def _windows(self, tokenizer: "PreTrainedTokenizerBase", more: int) -> "Tensor":
         count = max(self.steps, 1) * self.batch + more
@@ -105,13 +124,14 @@ class Teq(Transform):
         arch: Arch,
         device: "torch.device | str",
         start: "Mapping[str, Tensor] | None" = None,
+        block: int | None = None,
     ) -> "Trainer":
-        """Return the scales to train, at their start: that of `init` where none is given."""
+        """Return the scales to train, of all blocks or one, at `start`: that of `init` if none is given."""
         from teq.transforms.teq import train
 
         steps = max(self.steps, 1)  # a dry run does some where there are none
         rate = functools.partial(train.learning_rate, steps=steps, lr=self.lr, profile=self.profile)
-        found = sites(model, arch)
+        found = [site for site in sites(model, arch) if block in (None, site.block)]
         first = {site.name: start[site.name] if start else train.initial(site, self.init) for site in found}
         return train.Trainer(first, device, parameter=self.parameter, rate=rate)
 
@@ -126,10 +146,15 @@ class Teq(Transform):
         held_out: "Tensor | None" = None,
     ) -> Made:
         """Train on `windows [steps * batch, length]`; a search's `start` and `held_out` windows are given."""
-        from teq.transforms.teq import train
+        from teq.transforms.teq import block, train
 
         offloaded = runtime.strategy == "offload"
         device = runtime.device if offloaded else model.get_input_embeddings().weight.device
+        common = {"grid": self.grid, "steps": self.steps, "batch": self.batch}
+        common |= {"runtime": runtime, "on_step": on_step}
+        if self.objective == "block":
+            trainer_of = functools.partial(self.trainer, model, arch, device, start)
+            return block.train(model, arch, windows, held_out, trainer_of, **common)
         return train.train(
             model,
             arch,
@@ -137,13 +162,9 @@ class Teq(Transform):
             self.trainer(model, arch, device, start),
             held_out=held_out,
             divergence=self.objective == "kl",
-            grid=self.grid,
-            steps=self.steps,
-            batch=self.batch,
             dropout=self.profile == "inc",
             seed=self.calib.seed,
-            runtime=runtime,
-            on_step=on_step,
+            **common,
         )
 
     def dry_run(self, lm: "LM", strategy: str) -> None:
@@ -151,10 +172,18 @@ class Teq(Transform):
         import torch
 
         from teq.transforms.activations import outputs
+        from teq.transforms.teq import block
         from teq.transforms.teq.linear import fake_quantized
 
-        trainer = self.trainer(lm.model, lm.arch, lm.device)
         tokens = torch.zeros(self.batch, self.length, dtype=torch.int64, device=lm.device)
+        if self.objective == "block":
+            trainer_of = functools.partial(self.trainer, lm.model, lm.arch, lm.device, None)
+            count = max(self.steps, 1) * self.batch + HELD_OUT
+            block.dry_run(
+                lm.model, lm.arch, tokens, trainer_of, grid=self.grid, count=count, strategy=strategy
+            )
+            return
+        trainer = self.trainer(lm.model, lm.arch, lm.device)
         exact = [
             outputs(lm.model, lm.arch, tokens, self.batch, strategy, lm.device)
             if self.objective == "kl"

@@ -84,12 +84,16 @@ class Trainer:
         with torch.no_grad():
             return {name: self.scale(name).clone() for name in self.free}
 
+    def refresh(self) -> None:
+        """Compute with the present scales from now on."""
+        self.current.update({name: self.scale(name) for name in self.free})
+
     def loss(self, model: nn.Module, tokens: Tensor, reference: Tensor | None = None) -> Tensor:
         """Return the loss of `tokens [batch, token]` under the present scales, inside `fake_quantized`.
 
         With a reference, the float model's `last_hidden` of the tokens, it is the divergence to that.
         """
-        self.current.update({name: self.scale(name) for name in self.free})
+        self.refresh()
         return training_loss(model, tokens, reference)
 
     def mean_loss(self, model: nn.Module, batches: Batches, scales: Mapping[str, Tensor]) -> float:
