@@ -24,6 +24,7 @@ from teq.evaluate import lastword, scoring
 from teq.pipeline import cost
 from teq.quantizers.gptq import solver
 from teq.transforms.teq import fake_quant
+from teq.transforms.teq.settings import HELD_OUT
 from teq.verbs import run as cli
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_gpu.py runs on it")
@@ -128,8 +129,15 @@ def test_learned_rounding_and_the_last_stage_give_a_cpus_bits(ran):
     assert_equal_to_the_bit(ran(*argv, cuda=Cuda()), ran(*argv))
 
 
-def test_every_strategy_gives_a_cpus_bits(ran):
-    argv = ["model=tiny-llama", "method=teq", "train.length=32"]
+def test_input_correction_gives_a_cpus_bits(ran):
+    argv = ["model=tiny-llama", "method=gptq", "gptq.input_correction=0.5", "memory=keep"]
+    assert_equal_to_the_bit(ran(*argv, cuda=Cuda()), ran(*argv))
+
+
+@pytest.mark.parametrize("objective", ["lm", "kl", "block"])
+def test_every_strategy_gives_a_cpus_bits(ran, objective):
+    argv = ["model=tiny-llama", "method=teq", "train.length=32", f"train.objective={objective}"]
+    argv += ["train.batch=2", "train.steps=8"] if objective == "block" else []
     expected = ran(*argv, "memory=keep")
     for strategy in ("checkpoint", "offload"):
         cuda = Cuda()
@@ -140,7 +148,10 @@ def test_every_strategy_gives_a_cpus_bits(ran):
         for name in ("strategy", "planned_strategy"):
             found.records["teq"]["training"][name] = "keep"
         assert_equal_to_the_bit(found, expected)
-        assert cuda.numbers()["transforms.teq.train"] == STEPS and bool(cuda.waits) is (strategy == "offload")
+        read = {module: n for module, n in cuda.numbers().items() if module.startswith("transforms.teq")}
+        by_block = {"transforms.teq.block": BLOCKS * (8 + 2 * HELD_OUT)}  # its steps, its start and its end
+        assert read == (by_block if objective == "block" else {"transforms.teq.train": STEPS})
+        assert bool(cuda.waits) is (strategy == "offload")
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])  # BLOOM's position biases are made from positions

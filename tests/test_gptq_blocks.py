@@ -31,13 +31,21 @@ def test_gptq_that_equals_rounding_is_an_error(own_home, tiny, monkeypatch):
 @pytest.mark.parametrize("family", ["opt", "bloom", "llama", "gemma3"])
 @pytest.mark.parametrize(
     "options",
-    [[], ["order=act"], ["order=static"], ["order=group"], ["true_sequential=true"]],
+    [
+        [],
+        ["order=act"],
+        ["order=static"],
+        ["order=group"],
+        ["true_sequential=true"],
+        ["input_correction=1"],
+        ["input_correction=1", "true_sequential=true"],
+    ],
     ids=" ".join,
 )
 def test_gptq_blocks_equal_a_plain_walk(tiny, family, options):
     """Shared Hessians and block inputs, against a Hessian per linear from whole-model forward passes.
 
-    What is compared is what was stored.
+    So are the float model's inputs of the correction. What is compared is what was stored.
     """
     from teq.models.arch import blocks, linears
     from teq.quantizers.quantized import linear_from
@@ -45,34 +53,61 @@ def test_gptq_blocks_equal_a_plain_walk(tiny, family, options):
     chosen = [f"gptq.{option}" for option in options]
     (job,) = config.jobs([f"model=tiny-{family}", *GPTQ, "method=gptq", "group_size=16", *chosen])
     settings, grid = job.run.quantizer, job.run.quantizer.grid
-    lm, plain = tiny(family), tiny(family)
+    lm, plain, exact = tiny(family), tiny(family), tiny(family)
     tensors, _ = settings.quantize(lambda: lm, {}, Runtime())
     windows = corpora.calibration(settings.calib, plain.tokenizer, settings.samples, settings.length)
     for block_name, block in blocks(plain.model, plain.arch).items():
         inside = linears(block_name, block)
         for names in [[name] for name in inside] if settings.true_sequential else [list(inside)]:
-            inputs = {name: [] for name in names}
-            handles = [
-                inside[name].register_forward_pre_hook(
-                    lambda _, args, seen=inputs[name]: seen.append(args[0])
-                )
-                for name in names
-            ]
-            with torch.no_grad():
-                for window in windows:
-                    plain.model(window[None])
-            for handle in handles:
-                handle.remove()
+            inputs, float_inputs = (inputs_of(each.model, names, windows) for each in (plain, exact))
             for name in names:
                 linear = inside[name]
                 hessian = Hessian(linear.in_features, torch.device("cpu"))
-                for batch in inputs[name]:
-                    hessian.add(batch.reshape(1, -1, linear.in_features))
-                expected = settings.solve([(linear.weight, hessian.mean())])[0].quantized.dequantize(grid)
+                for pair in zip(inputs[name], float_inputs[name], strict=True):
+                    hessian.add(*pair)
+                cross = [hessian.mean_cross()] if settings.input_correction else []
+                (solution,) = settings.solve([(linear.weight, hessian.mean(), *cross)])
+                expected = solution.quantized.dequantize(grid)
                 ours = linear_from(tensors, name, grid, tuple(linear.weight.shape)).dequantize(grid)
                 assert (~torch.isclose(ours, expected, rtol=1e-3)).float().mean() < 2e-3, name
                 with torch.no_grad():
                     linear.weight.copy_(expected)
+
+
+def inputs_of(model, names, windows):
+    """What linears read when a whole model reads windows, `[1, token, in]` each."""
+    inputs = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda linear, args, seen=inputs[name]: seen.append(args[0].reshape(1, -1, linear.in_features))
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        for window in windows:
+            model(window[None])
+    for handle in handles:
+        handle.remove()
+    return inputs
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_correction_leaves_the_first_block_to_gptq(tiny, family):
+    """Its inputs are the float model's; with folded scales too. Behind it every linear is another."""
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(250, (4, 48), generator=generator)
+    lm = tiny(family)
+    scales = {s.name: torch.rand(s.width, generator=generator) + 0.5 for s in sites(lm.model, lm.arch)}
+    found = {
+        share: settings(input_correction=share).quantize_on(tiny(family), scales, windows)[0]
+        for share in (0.0, 0.25, 1.0)
+    }
+    codes = [name for name in found[0.0] if name.endswith("/codes")]
+    first = [name for name in codes if ".0." in name]
+    assert 0 < len(first) < len(codes)
+    for share in (0.25, 1.0):
+        equal = [name for name in codes if torch.equal(found[share][name], found[0.0][name])]
+        assert equal == first
 
 
 def settings(bits=3, group_size=32, symmetric=False, **kwargs):
@@ -81,7 +116,11 @@ def settings(bits=3, group_size=32, symmetric=False, **kwargs):
 
 
 @pytest.mark.parametrize("after", [1, 2])  # finished blocks of two
-@pytest.mark.parametrize("options", [{}, {"order": "act", "group_size": 16}], ids=["plain", "act"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"order": "act", "group_size": 16}, {"input_correction": 1.0}],
+    ids=["plain", "act", "corrected"],
+)
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_gptq_goes_on_from_its_last_finished_block(tiny, tmp_path, monkeypatch, family, after, options):
     """Codes, scales, changed parameters and the report are those of an undisturbed run, to the bit."""
@@ -138,7 +177,10 @@ def test_gptq_whose_memory_ran_out_goes_on_from_its_last_finished_block(tiny, tm
     assert len(solved) == 3 and "memory ran out in GPTQ" in caplog.text
 
 
-@pytest.mark.parametrize("options", [[], ["group_size=-1"], ["gptq.order=act", "group_size=16"]])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["group_size=-1"], ["gptq.order=act", "group_size=16"], ["gptq.input_correction=0.5"]],
+)
 def test_gptqs_memory_is_within_15_percent(family, options):
     shape = ["gptq.samples=6", "gptq.length=96", "method=gptq", f"model=tiny-{family}", "evals=[python-docs]"]
     (job,) = config.jobs([*shape, *options])
@@ -150,7 +192,7 @@ def test_gptqs_memory_is_within_15_percent(family, options):
     assert predicted == pytest.approx(weights + live.peak, rel=0.15)
 
 
-@pytest.mark.parametrize("options", [[], ["gptq.order=act"]])
+@pytest.mark.parametrize("options", [[], ["gptq.order=act"], ["gptq.input_correction=0.5"]])
 def test_gptqs_operations_are_those_of_its_matrix_products(family, options):
     """Except what the counter does not know: the factorization and the columns inside a strip."""
     shape = ["gptq.samples=6", "gptq.length=96", "method=gptq", f"model=tiny-{family}", "evals=[python-docs]"]

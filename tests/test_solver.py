@@ -63,6 +63,16 @@ def test_the_hessian_made_in_bands_is_twice_the_mean_product(width):
     torch.testing.assert_close(total.mean().double(), flat.T @ flat * (2 / 6), rtol=1e-5, atol=1e-4)
 
 
+def test_the_cross_term_is_twice_the_mean_product_of_the_inputs_errors():
+    inputs, exact = torch.randn(2, 3, 2, 8, 300, generator=torch.Generator().manual_seed(0))
+    total = Hessian(300, torch.device("cpu"))
+    for batch in zip(inputs, exact, strict=True):
+        total.add(*batch)
+    flat, other = (part.flatten(0, -2).double() for part in (inputs, exact))
+    expected = (other - flat).T @ flat * (2 / 6)
+    torch.testing.assert_close(total.mean_cross().double(), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_identity_hessian_is_rounding():
     weight = ORACLE["weight"]
     chosen = settings(group_size=32)
@@ -77,16 +87,78 @@ def test_error_is_below_that_of_rounding():
     assert chosen.solve([(weight, h)])[0].error < 0.7 * rounding
 
 
+@pytest.mark.parametrize("cross", [[], [torch.ones(224, 224) / 100]], ids=["plain", "corrected"])
 @pytest.mark.parametrize(
     "options", [{}, {"order": "act"}, {"order": "group"}, {"group_size": -1}, {"block_size": 50}]
 )
-def test_error_is_that_of_the_weights_under_the_hessian(options):
+def test_error_is_that_of_the_weights_under_the_hessian(options, cross):
     h, chosen = hessian(), settings(**options)
     h[7, :] = h[:, 7] = 0
-    (solution,) = chosen.solve([(ORACLE["weight"], h)])
+    (solution,) = chosen.solve([(ORACLE["weight"], h, *cross)])
     lost = solution.quantized.dequantize(chosen.grid) - ORACLE["weight"]
     lost[:, 7] = 0
     assert solution.error == pytest.approx(float(((lost.double() @ h.double()) * lost).sum()), rel=1e-4)
+
+
+def drifted(count=64):
+    """A layer, its inputs, and the float model's, a tenth of each off those: weight, x, x_float."""
+    weight, x = ORACLE["weight"][:, -count:], ORACLE["inputs"][:, -count:]
+    other = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return weight, x, x + 0.1 * (x.roll(1, 1) + other * x.std())
+
+
+def reference(weight, h, cross, params, grid, order):
+    """GPTAQ's loop column by column in fp64, each inverse by itself; params are those of columns."""
+    scale, zero = (p.double() for p in params)
+    w, h, cross = weight.double()[:, order], h.double()[order][:, order], cross.double()[order][:, order]
+    h += 0.01 * h.diagonal().mean() * torch.eye(len(h))
+    codes = torch.zeros_like(w)
+    for i, at in enumerate(order):
+        column, rest, inverse = w[:, i].clone(), slice(i + 1, None), torch.linalg.inv(h[i:, i:])
+        code = ((column / scale[:, at]).round() + zero[:, at]).clamp(0, grid.levels)
+        lost = column - scale[:, at] * (code - zero[:, at])
+        w[:, rest] -= torch.outer(lost, inverse[0, 1:] / inverse[0, 0])
+        w[:, rest] += torch.outer(column, cross[i, rest] @ torch.linalg.inv(h[rest, rest]))
+        codes[:, at] = code
+    return codes
+
+
+@pytest.mark.parametrize("block_size", [1, 24, 128])
+@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize(
+    ("group_size", "order"), [(-1, "natural"), (-1, "act"), (-1, "group"), (16, "static")]
+)
+def test_corrected_codes_are_those_of_a_plain_fp64_loop(group_size, order, share, block_size):
+    weight, x, exact = drifted()
+    h, cross = x.T @ x, share * ((exact - x).T @ x)
+    chosen = settings(group_size=group_size, order=order, block_size=block_size)
+    ours = chosen.solve([(weight, h, cross)])[0].quantized.codes
+    visited = torch.arange(64) if order == "natural" else h.diagonal().argsort(descending=True)
+    params = [spread(p, chosen.grid, 64) for p in group_params(weight, chosen.grid)]
+    assert torch.equal(ours.double(), reference(weight, h, cross, params, chosen.grid, visited))
+    assert not torch.equal(ours, chosen.solve([(weight, h)])[0].quantized.codes)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_inputs_without_an_error_give_gptqs_codes(order):
+    chosen, weight = settings(order=order), ORACLE["weight"]
+    plain, corrected = (
+        chosen.solve([(weight, hessian(), *cross)])[0] for cross in ([], [torch.zeros(224, 224)])
+    )
+    assert torch.equal(plain.quantized.codes, corrected.quantized.codes)
+    assert torch.equal(plain.quantized.scale, corrected.quantized.scale)
+    assert corrected.error == pytest.approx(float(plain.error), rel=1e-4)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_correction_comes_closer_to_the_float_models_outputs(order):
+    weight, x, exact = drifted(224)
+    chosen, lost = settings(order=order), []
+    for share in (0, 0.25, 0.5, 1):
+        cross = share * ((exact - x).T @ x)
+        q = chosen.solve([(weight, x.T @ x, cross)])[0].quantized.dequantize(chosen.grid)
+        lost.append(float((x @ q.T - exact @ weight.T).norm()))
+    assert lost[2] < 0.96 * lost[0] and all(each < lost[0] for each in lost[1:])
 
 
 def importance():

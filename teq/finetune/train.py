@@ -9,32 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from teq.console import track
-from teq.device.offload import place_around_blocks, saving
+from teq.device.offload import place_around_blocks
 from teq.device.runtime import DEFAULT_RUNTIME, Runtime
 from teq.files.resume import ResumeFile
 from teq.finetune.tuned import PARAM, Tuned
 from teq.grid import Grid
 from teq.models.arch import Arch, blocks
 from teq.models.blocks import check_head
-from teq.models.loss import last_hidden
 from teq.quantizers.quantized import Quantized, linear_from, restore
 from teq.stage import Diverged, NothingDone, OnStep
+from teq.transforms.activations import outputs
 
 log = logging.getLogger(__name__)
 HELD_OUT = 11  # one window in so many is held out
-
-
-@torch.no_grad()
-def outputs(
-    model: nn.Module, arch: Arch, windows: Tensor, batch: int, strategy: str, device: torch.device
-) -> Tensor:
-    """Return the model's last hidden states `[window, token, width]` in host memory.
-
-    With the frozen output embeddings they are the exact distribution of every token.
-    """
-    with saving(blocks(model, arch).values(), strategy, device):
-        found = [last_hidden(model, part.to(device)).cpu() for part in windows.split(batch)]
-    return torch.cat(found)
 
 
 def finetune(

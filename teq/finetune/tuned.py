@@ -11,7 +11,7 @@ from teq.device.offload import saving
 from teq.finetune.linear import DequantizedLinear
 from teq.grid import Grid, storable
 from teq.models.arch import Arch, blocks, linears
-from teq.models.loss import causal_loss, divergence_loss
+from teq.models.loss import training_loss
 from teq.quantizers.quantized import Quantized
 
 BETAS = (0.9, 0.95)
@@ -107,10 +107,7 @@ class Tuned:
 
     def loss(self, tokens: Tensor, reference: Tensor | None) -> Tensor:
         """Return the loss of `tokens [batch, token]`: the model's own, or the divergence to a reference."""
-        tokens = tokens.to(self.device)
-        if reference is None:
-            return causal_loss(self.model, tokens)
-        return divergence_loss(self.model, tokens, reference.to(self.device))
+        return training_loss(self.model, tokens, reference)
 
     def move(self, loss: Tensor, rate: float) -> None:
         """Run the backward pass and Adam's update."""

@@ -92,3 +92,14 @@ def divergence_loss(model: nn.Module, tokens: Tensor, reference: Tensor) -> Tens
     hidden = last_hidden(model, tokens).flatten(0, 1)
     head = model.get_output_embeddings()
     return ChunkedDivergence.apply(hidden, head.weight, head.bias, reference.flatten(0, 1))
+
+
+def training_loss(model: nn.Module, tokens: Tensor, reference: Tensor | None) -> Tensor:
+    """Return the `causal_loss` of `tokens [batch, token]`, or with a reference the `divergence_loss` to it.
+
+    Both are moved to the device of the model's embeddings.
+    """
+    device = model.get_input_embeddings().weight.device
+    if reference is None:
+        return causal_loss(model, tokens.to(device))
+    return divergence_loss(model, tokens.to(device), reference.to(device))

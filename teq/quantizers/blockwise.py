@@ -27,8 +27,8 @@ class Calibrated:
     """A block with its folded weights in it and what goes through it, one entry `[1, token, width]` a sample.
 
     `exact` are its folded weights `[out, in]` in fp32 by linear. `targets` are the outputs of the float
-    model's block, empty where nobody asked for them. `kwargs` are those of one sample, `together(n)` those
-    of n in one batch, of every block.
+    model's block and `float_inputs` its inputs, empty where nobody asked for them. `kwargs` are those of one
+    sample, `together(n)` those of n in one batch, of every block.
     """
 
     folded: FoldedBlock
@@ -38,6 +38,7 @@ class Calibrated:
     targets: list[Tensor]
     kwargs: dict[str, Any]
     together: Callable[[int], list[dict[str, Any]]]
+    float_inputs: list[Tensor] = dataclasses.field(default_factory=list)
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
@@ -59,6 +60,7 @@ def quantize_blocks(
     what: str,
     *,
     targets: bool = False,
+    float_inputs: bool = False,
     waiting: str | None = None,
     partial: Path | None = None,
 ) -> tuple[dict[str, Tensor], Report]:
@@ -72,7 +74,7 @@ def quantize_blocks(
     """
     device = model.get_input_embeddings().weight.device
     hidden, keywords = first_inputs(model, arch, windows, waiting)
-    exact_hidden = list(hidden) if targets else []
+    exact_hidden = list(hidden) if targets or float_inputs else []
 
     @functools.cache
     def together(count: int) -> list[dict[str, Any]]:
@@ -83,14 +85,16 @@ def quantize_blocks(
     finished = BlockFiles(partial, what)
     for index, block in enumerate(track(FoldedModel(model, arch, scales).blocks(), f"{what} blocks")):
         kwargs = keywords[index]
+        exact_inputs = list(exact_hidden) if float_inputs else []
         pass_on(block.module, exact_hidden, kwargs, device)
         if (known := finished.read(index)) is not None:
             part, entries = known
             restore(model, {name: t.to(device) for name, t in part.items()}, grid)
         else:
-            part, entries = _quantized(
-                model, grid, quantize, Calibrated(block, index, {}, hidden, exact_hidden, kwargs, together)
+            calibrated = Calibrated(
+                block, index, {}, hidden, exact_hidden, kwargs, together, float_inputs=exact_inputs
             )
+            part, entries = _quantized(model, grid, quantize, calibrated)
             finished.write(index, part, entries)
         tensors |= part
         report |= entries
@@ -121,15 +125,20 @@ def pass_on(block: nn.Module, hidden: list[Tensor], kwargs: dict[str, Any], devi
 class Sums(Protocol):
     """Sums over the inputs of a linear."""
 
-    def add(self, inputs: Tensor) -> None:
-        """Take in one batch of inputs `[sequence, token, in]`."""
+    def add(self, *inputs: Tensor) -> None:
+        """Take in one batch of inputs `[sequence, token, in]`, and the float model's if they are measured."""
 
 
 S = TypeVar("S", bound=Sums)
 
 
-class _AllSeen(Exception):
-    """Every linear has its input: what the block would still make of them is not needed."""
+@dataclass(frozen=True)
+class FloatBlock:
+    """A float block with linears by full name, and its inputs `[1, token, width]`, one a sample."""
+
+    module: nn.Module
+    linears: Mapping[str, nn.Linear]
+    hidden: list[Tensor]
 
 
 def measure(
@@ -138,8 +147,34 @@ def measure(
     hidden: list[Tensor],
     kwargs: dict[str, Any],
     sums: Callable[[int, torch.device], S],
+    exact: FloatBlock | None = None,
 ) -> dict[tuple[str, ...], S]:
-    """Return `sums(in, device)` over all samples, one for each set of linears with the very same input."""
+    """Return `sums(in, device)` over all samples, one for each set of linears with the very same input.
+
+    With the `exact` block they also take in what the linear of the same name reads there.
+    """
+    device = next(iter(inside.values())).weight.device
+    found: dict[tuple[str, ...], S] = {}
+    for i, sample in enumerate(hidden):
+        others = {}
+        if exact is not None:
+            same = {name: exact.linears[name] for name in inside}
+            others = _inputs(exact.module, same, exact.hidden[i].to(device), kwargs)
+        for names, tensor in _inputs(block, inside, sample.to(device), kwargs).items():
+            if names not in found:
+                found[names] = sums(tensor.shape[-1], tensor.device)
+            found[names].add(tensor, *([others[names]] if others else []))
+    return found
+
+
+class _AllSeen(Exception):
+    """Every linear has its input: what the block would still make of them is not needed."""
+
+
+def _inputs(
+    block: nn.Module, inside: Mapping[str, nn.Linear], sample: Tensor, kwargs: dict[str, Any]
+) -> dict[tuple[str, ...], Tensor]:
+    """Return the distinct inputs `[1, token, in]` of linears, by the names of those that read each."""
     readers: list[tuple[Tensor, list[str]]] = []
 
     def note(name: str) -> Any:
@@ -154,21 +189,12 @@ def measure(
 
         return hook
 
-    device = next(iter(inside.values())).weight.device
-    found: dict[tuple[str, ...], S] = {}
-    with contextlib.ExitStack() as hooks:
+    with contextlib.ExitStack() as hooks, contextlib.suppress(_AllSeen):
         for name, linear in inside.items():
             hooks.enter_context(linear.register_forward_pre_hook(note(name)))
-        for sample in hidden:
-            readers.clear()
-            with contextlib.suppress(_AllSeen):
-                run_block(block, sample.to(device), kwargs)
-            for tensor, names in readers:
-                if tuple(names) not in found:
-                    found[tuple(names)] = sums(tensor.shape[-1], tensor.device)
-                # OPT hands its feed-forward part flat tokens: one sample is one sequence whatever its shape
-                found[tuple(names)].add(tensor.reshape(1, -1, tensor.shape[-1]))
-    return found
+        run_block(block, sample, kwargs)
+    # OPT hands its feed-forward part flat tokens: one sample is one sequence whatever its shape
+    return {tuple(names): tensor.reshape(1, -1, tensor.shape[-1]) for tensor, names in readers}
 
 
 def assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:

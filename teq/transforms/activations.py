@@ -1,4 +1,4 @@
-"""Float activations on calibration text: blocks run in order, watched at the inputs of their sites."""
+"""Float activations on calibration text: what blocks and sites read in order, what the model ends with."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from teq.console import track
+from teq.device.offload import saving
 from teq.models.arch import Arch, Site, blocks, linears, sites
 from teq.models.blocks import first_inputs, run_block
 from teq.models.fold import check_equivalence
+from teq.models.loss import last_hidden
 
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]  # module, args, keywords, output
 
@@ -51,6 +53,19 @@ def watched_blocks(
             for i, sample in enumerate(hidden):
                 hidden[i] = run_block(module, sample, keywords[index])
         yield block
+
+
+@torch.no_grad()
+def outputs(
+    model: nn.Module, arch: Arch, windows: Tensor, batch: int, strategy: str, device: torch.device
+) -> Tensor:
+    """Return the model's last hidden states `[window, token, width]` in host memory.
+
+    With the frozen output embeddings they are the exact distribution of every token.
+    """
+    with saving(blocks(model, arch).values(), strategy, device):
+        found = [last_hidden(model, part.to(device)).cpu() for part in windows.split(batch)]
+    return torch.cat(found)
 
 
 def reader(site: Site) -> nn.Linear:

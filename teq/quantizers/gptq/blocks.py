@@ -1,5 +1,6 @@
 """GPTQ over a model: block after block, each measured on what the quantized blocks before it put out."""
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from teq.device.memory import Estimate
 from teq.grid import Grid
 from teq.models.arch import Arch, blocks, linears, sites
 from teq.quantizers import blockwise, errors
-from teq.quantizers.blockwise import Calibrated, Report
-from teq.quantizers.gptq.solver import Hessian, Solution
+from teq.quantizers.blockwise import Calibrated, FloatBlock, Report
+from teq.quantizers.gptq.solver import Hessian, Problem, Solution
 from teq.quantizers.quantized import Quantized
 from teq.quantizers.rtn import round_to_nearest
 from teq.record import OUTPUT_ERROR
@@ -22,7 +23,7 @@ from teq.stage import NothingDone
 if TYPE_CHECKING:
     from teq.models.checkpoint import LM
 
-Solve = Callable[[Sequence[tuple[Tensor, Tensor]]], list[Solution]]  # (weight, hessian) pairs
+Solve = Callable[[Sequence[Problem]], list[Solution]]
 Solved = tuple[tuple[str, ...], Tensor, Solution]  # linears of one input, the Hessian, their solution
 
 
@@ -35,17 +36,29 @@ def quantize_blocks(
     solve: Solve,
     *,
     true_sequential: bool = False,
+    input_correction: float = 0.0,
     waiting: str | None = None,
     partial: Path | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Quantize every linear of every block; see `teq.quantizers.blockwise.quantize_blocks`.
 
+    `input_correction` is the share of GPTAQ's cross term that is given to `solve`; at 0 it gets none.
+
     Returns the stored tensors, the relative errors of the outputs, and a report by linear: the damping, the
     share of codes that differ from RTN's, the output error. Raises NothingDone when all codes equal RTN's.
     """
-    quantize = functools.partial(_quantize_block, grid, solve, true_sequential)
+    quantize = functools.partial(_quantize_block, grid, solve, true_sequential, input_correction)
     tensors, report = blockwise.quantize_blocks(
-        model, arch, scales, windows, grid, quantize, "GPTQ", waiting=waiting, partial=partial
+        model,
+        arch,
+        scales,
+        windows,
+        grid,
+        quantize,
+        "GPTQ",
+        float_inputs=input_correction > 0,
+        waiting=waiting,
+        partial=partial,
     )
     if not any(entry["moved"] for entry in report.values()):
         raise NothingDone(
@@ -55,14 +68,14 @@ def quantize_blocks(
 
 
 def _quantize_block(
-    grid: Grid, solve: Solve, true_sequential: bool, block: Calibrated
+    grid: Grid, solve: Solve, true_sequential: bool, input_correction: float, block: Calibrated
 ) -> tuple[dict[str, Quantized], Report]:
     """Return a block's quantized linears and a report by linear."""
     quantized: dict[str, Quantized] = {}
     report: Report = {}
     moved, totals, hessians = [], [], {}
     solve_block = functools.partial(_solve_in_turn, grid) if true_sequential else _solve_at_once
-    for names, hessian, solution in solve_block(block, solve):
+    for names, hessian, solution in solve_block(block, _Problems(block, input_correction), solve):
         hessians[names] = hessian
         rows = [block.exact[name].shape[0] for name in names]
         q = solution.quantized
@@ -84,43 +97,80 @@ def _quantize_block(
     return quantized, report
 
 
-def _solve_at_once(block: Calibrated, solve: Solve) -> list[Solved]:
+class _Problems:
+    """The problems of a block's linears, measured on the weights that the block has when it is asked.
+
+    Under a `share` of input correction a copy of the float block is kept for its linears' inputs.
+    """
+
+    def __init__(self, block: Calibrated, share: float) -> None:
+        self.block, self.share = block, share
+        self.exact: FloatBlock | None = None
+        if share:
+            module = copy.deepcopy(block.folded.module)
+            self.exact = FloatBlock(module, linears(block.folded.name, module), block.float_inputs)
+
+    def of(self, inside: Mapping[str, nn.Linear]) -> dict[tuple[str, ...], Problem]:
+        """Return the problem of each distinct input, by the linears that read it."""
+        block, found = self.block, {}
+        measured = blockwise.measure(
+            block.folded.module, inside, block.hidden, block.kwargs, Hessian, self.exact
+        )
+        for names, hessian in measured.items():
+            found[names] = torch.cat([block.exact[name] for name in names]), hessian.mean()
+            if self.share:
+                found[names] += (hessian.mean_cross().mul_(self.share),)
+        return found
+
+
+def _solve_at_once(block: Calibrated, problems: _Problems, solve: Solve) -> list[Solved]:
     """Return a solution for each distinct input of the block's linears, with the linears that read it."""
-    groups = blockwise.measure(block.folded.module, block.linears, block.hidden, block.kwargs, Hessian)
-    tall = [torch.cat([block.exact[name] for name in names]) for names in groups]
-    means = [hessian.mean() for hessian in groups.values()]
-    return list(zip(groups, means, solve(list(zip(tall, means, strict=True))), strict=True))
+    found = problems.of(block.linears)
+    hessians = [problem[1] for problem in found.values()]
+    return list(zip(found, hessians, solve(list(found.values())), strict=True))
 
 
-def _solve_in_turn(grid: Grid, block: Calibrated, solve: Solve) -> list[Solved]:
+def _solve_in_turn(grid: Grid, block: Calibrated, problems: _Problems, solve: Solve) -> list[Solved]:
     """Solve as `_solve_at_once` does, each input measured after the linears before it were quantized."""
     solutions = []
-    module, kwargs = block.folded.module, block.kwargs
-    for names in blockwise.measure(module, block.linears, block.hidden[:1], kwargs, Hessian):
-        inside = {name: block.linears[name] for name in names}
-        hessian = blockwise.measure(module, inside, block.hidden, kwargs, Hessian)[names].mean()
-        (solution,) = solve([(torch.cat([block.exact[name] for name in names]), hessian)])
-        solutions.append((names, hessian, solution))
+    for names in blockwise.measure(
+        block.folded.module, block.linears, block.hidden[:1], block.kwargs, Hessian
+    ):
+        problem = problems.of({name: block.linears[name] for name in names})[names]
+        (solution,) = solve([problem])
+        solutions.append((names, problem[1], solution))
         weight = solution.quantized.dequantize(grid)
         for name, part in zip(names, weight.split([block.exact[n].shape[0] for n in names]), strict=True):
             block.linears[name].weight.copy_(part)
     return solutions
 
 
-def waiting_bytes(lm: "LM", tokens: int) -> int:
-    """Return the bytes of the hidden states of so many tokens, which wait for the next block."""
-    return tokens * lm.model.config.hidden_size * lm.model.dtype.itemsize
+def waiting_bytes(lm: "LM", tokens: int, input_correction: bool = False) -> int:
+    """Return the bytes of the hidden states of so many tokens, which wait for the next block.
+
+    Under input correction the inputs and outputs of the float model's block wait too.
+    """
+    size = tokens * lm.model.config.hidden_size * lm.model.dtype.itemsize
+    return size * 3 if input_correction else size
 
 
-def estimate(lm: "LM", samples: int, length: int, solution_bytes: Callable[[int, int], int]) -> Estimate:
+def estimate(
+    lm: "LM",
+    samples: int,
+    length: int,
+    solution_bytes: Callable[[int, int], int],
+    input_correction: bool = False,
+) -> Estimate:
     """Predict what quantizing a model needs, from its shapes: peak bytes on the device and operations.
 
     Beside weights and hidden states these are a block's weights in fp32, the Hessians of its distinct inputs,
-    and what the largest of their solutions takes: `solution_bytes(rows, columns)`.
+    and what the largest of their solutions takes: `solution_bytes(rows, columns)`. Input correction adds the
+    float block and the cross terms.
 
     Every token passes twice through the blocks (attention as a full square); a Hessian takes half of a
     product of all tokens, a solution one product of its rows with the factor's upper half, its errors two
-    with the whole Hessian, and the factor the cube of its width.
+    with the whole Hessian, and the factor the cube of its width. Input correction doubles passes and
+    solutions; a cross term takes a whole product of all tokens, its share in the solution four cubes.
     """
     weights = sum(t.nbytes for t in {*lm.model.parameters(), *lm.model.buffers()})
     every = blocks(lm.model, lm.arch)
@@ -136,9 +186,10 @@ def estimate(lm: "LM", samples: int, length: int, solution_bytes: Callable[[int,
     passes = 2 * tokens * (2 * numbers + 4 * length * hidden)
     products = sum(linear.weight.numel() * linear.in_features for linear in inside.values())
     factors = sum(group[0].in_features ** 3 for group in readers)
-    waiting = waiting_bytes(lm, tokens)
-    return Estimate(
-        weights + waiting + 4 * numbers + 4 * squares + largest,
-        len(every) * (passes + tokens * squares + 5 * products + factors),
-        movable=waiting,
-    )
+    waiting = waiting_bytes(lm, tokens, input_correction)
+    size = weights + waiting + 4 * numbers + 4 * squares + largest
+    flops = passes + tokens * squares + 5 * products + factors
+    if input_correction:
+        size += sum(p.nbytes for p in block.parameters()) + 4 * squares
+        flops += passes + 2 * tokens * squares + products + 4 * factors
+    return Estimate(size, len(every) * flops, movable=waiting)

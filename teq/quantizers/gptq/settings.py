@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from teq.models.checkpoint import LM
-    from teq.quantizers.gptq.solver import Solution
+    from teq.quantizers.gptq.solver import Problem, Solution
 
 log = logging.getLogger(__name__)
 ORDERS = {  # of columns, as records name them: by the official code's flags
@@ -36,7 +36,9 @@ SMALL = 128  # columns of the matrix that a solution's memory is counted on
 class Gptq(Quantizer):
     """GPTQ as its official code runs it; the defaults of the options are that code's.
 
-    `order` is that of the columns; see `teq.quantizers.gptq.solver.Options`.
+    `order` is that of the columns; see `teq.quantizers.gptq.solver.Options`. `input_correction` is the share
+    of GPTAQ's correction for what the quantized blocks before did to a layer's inputs: 1 in its paper, 0.25
+    in its code.
     """
 
     version = 2
@@ -49,6 +51,7 @@ class Gptq(Quantizer):
     block_size: int = option(128, at_least=1)
     order: str = option("natural", among=tuple(ORDERS), recorded=ORDERS)
     true_sequential: bool = False
+    input_correction: float = option(0.0, among=(0.0, 0.25, 0.5, 1.0), omitted=0.0)
 
     def quantize(self, load: Load, scales: "Mapping[str, Tensor]", runtime: Runtime) -> Made:
         """Quantize on calibration windows; hidden states wait in host memory if the device lacks room."""
@@ -70,7 +73,7 @@ class Gptq(Quantizer):
             del lm
             memory.release(runtime.device)
             lm = load()
-        size = waiting_bytes(lm, self.samples * self.length)
+        size = waiting_bytes(lm, self.samples * self.length, self.input_correction > 0)
         log.info("%.3g GB of hidden states wait in the host's memory", size / 1e9)
         return work(lm, waiting="cpu")
 
@@ -93,6 +96,7 @@ class Gptq(Quantizer):
             self.grid,
             self.solve,
             true_sequential=self.true_sequential,
+            input_correction=self.input_correction,
             waiting=waiting,
             partial=partial,
         )
@@ -101,7 +105,7 @@ class Gptq(Quantizer):
             log.warning("the damping had to be raised for %d of %d linears", raised, len(report))
         return tensors, info
 
-    def solve(self, problems: "Sequence[tuple[Tensor, Tensor]]") -> "list[Solution]":
+    def solve(self, problems: "Sequence[Problem]") -> "list[Solution]":
         """Quantize each weight under its Hessian; see `teq.quantizers.gptq.solver.solve`."""
         from teq.quantizers.gptq import solver
 
@@ -112,7 +116,9 @@ class Gptq(Quantizer):
         """Predict memory and operations; see `teq.quantizers.gptq.blocks.estimate`."""
         from teq.quantizers.gptq.blocks import estimate
 
-        return estimate(lm, self.samples, self.length, self._solution_bytes)
+        return estimate(
+            lm, self.samples, self.length, self._solution_bytes, input_correction=self.input_correction > 0
+        )
 
     def _solution_bytes(self, rows: int, columns: int) -> int:
         """Return the peak bytes of one solution, counted on a small matrix of the same proportions.
@@ -132,6 +138,7 @@ class Gptq(Quantizer):
             block_size=max(1, self.block_size * small // columns),
         )
         weight = torch.ones(max(1, rows * small // columns), small).cumsum(0)
+        cross = [torch.zeros(small, small)] if self.input_correction else []
         with LiveBytes() as live, torch.no_grad():
-            few.solve([(torch.cat([weight]), torch.eye(small))])  # the copy is the tall matrix of a block
+            few.solve([(torch.cat([weight]), torch.eye(small), *cross)])  # the copy is a block's tall matrix
         return int(live.peak * (columns / small) ** 2)

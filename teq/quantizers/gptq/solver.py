@@ -2,7 +2,8 @@
 
 Numerically the official code (IST-DASLab/gptq, gptq.py and quant.py): codes are equal on the golden tensors
 in the tests. Rows do not interact, so linears with the same input are solved together as one tall matrix.
-The order `group` is the group-aware reordering of Gafni et al. 2025 (arXiv 2505.14638), as in GPTQModel.
+The order `group` is the group-aware reordering of Gafni et al. 2025 (arXiv 2505.14638), as in GPTQModel. The
+cross term is GPTAQ's (Li et al. 2025, arXiv 2504.02692), which corrects for the error of the inputs.
 """
 
 import math
@@ -27,17 +28,23 @@ class Hessian:
     """The running mean over sequences of `2 x^T x` `[in, in]`, fp32.
 
     It is symmetric, so only bands of rows from the diagonal on are summed up: little more than half the work.
+    With the float model's inputs it also holds GPTAQ's cross term, the mean of `2 (x_float - x)^T x`.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.total = torch.zeros(width, width, device=device)
+        self.cross = torch.empty(0)
         self.sequences = 0
         band = max(BAND, -(-width // 8))
         self.bands = [(start, min(start + band, width)) for start in range(0, width, band)]
 
-    def add(self, inputs: Tensor) -> None:
-        """Take in one batch of inputs `[sequence, token, in]`."""
+    def add(self, inputs: Tensor, exact: Tensor | None = None) -> None:
+        """Take in one batch of inputs `[sequence, token, in]`, and the float model's where they are known."""
         flat = inputs.flatten(0, -2).float()
+        if exact is not None:
+            if not self.sequences:
+                self.cross = torch.zeros_like(self.total)
+            self.cross.addmm_((exact.flatten(0, -2).float() - flat).T, flat)
         for start, stop in self.bands:
             self.total[start:stop, start:].addmm_(flat[:, start:stop].T, flat[:, start:])
         self.sequences += inputs.shape[0]
@@ -47,6 +54,10 @@ class Hessian:
         for start, stop in self.bands:
             self.total[stop:, start:stop] = self.total[start:stop, stop:].T
         return self.total.mul_(2 / self.sequences)
+
+    def mean_cross(self) -> Tensor:
+        """Return the cross term `[in, in]`; the accumulator is used up."""
+        return self.cross.mul_(2 / self.sequences)
 
 
 @dataclass(frozen=True)
@@ -72,25 +83,29 @@ class Options:
 
 
 DEFAULT = Options()
+Problem = tuple[Tensor, ...]  # weight [out, in], hessian [in, in] and, if wanted, cross [in, in]; fp32
 
 
 def solve(
-    problems: Sequence[tuple[Tensor, Tensor]], grid: Grid, damping: float = 0.01, options: Options = DEFAULT
+    problems: Sequence[Problem], grid: Grid, damping: float = 0.01, options: Options = DEFAULT
 ) -> list[Solution]:
-    """Quantize each `weight [out, in]` (fp32) under its `hessian [in, in]` (fp32), both left as they are.
+    """Quantize each `weight [out, in]` (fp32) under its `hessian [in, in]` (fp32), all left as they are.
+
+    With a `cross` term, of which a share may be given, the columns that follow also make up for the errors of
+    the inputs: towards the weight's outputs on the float model's inputs.
 
     `damping` times the mean of the Hessian's diagonal is added to it, ten times as much where that does not
     make it positive definite. One result is read back for all problems. Raises UserError when a Hessian stays
     indefinite after the damping was raised tenfold three times.
     """
-    solutions = [_solve(*problem, grid, damping, options) for problem in problems]
+    solutions = [_solve(problem, grid, damping, options) for problem in problems]
     for step in range(1, LADDER + 1):
         failed = torch.stack([solution.failed for solution in solutions]).tolist()
         if not any(failed):
             return solutions
         raised = damping * 10**step
         solutions = [
-            _solve(*problem, grid, raised, options) if again else solution
+            _solve(problem, grid, raised, options) if again else solution
             for problem, solution, again in zip(problems, solutions, failed, strict=True)
         ]
     if torch.stack([solution.failed for solution in solutions]).any():
@@ -101,8 +116,9 @@ def solve(
     return solutions
 
 
-def _solve(weight: Tensor, hessian: Tensor, grid: Grid, damping: float, options: Options) -> Solution:
+def _solve(problem: Problem, grid: Grid, damping: float, options: Options) -> Solution:
     """Quantize under the Hessian with `damping`; nothing is read back, so that the host runs ahead."""
+    weight, hessian, *cross = problem
     columns = weight.shape[1]
     original, size = weight, grid.width(columns)
     diagonal = hessian.diagonal().clone()
@@ -125,8 +141,9 @@ def _solve(weight: Tensor, hessian: Tensor, grid: Grid, damping: float, options:
     inverse, failed = _inverse_factor(hessian, alive + added, order)
     reordered = order is not None and grid.search != "none" and fixed is None
     measured = hessian[order][:, order] if reordered else hessian
+    shift = _input_shift(cross[0], inverse, order) if cross else None
     codes, scale, zero, errors = _columns(
-        weight, measured, inverse, fixed, group_of, grid, options.block_size
+        weight, measured, inverse, shift, fixed, group_of, grid, options.block_size
     )
     g_idx = None
     if order is not None:
@@ -139,6 +156,8 @@ def _solve(weight: Tensor, hessian: Tensor, grid: Grid, damping: float, options:
             g_idx = group_of[back]
     quantized = Quantized(codes.to(torch.uint8), scale, zero, g_idx)
     lost = quantized.dequantize(grid).sub_(original).masked_fill_(dead, 0)
+    if cross:  # the weights moved for the inputs' errors too
+        return Solution(quantized, damping, failed, (lost @ hessian).mul_(lost).sum(dtype=torch.float64))
     # E = errors @ inverse and inverse^T inverse = (H + added)^-1, so tr(E (H + added) E^T) = |errors|^2
     return Solution(quantized, damping, failed, errors - added * lost.square_().sum(dtype=torch.float64))
 
@@ -183,10 +202,21 @@ def _inverse_factor(hessian: Tensor, diagonal: Tensor, order: Tensor | None) -> 
     return inverse, (failed != 0) | (failed_too != 0)
 
 
+def _input_shift(cross: Tensor, inverse: Tensor, order: Tensor | None) -> Tensor:
+    """Return P `[in, in]`: column i of the weight times `P[i, j]` is added to column j > i.
+
+    `P[i, i+1:] = cross[i, i+1:] (H[i+1:, i+1:])^-1`, of which the upper factor U of the inverse has
+    `U[i+1:, i+1:]^T U[i+1:, i+1:]`. Rows and columns are in `order`.
+    """
+    ordered = cross if order is None else cross[order][:, order]
+    return (ordered @ inverse.T).triu_(1) @ inverse
+
+
 def _columns(
     weight: Tensor,
     hessian: Tensor,
     inverse: Tensor,
+    shift: Tensor | None,
     fixed: tuple[Tensor, Tensor] | None,
     group_of: Tensor,
     grid: Grid,
@@ -200,6 +230,9 @@ def _columns(
     only: the present block's own corrections live in `block` until it ends. That is what the official code
     does. Inside a block, corrections reach the next few columns one by one and the others a strip at a time.
     Until a block ends its codes count from the zero of their group, which saves two operations a column.
+
+    Under `shift` each column moves those that follow by what it was before it was rounded. GPTAQ's official
+    code takes the rounded column for those behind a block, so that its block size decides what is computed.
     """
     columns = weight.shape[1]
     size = grid.width(columns)
@@ -236,9 +269,16 @@ def _columns(
                 torch.mul(code, params[0][at], out=rounded)
                 torch.sub(now[i], rounded, out=error_of[i])
                 block[i + 1 : last].addr_(ahead[i, i + 1 : last], error_of[i])
+                if shift is not None:
+                    block[i + 1 : last].addr_(shift[start + i, start + i + 1 : start + last], now[i])
             errors[first:last].mul_(steps[first:last])
             block[last:].addmm_(factor[first:last, last:].T, errors[first:last])
+            if shift is not None:
+                behind = shift[start + first : start + last, start + last : stop]
+                block[last:].addmm_(behind.T, block[first:last])
         rows[stop:].addmm_(inverse[start:stop, stop:].T, errors)
+        if shift is not None:
+            rows[stop:].addmm_(shift[start:stop, stop:].T, block)
         passed_on += errors.square_().sum(dtype=torch.float64)
         codes[start:stop].add_(zero[group_of[start:stop]])
     return codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), passed_on

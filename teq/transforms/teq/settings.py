@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from teq.transforms.teq.train import Trainer
 
 SEARCHES = ("awq", "smoothquant")  # starts that are found on calibration text
+OBJECTIVES = ("lm", "kl", "block")
 HELD_OUT = 4  # windows that no step trains on, where the best scales are kept
 
 
@@ -38,6 +39,11 @@ class Teq(Transform):
     Init `awq` and `smoothquant` start from the scales of that transform, whose settings the field of its name
     holds. `keep` best returns the scales of the lowest loss on held-out windows, the start among them: it is
     the default where a search gave the start, which training then never makes worse.
+
+    The `objective` is the model's own loss (`lm`, as in the paper), or the divergence of the next token's
+    distribution from the float model's (`kl`), or the squared difference of each block's outputs from the
+    float model's, one block after the other (`block`): then every block takes all steps, and keeps its start
+    where the end is no better on held-out windows.
     """
 
     group = "train"
@@ -53,6 +59,7 @@ class Teq(Transform):
     parameter: str = option(among=("clip", "log"))
     profile: str = option(among=("paper", "inc"))
     keep: str | None = option(None, among=("last", "best"), omitted="last")
+    objective: str = option("lm", among=OBJECTIVES, omitted="lm")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +73,23 @@ class Teq(Transform):
                 f"init={self.init} needs the settings of that search and its calibration text: set the "
                 f"transform's field {self.init}, or choose init=ones or init=inv_sqrt"
             )
+        if self.objective == "block":
+            self._check_block()
+            searched = False  # its blocks keep the better of start and end whatever the start is
         object.__setattr__(self, "keep", self.keep or ("best" if searched else "last"))
+
+    def _check_block(self) -> None:
+        """Raise UserError if training block by block would not read an option."""
+        if self.keep == "best":
+            raise UserError(
+                "train.keep=best is not allowed with train.objective=block, where every block keeps the "
+                "better of its start and its end: leave it out"
+            )
+        if self.profile == "inc":
+            raise UserError(
+                "train.profile=inc is not allowed with train.objective=block, which trains without dropout: "
+                "use train.profile=paper"
+            )
 
     @property
     def search(self) -> Awq | SmoothQuant | None:
@@ -78,8 +101,9 @@ class Teq(Transform):
         return self._windows(tokenizer, 0)
 
     def held_out(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor | None":
-        """Return the windows `[HELD_OUT, length]` after those of the steps; None unless `keep` is best."""
-        return self._windows(tokenizer, HELD_OUT)[-HELD_OUT:] if self.keep == "best" else None
+        """Return the windows `[HELD_OUT, length]` after those of the steps, None where nothing reads them."""
+        read = self.keep == "best" or self.objective == "block"
+        return self._windows(tokenizer, HELD_OUT)[-HELD_OUT:] if read else None
 
     def _windows(self, tokenizer: "PreTrainedTokenizerBase", more: int) -> "Tensor":
         count = max(self.steps, 1) * self.batch + more
@@ -100,13 +124,14 @@ class Teq(Transform):
         arch: Arch,
         device: "torch.device | str",
         start: "Mapping[str, Tensor] | None" = None,
+        block: int | None = None,
     ) -> "Trainer":
-        """Return the scales to train, at their start: that of `init` where none is given."""
+        """Return the scales to train, of all blocks or one, at `start`: that of `init` if none is given."""
         from teq.transforms.teq import train
 
         steps = max(self.steps, 1)  # a dry run does some where there are none
         rate = functools.partial(train.learning_rate, steps=steps, lr=self.lr, profile=self.profile)
-        found = sites(model, arch)
+        found = [site for site in sites(model, arch) if block in (None, site.block)]
         first = {site.name: start[site.name] if start else train.initial(site, self.init) for site in found}
         return train.Trainer(first, device, parameter=self.parameter, rate=rate)
 
@@ -121,33 +146,50 @@ class Teq(Transform):
         held_out: "Tensor | None" = None,
     ) -> Made:
         """Train on `windows [steps * batch, length]`; a search's `start` and `held_out` windows are given."""
-        from teq.transforms.teq import train
+        from teq.transforms.teq import block, train
 
         offloaded = runtime.strategy == "offload"
         device = runtime.device if offloaded else model.get_input_embeddings().weight.device
+        common = {"grid": self.grid, "steps": self.steps, "batch": self.batch}
+        common |= {"runtime": runtime, "on_step": on_step}
+        if self.objective == "block":
+            trainer_of = functools.partial(self.trainer, model, arch, device, start)
+            return block.train(model, arch, windows, held_out, trainer_of, **common)
         return train.train(
             model,
             arch,
             windows,
             self.trainer(model, arch, device, start),
             held_out=held_out,
-            grid=self.grid,
-            steps=self.steps,
-            batch=self.batch,
+            divergence=self.objective == "kl",
             dropout=self.profile == "inc",
             seed=self.calib.seed,
-            runtime=runtime,
-            on_step=on_step,
+            **common,
         )
 
     def dry_run(self, lm: "LM", strategy: str) -> None:
         """Do two training steps on fake tensors: Adam has its state from the second on."""
         import torch
 
+        from teq.transforms.activations import outputs
+        from teq.transforms.teq import block
         from teq.transforms.teq.linear import fake_quantized
 
-        trainer = self.trainer(lm.model, lm.arch, lm.device)
         tokens = torch.zeros(self.batch, self.length, dtype=torch.int64, device=lm.device)
+        if self.objective == "block":
+            trainer_of = functools.partial(self.trainer, lm.model, lm.arch, lm.device, None)
+            count = max(self.steps, 1) * self.batch + HELD_OUT
+            block.dry_run(
+                lm.model, lm.arch, tokens, trainer_of, grid=self.grid, count=count, strategy=strategy
+            )
+            return
+        trainer = self.trainer(lm.model, lm.arch, lm.device)
+        exact = [
+            outputs(lm.model, lm.arch, tokens, self.batch, strategy, lm.device)
+            if self.objective == "kl"
+            else None
+            for _ in range(2)
+        ]
         with fake_quantized(lm.model, lm.arch, self.grid, trainer.current.__getitem__, strategy):
-            for step in (0, 0):
-                trainer.move(trainer.loss(lm.model, tokens), step)
+            for reference in exact:
+                trainer.move(trainer.loss(lm.model, tokens, reference), 0)

@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,16 @@ from teq.grid import Grid
 from teq.models.arch import Arch, Site, blocks
 from teq.models.blocks import check_head
 from teq.models.fold import check_equivalence
-from teq.models.loss import causal_loss
+from teq.models.loss import training_loss
 from teq.stage import Diverged, NothingDone, OnStep
+from teq.transforms.activations import outputs
 from teq.transforms.teq.linear import fake_quantized
 
 log = logging.getLogger(__name__)
 SMALLEST = 1e-5  # neural-compressor's bound on s with parameter=clip
 WARM_UP = 0.05  # share of the steps, profile inc
 BETAS = (0.9, 0.9)  # the paper's section 3.2
+Batches = Sequence[tuple[Tensor, Tensor | None]]  # tokens [batch, token], and what `training_loss` reads
 MEASURED = 10  # times that scales are compared on held-out windows before the end
 
 
@@ -82,13 +84,20 @@ class Trainer:
         with torch.no_grad():
             return {name: self.scale(name).clone() for name in self.free}
 
-    def loss(self, model: nn.Module, tokens: Tensor) -> Tensor:
-        """Return the loss of `tokens [batch, token]` under the present scales, inside `fake_quantized`."""
+    def refresh(self) -> None:
+        """Compute with the present scales from now on."""
         self.current.update({name: self.scale(name) for name in self.free})
-        return causal_loss(model, tokens)
 
-    def mean_loss(self, model: nn.Module, windows: Tensor, scales: Mapping[str, Tensor]) -> float:
-        """Return the mean loss of `windows [sample, token]` under `scales`, inside `fake_quantized`.
+    def loss(self, model: nn.Module, tokens: Tensor, reference: Tensor | None = None) -> Tensor:
+        """Return the loss of `tokens [batch, token]` under the present scales, inside `fake_quantized`.
+
+        With a reference, the float model's `last_hidden` of the tokens, it is the divergence to that.
+        """
+        self.refresh()
+        return training_loss(model, tokens, reference)
+
+    def mean_loss(self, model: nn.Module, batches: Batches, scales: Mapping[str, Tensor]) -> float:
+        """Return the mean loss of `batches` of one size under `scales`, inside `fake_quantized`.
 
         It is computed without dropout. No step may be in progress.
         """
@@ -96,7 +105,7 @@ class Trainer:
         model.eval()
         self.current.update(scales)
         with torch.no_grad():
-            losses = [causal_loss(model, window[None]).item() for window in windows]
+            losses = [training_loss(model, *batch).item() for batch in batches]
         self.current.clear()
         model.train(dropout)
         return sum(losses) / len(losses)
@@ -121,6 +130,7 @@ def train(
     steps: int,
     batch: int = 1,
     held_out: Tensor | None = None,
+    divergence: bool = False,
     dropout: bool = False,
     seed: int = 0,
     runtime: Runtime = DEFAULT_RUNTIME,
@@ -131,6 +141,8 @@ def train(
     With `runtime.partial` the state is saved there about once a minute and when the loop ends, whatever ends
     it, and training resumes from what is there. `runtime.strategy` (see `fake_quantized`) changes where
     memory goes, not the result; under `offload` the model is given in host memory, and its blocks stay there.
+    The loss is the model's own, or with `divergence` that of the next token's distribution from the float
+    model's, whose last hidden states of all windows are computed first and wait in host memory.
 
     Returns the last scales by site, with `start/<site>` and `best/<site>` (the step of the lowest loss), and
     the loss curve. With the windows `held_out [sample, token]` they are instead those of the lowest loss on
@@ -142,6 +154,15 @@ def train(
     if runtime.strategy == "offload":
         place_around_blocks(model, blocks(model, arch).values(), runtime.device)
     device = model.get_input_embeddings().weight.device
+
+    def batches(of: Tensor, size: int) -> Batches:
+        parts = of.split(size)
+        if not divergence:
+            return [(part, None) for part in parts]
+        exact = outputs(model, arch, of, size, runtime.strategy, device)
+        return list(zip(parts, exact.split(size), strict=True))
+
+    trained_on, held_batches = batches(windows, batch), None if held_out is None else batches(held_out, 1)
     losses: list[float] = []
     start = best = trainer.snapshot()
     lowest, measure, held = math.inf, None, {}
@@ -155,14 +176,13 @@ def train(
     try:
         scale, strategy = trainer.current.__getitem__, runtime.strategy
         with fake_quantized(model, arch, grid, scale, strategy) as quantize:
-            if held_out is not None:
-                measure = functools.partial(trainer.mean_loss, model, held_out.to(device))
+            if held_batches is not None:
+                measure = functools.partial(trainer.mean_loss, model, held_batches)
                 lowest = measure(best)
             for step in track(range(len(losses), steps), "training scales"):
                 if measure and step and step % max(1, steps // MEASURED) == 0:
                     best, lowest = _better(trainer.snapshot(), measure, best, lowest)
-                tokens = windows[step * batch : (step + 1) * batch]
-                loss = trainer.loss(model, tokens.to(device))
+                loss = trainer.loss(model, *trained_on[step])
                 value = loss.item()
                 if not math.isfinite(value):
                     raise _diverged(step, value, trainer.snapshot(), best)
@@ -175,7 +195,7 @@ def train(
             last = trainer.snapshot()
             if measure:
                 best, lowest = _better(last, measure, best, lowest)
-                held = {"windows": len(held_out), "start": measure(start), "last": measure(last)}
+                held = {"windows": len(held_batches), "start": measure(start), "last": measure(last)}
                 held["best"] = lowest
     finally:
         resume.write()
