@@ -174,10 +174,11 @@ def pack(codes: "Tensor", bits: int) -> "Tensor":
     import torch
 
     flat = codes.reshape(-1).to(torch.uint8)
-    word = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)  # 8 codes, a byte each
+    word = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)  # 8 codes, always a copy
     for held, lane in ((bits * count, 8 * count) for count in (1, 2, 4)):
         low, high = _halves(held, lane)
-        word = (word & low) | ((word & high) >> (lane - held))
+        upper = (word & high).bitwise_right_shift_(lane - held)
+        word.bitwise_and_(low).bitwise_or_(upper)
     packed = word.view(torch.uint8).view(-1, 8)[:, :bits].contiguous()
     return packed.view(-1)[: -(-codes.numel() * bits // 8)]
 
@@ -190,7 +191,8 @@ def unpack(packed: "Tensor", bits: int, shape: tuple[int, ...]) -> "Tensor":
     word = torch.nn.functional.pad(whole, (0, 8 - bits)).view(torch.int64).flatten()
     for held, lane in ((bits * count, 8 * count) for count in (4, 2, 1)):
         low, high = _halves(held, lane)
-        word = (word & low) | ((word << (lane - held)) & high)
+        upper = (word << (lane - held)).bitwise_and_(high)
+        word.bitwise_and_(low).bitwise_or_(upper)
     return word.view(torch.uint8)[: math.prod(shape)].view(shape)
 
 
