@@ -240,7 +240,7 @@ def test_what_a_format_cannot_hold_is_refused_before_the_run(
     assert not (own_home / "store" / "weights").exists() and not (tmp_path / "out").exists()
 
 
-def test_a_run_is_exported_by_its_id_alike(tmp_path, capsys, own_home):
+def test_a_run_is_exported_by_its_id_alike(tmp_path, capsys, caplog, own_home):
     argv = ["model=tiny-llama", "method=rtn", "group_size=32", *SHORT]
     assert main(["export", *argv, "--to", str(tmp_path / "first")]) == 0
     (finished,) = record.load(own_home / "records")
@@ -255,14 +255,20 @@ def test_a_run_is_exported_by_its_id_alike(tmp_path, capsys, own_home):
         file.unlink()
     assert main(["export", finished.id, "--to", str(tmp_path / "third")]) == 2
     assert "are not in the cache any more" in capsys.readouterr().err
-    assert main(["export", *argv, "--to", str(tmp_path / "third")]) == 0  # made again
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert main(["export", *argv, "--to", str(tmp_path / "third")]) == 0
+    assert re.search(r"weights \w+: computing", caplog.text)  # made again, not silently
     assert json.loads((tmp_path / "third" / writer.MANIFEST).read_text())["id"] == finished.id
 
 
-def test_a_full_disk_leaves_nothing(small_disk):
+@pytest.mark.parametrize(
+    ("form", "why"), [("compressed-tensors", "No space left on device"), ("gguf", r"is the disk full\? ")]
+)
+def test_a_full_disk_leaves_nothing(small_disk, form, why):
     disk = small_disk(100)
-    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
-        exported(disk / "out", "compressed-tensors", "model=tiny-llama", "method=rtn", "group_size=32")
+    with pytest.raises(UserError, match=rf"cannot be written \({why}"):
+        exported(disk / "out", form, "model=tiny-llama", "method=rtn", *GGUF)
     assert list(disk.iterdir()) == []
 
 
