@@ -156,6 +156,11 @@ def measured(form: str, argv: list[str], install: bool, loader: Loader) -> Cell:
     }
 
 
+def wrong(cell: Cell) -> str:
+    """Return why a cell does not come back, or nothing."""
+    return cell.get("error") or ", ".join(cell["beyond_tolerance"])
+
+
 def render(found: dict[str, Cell]) -> str:
     """Return the tables of all cells: how many come back, and by what they were loaded."""
     rows, loaders = [["format", "grid", *MODELS]], [["format", "linears", "dtype", "versions"]]
@@ -218,7 +223,7 @@ def main(argv: list[str]) -> int:
     if given.render:
         PAGE.write_text(documented(done))
         return 0
-    missing = [cell for cell in cells() if "error" in done.get("/".join(cell), {"error": "not run"})]
+    missing = [cell for cell in cells() if wrong(done.get("/".join(cell), {"error": "not run"}))]
     failed = 0
     for form, group in itertools.groupby(missing, key=lambda cell: cell[0]):
         with contextlib.closing(Loader()) as loader:
@@ -233,9 +238,8 @@ def main(argv: list[str]) -> int:
                     done[name] = {"nothing_done": measuring.brief(error), "beyond_tolerance": []}
                 except UserError as error:
                     done[name] = {"error": measuring.brief(error)}
-                wrong = done[name].get("error") or ", ".join(done[name]["beyond_tolerance"])
-                failed += bool(wrong)
-                print(f"{name}: {wrong or done[name].get('nothing_done') or 'equal'}", flush=True)
+                failed += bool(said := wrong(done[name]))
+                print(f"{name}: {said or done[name].get('nothing_done') or 'equal'}", flush=True)
                 found["machine"] = cost.machine("cpu")
                 measuring.write(given.json, found)
     return measuring.INCOMPLETE if failed else 0

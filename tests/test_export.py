@@ -179,6 +179,25 @@ def test_whole_rows_of_4_bits_are_stored_in_groups_where_kernels_take_no_rows(tm
         assert scales.shape == (160 // size, 64) and (scales == scales[:1]).all()
 
 
+def test_an_order_of_columns_that_is_the_natural_one_is_not_written(tmp_path):
+    """With one group in a row act-order changes no column's group; wider rows of the same model have two."""
+    given = ["model=tiny-opt", "method=gptq-ao", "bits=4", "group_size=64", HALF, "dtype=float16"]
+    exported(tmp_path / "out", "gptq", *given)
+    told = json.loads((tmp_path / "out" / writer.MANIFEST).read_text())["linears"]
+    ordered = {name.rpartition(".")[2] for name, digests in told.items() if "g_idx" in digests}
+    assert ordered == {"fc2"}
+
+
+def test_activations_that_awq_loaders_scale_get_scales_of_one(tmp_path):
+    """transformers replaces them in BLOOM, and leaves what a checkpoint lacks unset."""
+    given = ["model=tiny-bloom", "method=rtn", "bits=4", "group_size=32", HALF, "dtype=float16"]
+    exported(tmp_path / "out", "awq", *given)
+    tensors = tensors_of(tmp_path / "out")
+    for i in range(2):
+        rows = tensors[f"transformer.h.{i}.mlp.dense_h_to_4h.qweight"].shape[1] * 8
+        assert torch.equal(tensors[f"transformer.h.{i}.mlp.gelu_impl.scales"], torch.ones(rows).half())
+
+
 def test_tied_embeddings_stay_tied_and_a_folder_is_read_tensor_by_tensor(tmp_path):
     (job,) = config.jobs(["model=tiny-llama"])
     model = job.run.model.load("float32", "cpu").model

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from teq.export import card, formats, gguf
+from teq.export import awq, card, formats, gguf
 from teq.export.plan import Part, Plan
 from teq.files import disk
 from teq.files.digests import tensor_digest
@@ -104,7 +104,8 @@ def _shards(plan: Plan, form: ModuleType, parts: Iterator[Part], folder: Path) -
     grid = form.stored(plan)
     kept = getattr(torch, form.dtype(plan.dtype))
     for i, part in enumerate(parts, 1):
-        others = {name: t.to(kept) if t.is_floating_point() else t for name, t in part.others.items()}
+        every = part.others | (awq.activation_scales(plan, part) if form is awq else {})
+        others = {name: t.to(kept) if t.is_floating_point() else t for name, t in every.items()}
         for name, tensor in others.items():
             # isfinite of whole embeddings would take four times their size
             if tensor.is_floating_point() and not all(end.isfinite() for end in tensor.aminmax()):
