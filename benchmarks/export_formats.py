@@ -30,6 +30,7 @@ from teq.console import aligned
 from teq.export import formats
 from teq.pipeline import cost
 from teq.spec import UserError
+from teq.stage import NothingDone
 from teq.verbs import export, verify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,6 +156,11 @@ def measured(form: str, argv: list[str], install: bool, loader: Loader) -> Cell:
     }
 
 
+def wrong(cell: Cell) -> str:
+    """Return why a cell does not come back, or nothing."""
+    return cell.get("error") or ", ".join(cell["beyond_tolerance"])
+
+
 def render(found: dict[str, Cell]) -> str:
     """Return the tables of all cells: how many come back, and by what they were loaded."""
     rows, loaders = [["format", "grid", *MODELS]], [["format", "linears", "dtype", "versions"]]
@@ -175,15 +181,18 @@ def _shown(found: dict[str, Cell], form: str, model: str, grid: str, methods: tu
         return "refused"
     by_method = {method: found.get(f"{form}/{model}/{grid}/{method}") for method in methods}
     run = {method: cell for method, cell in by_method.items() if cell is not None}
-    equal = [cell for cell in run.values() if "error" not in cell and not cell["beyond_tolerance"]]
+    compared = {m: cell for m, cell in run.items() if "ppl" in cell}
+    equal = [cell for cell in compared.values() if not cell["beyond_tolerance"]]
     parts = []
     if equal:
         worst = max(cell["ppl"]["difference"] for cell in equal)
         parts.append(f"{len(equal)} equal (ppl {f'{worst:.0e}' if worst else 'equal'})")
     if failed := [method for method, cell in run.items() if "error" in cell]:
         parts.append(f"**not loaded: {', '.join(failed)}**")
-    if differ := [method for method, cell in run.items() if cell not in equal and method not in failed]:
+    if differ := [method for method, cell in compared.items() if cell not in equal]:
         parts.append(f"**differs: {', '.join(differ)}**")
+    if nothing := [method for method, cell in run.items() if "nothing_done" in cell]:
+        parts.append(f"no effect: {', '.join(nothing)}")
     if missing := [method for method in methods if method not in run]:
         parts.append("not run" if len(missing) == len(methods) else f"not run: {', '.join(missing)}")
     return "; ".join(parts)
@@ -214,7 +223,7 @@ def main(argv: list[str]) -> int:
     if given.render:
         PAGE.write_text(documented(done))
         return 0
-    missing = [cell for cell in cells() if "error" in done.get("/".join(cell), {"error": "not run"})]
+    missing = [cell for cell in cells() if wrong(done.get("/".join(cell), {"error": "not run"}))]
     failed = 0
     for form, group in itertools.groupby(missing, key=lambda cell: cell[0]):
         with contextlib.closing(Loader()) as loader:
@@ -225,11 +234,12 @@ def main(argv: list[str]) -> int:
                 install = given.install and loader.process is None
                 try:
                     done[name] = measured(form, overrides(*cell), install, loader)
+                except NothingDone as error:  # in so short a training: there is nothing to export
+                    done[name] = {"nothing_done": measuring.brief(error), "beyond_tolerance": []}
                 except UserError as error:
                     done[name] = {"error": measuring.brief(error)}
-                wrong = done[name].get("error") or ", ".join(done[name]["beyond_tolerance"])
-                failed += bool(wrong)
-                print(f"{name}: {wrong or 'equal'}", flush=True)
+                failed += bool(said := wrong(done[name]))
+                print(f"{name}: {said or done[name].get('nothing_done') or 'equal'}", flush=True)
                 found["machine"] = cost.machine("cpu")
                 measuring.write(given.json, found)
     return measuring.INCOMPLETE if failed else 0

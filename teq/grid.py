@@ -174,19 +174,30 @@ def pack(codes: "Tensor", bits: int) -> "Tensor":
     import torch
 
     flat = codes.reshape(-1).to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
-    stream = (flat[:, None] >> torch.arange(bits, dtype=torch.uint8, device=flat.device)) & 1
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=flat.device)
-    packed = (stream.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
-    return packed[: -(-codes.numel() * bits // 8)]
+    word = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)  # 8 codes, always a copy
+    for held, lane in ((bits * count, 8 * count) for count in (1, 2, 4)):
+        low, high = _halves(held, lane)
+        upper = (word & high).bitwise_right_shift_(lane - held)
+        word.bitwise_and_(low).bitwise_or_(upper)
+    packed = word.view(torch.uint8).view(-1, 8)[:, :bits].contiguous()
+    return packed.view(-1)[: -(-codes.numel() * bits // 8)]
 
 
 def unpack(packed: "Tensor", bits: int, shape: tuple[int, ...]) -> "Tensor":
     """Return the inverse of `pack`: codes of `shape`, uint8."""
     import torch
 
-    count = math.prod(shape)
-    stream = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    stream = torch.nn.functional.pad(stream.reshape(-1), (0, -stream.numel() % bits)).view(-1, bits)
-    weights = 1 << torch.arange(bits, dtype=torch.uint8, device=packed.device)
-    return (stream * weights).sum(1, dtype=torch.uint8)[:count].view(shape)
+    whole = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)
+    word = torch.nn.functional.pad(whole, (0, 8 - bits)).view(torch.int64).flatten()
+    for held, lane in ((bits * count, 8 * count) for count in (4, 2, 1)):
+        low, high = _halves(held, lane)
+        upper = (word << (lane - held)).bitwise_and_(high)
+        word.bitwise_and_(low).bitwise_or_(upper)
+    return word.view(torch.uint8)[: math.prod(shape)].view(shape)
+
+
+def _halves(held: int, lane: int) -> tuple[int, int]:
+    """Return two masks of 64 bits: the low `held` bits of lanes of `lane` bits, even lanes and odd ones."""
+    lanes = [((1 << held) - 1) << start for start in range(0, 64, lane)]
+    low, high = sum(lanes[::2]), sum(lanes[1::2])
+    return low, high - ((high >> 63) << 64)  # int64 has a sign

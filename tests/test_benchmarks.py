@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from benchmarks import autoround, export_formats, gptq, gpu, scaling, teq_step
+from benchmarks import autoround, export_formats, export_memory, gptq, gpu, scaling, teq_step
 from benchmarks.contenders import measuring
 from teq.spec import UserError
 
@@ -98,6 +98,17 @@ def test_the_documented_table_is_that_of_the_committed_cells():
     cells = measuring.read(export_formats.RESULTS)["cells"]
     assert export_formats.documented(cells) == export_formats.PAGE.read_text()
     assert cells.keys() <= {"/".join(cell) for cell in export_formats.cells()}
+
+
+def test_an_export_is_measured_against_reading_and_writing_its_bytes(tmp_path):
+    argv = ["--turns", "1", "--work", str(tmp_path / "work"), "model=tiny-opt", "bits=4", "group_size=32"]
+    found = written(export_memory.main, argv, tmp_path / "export.json")
+    (turn,), sizes = found["turns"], found["sizes"]
+    assert found["seconds"] == turn["export"] == turn["ratio"] * (turn["read"] + turn["write"])
+    assert found["allowed_bytes"] == sizes["block"] + sizes["embeddings"] + export_memory.ALLOWED
+    assert sizes["model"] == sizes["embeddings"] + 2 * sizes["block"]
+    files = (tmp_path / "work" / "result").iterdir()
+    assert sizes["written"] == sum(file.stat().st_size for file in files)
 
 
 def test_exponents_are_those_of_the_power_law():

@@ -179,6 +179,25 @@ def test_whole_rows_of_4_bits_are_stored_in_groups_where_kernels_take_no_rows(tm
         assert scales.shape == (160 // size, 64) and (scales == scales[:1]).all()
 
 
+def test_an_order_of_columns_that_is_the_natural_one_is_not_written(tmp_path):
+    """With one group in a row act-order changes no column's group; wider rows of the same model have two."""
+    given = ["model=tiny-opt", "method=gptq-ao", "bits=4", "group_size=64", HALF, "dtype=float16"]
+    exported(tmp_path / "out", "gptq", *given)
+    told = json.loads((tmp_path / "out" / writer.MANIFEST).read_text())["linears"]
+    ordered = {name.rpartition(".")[2] for name, digests in told.items() if "g_idx" in digests}
+    assert ordered == {"fc2"}
+
+
+def test_activations_that_awq_loaders_scale_get_scales_of_one(tmp_path):
+    """transformers replaces them in BLOOM, and leaves what a checkpoint lacks unset."""
+    given = ["model=tiny-bloom", "method=rtn", "bits=4", "group_size=32", HALF, "dtype=float16"]
+    exported(tmp_path / "out", "awq", *given)
+    tensors = tensors_of(tmp_path / "out")
+    for i in range(2):
+        rows = tensors[f"transformer.h.{i}.mlp.dense_h_to_4h.qweight"].shape[1] * 8
+        assert torch.equal(tensors[f"transformer.h.{i}.mlp.gelu_impl.scales"], torch.ones(rows).half())
+
+
 def test_tied_embeddings_stay_tied_and_a_folder_is_read_tensor_by_tensor(tmp_path):
     (job,) = config.jobs(["model=tiny-llama"])
     model = job.run.model.load("float32", "cpu").model
@@ -240,7 +259,7 @@ def test_what_a_format_cannot_hold_is_refused_before_the_run(
     assert not (own_home / "store" / "weights").exists() and not (tmp_path / "out").exists()
 
 
-def test_a_run_is_exported_by_its_id_alike(tmp_path, capsys, own_home):
+def test_a_run_is_exported_by_its_id_alike(tmp_path, capsys, caplog, own_home):
     argv = ["model=tiny-llama", "method=rtn", "group_size=32", *SHORT]
     assert main(["export", *argv, "--to", str(tmp_path / "first")]) == 0
     (finished,) = record.load(own_home / "records")
@@ -255,14 +274,20 @@ def test_a_run_is_exported_by_its_id_alike(tmp_path, capsys, own_home):
         file.unlink()
     assert main(["export", finished.id, "--to", str(tmp_path / "third")]) == 2
     assert "are not in the cache any more" in capsys.readouterr().err
-    assert main(["export", *argv, "--to", str(tmp_path / "third")]) == 0  # made again
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert main(["export", *argv, "--to", str(tmp_path / "third")]) == 0
+    assert re.search(r"weights \w+: computing", caplog.text)  # made again, not silently
     assert json.loads((tmp_path / "third" / writer.MANIFEST).read_text())["id"] == finished.id
 
 
-def test_a_full_disk_leaves_nothing(small_disk):
+@pytest.mark.parametrize(
+    ("form", "why"), [("compressed-tensors", "No space left on device"), ("gguf", r"is the disk full\? ")]
+)
+def test_a_full_disk_leaves_nothing(small_disk, form, why):
     disk = small_disk(100)
-    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
-        exported(disk / "out", "compressed-tensors", "model=tiny-llama", "method=rtn", "group_size=32")
+    with pytest.raises(UserError, match=rf"cannot be written \({why}"):
+        exported(disk / "out", form, "model=tiny-llama", "method=rtn", *GGUF)
     assert list(disk.iterdir()) == []
 
 

@@ -50,6 +50,8 @@ def test_packing_loses_nothing_and_takes_bits_per_code(shape, bits, seed):
     codes = torch.randint(2**bits, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     packed = pack(codes, bits)
     assert packed.numel() == -(-codes.numel() * bits // 8)
+    stream = sum(int(code) << (bits * i) for i, code in enumerate(codes.flatten()))
+    assert int.from_bytes(bytes(packed.tolist()), "little") == stream
     assert torch.equal(unpack(packed, bits, shape), codes)
 
 

@@ -1,13 +1,16 @@
 """`python -m teq verify`: a folder that stock code loads to the run's numbers, and ones that it does not."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
+import teq
 from teq import config
 from teq.__main__ import main
+from teq.spec import UserError
 from teq.verbs import verify
 
 SHORT = ["model=tiny-llama", "ppl.limit=2", "ppl.context=64", "evals=[python-docs]"]
@@ -93,6 +96,36 @@ def test_what_cannot_be_verified_is_said_in_a_line(tmp_path, capsys, monkeypatch
     assert main(["verify", str(folder)]) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert "compressed-tensors>=0.18 is not installed" in line and "--install" in line
+    with pytest.raises(UserError, match=r"is not installed, .*`pip install 'compressed-tensors>=0\.18'"):
+        teq.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda file: file.unlink(), "has no readable teq.json"),
+        (lambda file: file.write_text("{"), "has no readable teq.json"),
+        (lambda file: file.write_text("[1]"), "is not as `export` wrote it"),
+        (lambda file: file.write_text('{"format": "gguf"}'), "is not as `export` wrote it"),
+    ],
+)
+def test_a_damaged_manifest_is_said_in_a_line(tmp_path, capsys, edit, message):
+    folder = exported(tmp_path / "out")
+    edit(folder / "teq.json")
+    assert main(["verify", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("error: ") and message in line
+    with pytest.raises(UserError, match=re.escape(message)):
+        teq.load(folder)
+
+
+@pytest.mark.parametrize("edit", [lambda file: os.truncate(file, file.stat().st_size // 2), os.unlink])
+def test_weights_that_are_cut_off_or_gone_are_said_in_a_line(tmp_path, capsys, edit):
+    folder = exported(tmp_path / "out")
+    edit(folder / "model.gguf")
+    assert main(["verify", str(folder)]) == 2
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
+    assert "could not be loaded and measured" in line
 
 
 def test_the_process_that_measures_knows_nothing_of_ours_but_the_evaluation():

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from teq.export.gptq import INSTALL, MODULE, dtype, grouped, scale_and_zero, stored
-from teq.export.plan import Plan
+from teq.export.plan import Part, Plan
 from teq.export.words import codes_of, words
 from teq.grid import Grid
 from teq.quantizers.quantized import Quantized
@@ -18,6 +18,11 @@ NAME = "awq"
 PACKED = "qweight"
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs each half byte of a word holds
 GROUPS = (-1, 16, 32, 64, 128)
+SCALED = {  # by model type: activations that loaders scale, and the linears whose outputs they read
+    "bloom": ("gelu_impl", "dense_h_to_4h"),
+    "falcon": ("act", "dense_h_to_4h"),
+    "gpt_neox": ("act", "dense_h_to_4h"),
+}
 
 
 def refusal(plan: Plan) -> str | None:
@@ -41,6 +46,21 @@ def packed(linear: Quantized, grid: Grid) -> "dict[str, Tensor]":
         "qweight": _interleaved(linear.codes.T),
         "qzeros": _interleaved(zero.T),
         "scales": scale.T.to(torch.float16).contiguous(),
+    }
+
+
+def activation_scales(plan: Plan, part: Part) -> "dict[str, Tensor]":
+    """Return scales of one for the activations of a part that loaders scale: they leave none unscaled."""
+    import torch
+
+    scaled = SCALED.get(plan.checkpoint.source.dimensions().model_type)
+    if scaled is None:
+        return {}
+    paths = ((name.rpartition("."), linear) for name, linear in part.linears.items())
+    return {
+        f"{path}.{scaled[0]}.scales": torch.ones(len(linear.codes))
+        for (path, _, last), linear in paths
+        if last == scaled[1]
     }
 
 

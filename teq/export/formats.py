@@ -1,5 +1,7 @@
 """The formats by name, and what they have in common: what none of them holds, and which holds a model."""
 
+from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from types import ModuleType
 
 from teq.export import awq, compressed_tensors, gguf, gptq
@@ -17,6 +19,13 @@ def find(name: str) -> ModuleType:
     if name not in FORMATS:
         raise UserError(f"--format {name} is not allowed: {did_you_mean(name, FORMATS)}")
     return FORMATS[name]
+
+
+def check_loader(name: str, path: Sequence[str], way_out: str) -> None:
+    """Raise UserError where the library that loads a format is not found on `path`."""
+    form = find(name)
+    if PathFinder.find_spec(form.MODULE, path) is None:
+        raise UserError(f"{form.INSTALL[0]} is not installed, which loads {name}: {way_out}")
 
 
 def check(name: str, plan: Plan) -> None:

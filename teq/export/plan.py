@@ -87,8 +87,11 @@ class Plan:
         keys = [f"{name}/{part}" for part in ("codes", "scale", "zero", "g_idx")]
         tensors = {key: file.get_tensor(key) for key in keys if key in stored}
         linear = linear_from(tensors, name, self.grid, self.shapes[name])
-        if linear.g_idx is not None and not self.reordered:
-            natural = torch.arange(len(linear.g_idx)) // self.grid.group_size
-            assert torch.equal(linear.g_idx.long(), natural), name
+        if linear.g_idx is None:
+            return linear
+        columns = len(linear.g_idx)
+        natural = torch.arange(columns) // self.grid.width(columns)
+        if torch.equal(linear.g_idx.long(), natural):
             return Quantized(linear.codes, linear.scale, linear.zero)
+        assert self.reordered, name
         return linear

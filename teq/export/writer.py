@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from teq.export import card, formats, gguf
+from teq.export import awq, card, formats, gguf
 from teq.export.plan import Part, Plan
 from teq.files import disk
 from teq.files.digests import tensor_digest
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "teq.json"
 INDEX = "model.safetensors.index.json"
+PARTS = {"format", "run", "dtype", "metrics", "linears", "tensors"}  # of a manifest, that readers need
 
 
 def check_free(folder: Path) -> None:
@@ -67,12 +68,22 @@ def write(
         check_free(folder)
         making.rename(folder)
     except OSError as error:
-        raise UserError(
-            f"--to {folder} cannot be written ({error.strerror or error}): choose another folder"
-        ) from error
+        why = error.strerror or f"is the disk full? {error}"  # numpy's errors have no number
+        raise UserError(f"--to {folder} cannot be written ({why}): choose another folder") from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of an exported folder. Raises UserError where there is none, or another file."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no readable {MANIFEST}: give a folder that `export` wrote") from error
+    if not isinstance(found, dict) or not found.keys() >= PARTS:
+        raise UserError(f"{folder / MANIFEST} is not as `export` wrote it: export the run again")
+    return found
 
 
 def _write_configuration(plan: Plan, form: ModuleType, folder: Path) -> None:
@@ -93,9 +104,11 @@ def _shards(plan: Plan, form: ModuleType, parts: Iterator[Part], folder: Path) -
     grid = form.stored(plan)
     kept = getattr(torch, form.dtype(plan.dtype))
     for i, part in enumerate(parts, 1):
-        others = {name: t.to(kept) if t.is_floating_point() else t for name, t in part.others.items()}
+        every = part.others | (awq.activation_scales(plan, part) if form is awq else {})
+        others = {name: t.to(kept) if t.is_floating_point() else t for name, t in every.items()}
         for name, tensor in others.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            # isfinite of whole embeddings would take four times their size
+            if tensor.is_floating_point() and not all(end.isfinite() for end in tensor.aminmax()):
                 raise UserError(f"{name} has values that {form.dtype(plan.dtype)} does not hold")
         packed = {
             f"{name}.{suffix}": tensor

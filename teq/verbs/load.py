@@ -1,12 +1,12 @@
 """`teq.load`: a quantized model in Python, from a run or from an exported folder."""
 
-import json
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teq.evaluate import reloaded
-from teq.export import gguf, writer
+from teq.export import formats, gguf, writer
 from teq.quantizers.quantized import restore
 from teq.verbs.export import found_run
 
@@ -21,8 +21,11 @@ def load(run: str | Path, device: str = "cpu") -> tuple["PreTrainedModel", "PreT
     where it is not stored. Raises UserError.
     """
     if (folder := Path(run)).is_dir():
-        manifest = json.loads((folder / writer.MANIFEST).read_text())
-        file = gguf.FILE if manifest["format"] == gguf.NAME else None
+        manifest = writer.read_manifest(folder)
+        name = manifest["format"]
+        installing = f"`pip install {shlex.join(formats.find(name).INSTALL)}`"
+        formats.check_loader(name, sys.path, installing)
+        file = gguf.FILE if name == gguf.NAME else None
         lm = reloaded.load(folder, file, manifest["dtype"])
         return lm.model.to(device), lm.tokenizer
     plan, weights, _ = found_run(shlex.split(str(run)))

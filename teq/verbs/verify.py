@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +83,7 @@ def verified(given: Path, install: bool, evaluate: bool, load: Load | None = Non
     `load` gets the folder, a request and the variables of a process that finds the loader. Raises UserError.
     """
     folder = given.expanduser().absolute()
-    try:
-        manifest = json.loads((folder / writer.MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{given} has no readable {writer.MANIFEST}: give a folder that `export` wrote"
-        ) from error
+    manifest = writer.read_manifest(folder)
     source = writer.Exported(path=str(folder))
     run = manifest["run"]
     plan = plan_of(run, Checkpoint(name=run["model"]["name"], source=source, arch=arch_of(run)))
@@ -110,11 +104,8 @@ def _answer(
     loaders = disk.user_cache() / "loaders" / manifest["format"]
     if install:
         _install(form.INSTALL, loaders)
-    if PathFinder.find_spec(form.MODULE, [str(loaders), *sys.path]) is None:
-        raise UserError(
-            f"{form.INSTALL[0]} is not installed, which loads {manifest['format']}: "
-            f"`python -m teq verify {folder} --install` fetches it, for itself alone"
-        )
+    fetching = f"`python -m teq verify {folder} --install` fetches it, for itself alone"
+    formats.check_loader(manifest["format"], [str(loaders), *sys.path], fetching)
     known = [plain for plain in manifest["run"]["evals"] if plain["kind"] in KINDS and evaluate]
     request = {
         "evaluations": known,
