@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from teq.device.memory import Estimate
 from teq.grid import Grid
 from teq.models.arch import Arch, blocks, linears, sites
+from teq.models.lazy import held_bytes
 from teq.quantizers import blockwise
 from teq.quantizers.blockwise import Calibrated, Report
 from teq.quantizers.gptq.solver import Hessian, Solution
@@ -116,7 +117,7 @@ def estimate(lm: "LM", samples: int, length: int, solution_bytes: Callable[[int,
     product of all tokens, a solution one product of its rows with the factor's upper half, and the factor the
     cube of its width.
     """
-    weights = sum(t.nbytes for t in {*lm.model.parameters(), *lm.model.buffers()})
+    weights = sum(held_bytes(lm.model, lm.arch))
     every = blocks(lm.model, lm.arch)
     name, block = next(iter(every.items()))
     inside = linears(name, block)
