@@ -3,7 +3,7 @@
 A method is a frozen `Settings` class with the fields that its stage reads; the defaults below do the rest.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,8 +52,10 @@ class Work(Settings):
 
     A stage that can tells what it will need: `dry_run(lm, strategy)` does a unit of its work (a training
     step, a window) on a model whose tensors have no contents, `estimate(lm)` computes it from the shapes.
+    Its work is the same under each of its `strategies`, which say where memory goes.
     """
 
+    strategies: ClassVar[Sequence[str]] = ("keep", "stream")
     dry_run: ClassVar[Callable[..., None] | None] = None
     estimate: ClassVar[Callable[..., Estimate] | None] = None
 

@@ -47,6 +47,6 @@ def test_loss_is_the_models_own(model):
     (job,) = config.jobs([f"model={model}"])
     lm = job.run.model.load("float32", "cpu")
     tokens = torch.randint(200, (2, 40), generator=torch.Generator().manual_seed(1))
-    check_head(lm.model)
+    check_head(lm.model, lm.arch)
     expected = lm.model(tokens, labels=tokens).loss
     torch.testing.assert_close(loss.causal_loss(lm.model, tokens), expected, rtol=1e-6, atol=0)

@@ -19,4 +19,4 @@ def test_a_model_that_bends_its_logits_is_refused():
 
     lm.model.forward = bent
     with pytest.raises(UserError, match="does more to its logits"):
-        check_head(lm.model)
+        check_head(lm.model, lm.arch)

@@ -1,10 +1,9 @@
 """Memory of a device: what may be used, how much tensors take, and what to do when it runs out."""
 
-import contextlib
 import gc
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,8 +13,7 @@ from teq.files.disk import one_line
 from teq.spec import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
+    from torch import Tensor
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -56,44 +54,29 @@ def check(memory: str) -> None:
         _bytes(memory)
 
 
-def fits(bytes_more: int, model: "nn.Module", runtime: Runtime) -> bool:
-    """Return whether so many bytes may be allocated on the device, where a model is already.
+def fits(bytes_more: int, held: int, runtime: Runtime) -> bool:
+    """Return whether so many bytes may be allocated on the device, where a model of `held` bytes is already.
 
     A CPU's own memory cannot be relieved by itself: there they always do.
     """
     if runtime.device == "cpu":
         return True
     if runtime.memory in STRATEGIES:
-        return runtime.memory != "offload"
-    weights = 0 if runtime.memory == "auto" else sum(p.nbytes for p in model.parameters())
-    return weights + bytes_more <= budget(runtime.memory, runtime.device)
+        return runtime.memory not in ("offload", "stream")
+    return bytes_more + (0 if runtime.memory == "auto" else held) <= budget(runtime.memory, runtime.device)
 
 
-def possible(device: str) -> tuple[str, ...]:
-    """Return the strategies that help on a device: a CPU's own memory cannot be relieved by itself."""
-    return STRATEGIES if device.startswith("cuda") else STRATEGIES[:2]
+def possible(strategies: Iterable[str], device: str) -> list[str]:
+    """Return those of a stage's strategies that help on a device: to offload from a CPU does not."""
+    return [each for each in strategies if each != "offload" or device.startswith("cuda")]
 
 
-@contextlib.contextmanager
-def explained(doing: str, device: str) -> Iterator[None]:
-    """Context manager: turn a GPU's out-of-memory error in a whole-model stage into a UserError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if device == "cpu" or not exhausted(error):
-            raise
-        raise UserError(
-            f"the memory of {device} ran out while {doing}, which holds the whole model there: "
-            "what was finished is kept, the same command with device=cpu goes on from it"
-        ) from None
+def attempt(work: Callable[[str], T], strategy: str, possible: Sequence[str], advice: str) -> T:
+    """Return `work(strategy)`; where memory runs out, retry once with the next of the `possible` strategies.
 
-
-def attempt(work: Callable[[str], T], strategy: str, device: str, group: str = "train") -> T:
-    """Return `work(strategy)`; where memory runs out, retry once with the next strategy that helps.
-
-    Raises UserError, which names an option of the work's `group`, when that does not do either.
+    Raises UserError, which gives the `advice`, when that does not do either.
     """
-    following = [s for s in possible(device) if STRATEGIES.index(s) > STRATEGIES.index(strategy)]
+    following = [each for each in possible if STRATEGIES.index(each) > STRATEGIES.index(strategy)]
     try:
         return work(strategy)
     except RuntimeError as error:
@@ -109,8 +92,8 @@ def attempt(work: Callable[[str], T], strategy: str, device: str, group: str = "
             if not exhausted(error):
                 raise
     raise UserError(
-        f"memory ran out with strategy {(*following, strategy)[0]} ({said}): what was trained is kept; "
-        f"give a smaller memory=<amount>, shorten {group}.length, or choose a larger device"
+        f"memory ran out with strategy {(*following, strategy)[0]} ({said}): what was finished is kept; "
+        f"{advice}, or choose a larger device"
     )
 
 

@@ -20,14 +20,17 @@ def saving(blocks: Iterable[nn.Module], strategy: str, device: torch.device) -> 
     """
     parts = [] if strategy == "keep" else list(blocks)
     stream = Stream(parts, device) if strategy == "offload" else None
+    own = [vars(block).get("forward") for block in parts]
     try:
         for index, block in enumerate(parts):
             inner = block.forward if stream is None else functools.partial(stream.run, index)
             block.forward = functools.partial(checkpoint, inner, use_reentrant=False)
         yield
     finally:
-        for block in parts:
+        for block, forward in zip(parts, own, strict=True):
             vars(block).pop("forward", None)
+            if forward is not None:
+                block.forward = forward
 
 
 def place_around_blocks(model: nn.Module, blocks: Iterable[nn.Module], device: str) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from teq.spec import Settings, UserError, option
 
-STRATEGIES = ("keep", "checkpoint", "offload")  # of a training step: each takes more time and less memory
+# each takes more time and less memory: checkpoint and offload are a training step's
+STRATEGIES = ("keep", "checkpoint", "offload", "stream")
 
 
 @dataclass(frozen=True, kw_only=True)

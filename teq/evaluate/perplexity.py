@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,9 @@ from teq import data, statistics
 from teq.console import track
 from teq.device.runtime import Runtime
 from teq.files.resume import BlockFiles, Journal
+from teq.models.arch import blocks
+from teq.models.blocks import bypassed, first_inputs, pass_on
+from teq.models.lazy import is_lazy
 from teq.spec import UserError, option
 from teq.stage import Evaluation, Metric
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
     from teq.models.checkpoint import LM
 
+PASS = 2 * 10**9  # bytes of hidden states for which a lazy model is read once
 CHUNK = 32  # positions whose distributions are compared at once: on a CPU they stay in its cache
 
 
@@ -67,14 +71,13 @@ class Perplexity(Evaluation):
 
         windows, found = self._checked_windows(lm)[0], {}
         files = BlockFiles(runtime.partial, f"the reference on {self.corpus}")
+        while (kept := files.read(len(found))) is not None:
+            found |= kept[0]
         with torch.inference_mode():
-            for i in track(range(len(windows)), f"reference {self.corpus}"):
-                name = f"window-{i:05d}"
-                if (kept := files.read(i)) is None:
-                    hidden = head_input(lm.model, windows[i : i + 1].to(lm.device)).cpu()
-                    files.write(i, {name: hidden}, {})
-                    kept = {name: hidden}, {}
-                found |= kept[0]
+            for i, window in passes(lm, windows, len(found), f"reference {self.corpus}"):
+                made = {f"window-{i:05d}": head_input(lm.model, window).cpu()}
+                files.write(i, made, {})
+                found |= made
         return found
 
     def measure(self, lm: "LM", runtime: Runtime, reference: Mapping[str, "Tensor"] | None = None) -> Metric:
@@ -91,8 +94,7 @@ class Perplexity(Evaluation):
         journal = Journal(runtime.partial and runtime.partial / "windows.jsonl", f"perplexity {self.corpus}")
         rows = list(journal.entries)
         with torch.inference_mode():
-            for i in track(range(len(rows), len(windows)), f"perplexity {self.corpus}"):
-                window = windows[i : i + 1].to(lm.device)
+            for i, window in passes(lm, windows, len(rows), f"perplexity {self.corpus}"):
                 if reference is None:
                     rows.append(window_loss(lm.model, window).item())
                 else:
@@ -151,6 +153,31 @@ class Perplexity(Evaluation):
                 compare_window(lm.model, window, exact)
             else:
                 window_loss(lm.model, window)
+
+
+def passes(lm: "LM", windows: "Tensor", first: int, what: str) -> "Iterator[tuple[int, Tensor]]":
+    """Yield each index from `first` on and its window `[1, token]`, on the model's device.
+
+    A lazy model is read once for as many windows as `PASS` bytes of hidden states hold, which wait in the
+    host's memory; while a window is with the caller, the model's blocks put out what they do for it.
+    """
+    import torch
+
+    if not is_lazy(lm.model, lm.arch):
+        for i in track(range(first, len(windows)), what):
+            yield i, windows[i : i + 1].to(lm.device)
+        return
+    every = list(blocks(lm.model, lm.arch).values())
+    size = windows.shape[1] * lm.model.config.hidden_size * lm.model.dtype.itemsize
+    for part in torch.arange(first, len(windows)).split(max(1, PASS // size)):
+        hidden, keywords = first_inputs(lm.model, lm.arch, windows[part], "cpu")
+        where = f"{what}, blocks for windows {int(part[0])} to {int(part[-1])}"
+        for block, kwargs in zip(track(every, where), keywords, strict=True):
+            in_tuple = pass_on(block, hidden, kwargs, lm.device)
+        for i in part.tolist():
+            out = hidden.pop(0).to(lm.device)
+            with bypassed(every, given=(out,) if in_tuple else out):
+                yield i, windows[i : i + 1].to(lm.device)
 
 
 def window_loss(model: "nn.Module", window: "Tensor") -> "Tensor":

@@ -24,7 +24,7 @@ from teq.device.memory import exhausted
 from teq.evaluate import trees
 from teq.evaluate.trees import MIN_LENGTH, Row, attention_mask, batch_sizes, requests_of, rows_of
 from teq.files.resume import Journal
-from teq.models.blocks import check_head, one_sequence_a_row
+from teq.models.blocks import one_sequence_a_row
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,6 @@ class SharedContextLM(HFLM):
         )
         self.truncated = 0
         self.partial, self.calls, self.pair = partial, 0, pair
-        check_head(model)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """Score `requests` in order; progress bars appear only where standard error is a terminal."""

@@ -133,12 +133,21 @@ def score(
     from lm_eval.evaluator import evaluate
 
     from teq.evaluate.scoring import SharedContextLM
+    from teq.models.blocks import check_head
+    from teq.models.lazy import is_lazy
 
+    check_head(lm.model, lm.arch)
     tasks, groups = loaded["tasks"], loaded.get("groups", {})
     totals = {name: len(task.eval_docs) for name, task in tasks.items()}
     drawn = {name: sample_documents(total, limit, seed) for name, total in totals.items()}
     for task in tasks.values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE == "generate_until" and is_lazy(lm.model, lm.arch):
+            raise UserError(
+                f"{name} generates text, which would read all weights for every token under memory=stream: "
+                "leave it out of evals, or give the memory of the whole model"
+            )
     bos = how.bos if isinstance(how.bos, bool) else None
     scorer = SharedContextLM(
         lm.model, lm.tokenizer, runtime.batch_size, partial=runtime.partial, bos=bos, pair=how.pair

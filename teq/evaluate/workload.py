@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from teq.stage import Work
+
 if TYPE_CHECKING:
-    from teq.device.memory import Estimate
     from teq.models.checkpoint import LM
 
 
@@ -36,6 +37,8 @@ WORKLOADS = {
 class Scoring:
     """Scoring `documents` of a workload in batches of `batch_size` of the longest sequences."""
 
+    strategies = Work.strategies
+    estimate = None
     work: Workload
     documents: int
     batch_size: int
@@ -53,6 +56,6 @@ class Scoring:
 
         dry_run(lm.model, self.batch, round(self.batch * self.work.scored / self.work.tokens))
 
-    def flops(self, batch: "Estimate") -> int:
+    def flops(self, batch: int) -> int:
         """Return the operations of all documents, from those of the largest batch."""
-        return int(batch.flops * self.documents * self.work.tokens / self.batch)
+        return int(batch * self.documents * self.work.tokens / self.batch)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from teq import data
 from teq.data import Calibration
 from teq.data.embedded import CALIBRATION_END, NAME
-from teq.device.runtime import Runtime
+from teq.device.runtime import STRATEGIES, Runtime
 from teq.grid import Grid
 from teq.spec import option
 from teq.stage import Load, Made, Tuner
@@ -36,6 +36,7 @@ class Finetune(Tuner):
     """
 
     group = "tune"
+    strategies = STRATEGIES[:3]
     parts: str = option(among=PARTS, key="finetune")
     grid: Grid
     calib: Calibration

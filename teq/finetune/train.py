@@ -49,7 +49,7 @@ def finetune(
     Returns the stored tensors and the loss curve. Raises Diverged on a loss that is not finite, NothingDone
     when nothing moved.
     """
-    check_head(model)
+    check_head(model, arch)
     strategy, device = runtime.strategy, model.get_input_embeddings().weight.device
     codes_on = device
     if strategy == "offload":

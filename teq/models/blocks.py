@@ -1,13 +1,15 @@
 """Running a model's decoder blocks one at a time: the inputs of the first, and a block's output."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from teq.models.arch import Arch, blocks
+from teq.models.lazy import present
 from teq.spec import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -37,11 +39,50 @@ def block_inputs(
             raise _Caught
 
     with contextlib.ExitStack() as hooks, torch.no_grad(), one_sequence_a_row():
+        hooks.enter_context(bypassed(watched))  # the keywords do not depend on what blocks compute
         for block in watched:
             hooks.enter_context(block.register_forward_pre_hook(catch, with_kwargs=True))
         with contextlib.suppress(_Caught):
             model(tokens, use_cache=False)
     return hidden[0], keywords
+
+
+@contextlib.contextmanager
+def bypassed(parts: "Iterable[nn.Module]", given: Any = None) -> Iterator[None]:
+    """Context manager: all blocks but the first output what they read.
+
+    The first computes, or outputs `given` where there is that. Some families' blocks output a tuple: all
+    output the kind that the first does.
+    """
+    first, *others = parts
+    computed, said = first.forward, [given]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if given is None:
+            said[0] = computed(*args, **kwargs)
+        return said[0]
+
+    def unchanged(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *said[0][1:]) if isinstance(said[0], tuple) else hidden
+
+    with forwards({first: forward} | dict.fromkeys(others, unchanged)):
+        yield
+
+
+@contextlib.contextmanager
+def forwards(instead: "Mapping[nn.Module, Callable[..., Any]]") -> Iterator[None]:
+    """Context manager: each module computes by another function than its own."""
+    kept = {module: vars(module).get("forward") for module in instead}
+    try:
+        for module, forward in instead.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in kept.items():
+            vars(module).pop("forward")
+            if forward is not None:
+                module.forward = forward
 
 
 def first_inputs(
@@ -99,12 +140,27 @@ def run_block(block: "nn.Module", hidden: "Tensor", kwargs: dict[str, Any]) -> "
     return out[0] if isinstance(out, tuple) else out
 
 
-def check_head(model: "nn.Module") -> None:
+def pass_on(
+    block: "nn.Module", hidden: list["Tensor"], kwargs: dict[str, Any], device: "torch.device"
+) -> bool:
+    """Replace each block input `[1, token, width]` by the block's output; it stays on its device.
+
+    Returns whether the block puts out a tuple.
+    """
+    out: Any = None
+    with present(block):
+        for i, sample in enumerate(hidden):
+            out = block(sample.to(device), **kwargs)
+            hidden[i] = (out[0] if isinstance(out, tuple) else out).to(sample.device)
+    return isinstance(out, tuple)
+
+
+def check_head(model: "nn.Module", arch: Arch) -> None:
     """Raise UserError if the logits are more than the output embeddings of the last hidden states."""
     import torch
 
     tokens = torch.arange(8, device=model.get_input_embeddings().weight.device)[None]
-    with one_sequence_a_row(), torch.no_grad():
+    with one_sequence_a_row(), torch.no_grad(), bypassed(blocks(model, arch).values()):
         expected = model(tokens, use_cache=False).logits
         made = model.get_output_embeddings()(model.base_model(tokens, use_cache=False)[0])
     tolerance = 1e-3 * float(expected.abs().max())

@@ -1,11 +1,13 @@
 """Checkpoints: a source of weights and an architecture become a model with its tokenizer."""
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from teq.models.arch import Arch
 from teq.models.folder import Folder
 from teq.models.hub import Hub
+from teq.models.lazy import lazy_model
 from teq.models.synthetic import Outline, Random, Synthetic
 from teq.models.wheel import Wheel
 from teq.spec import Settings
@@ -44,14 +46,18 @@ class Checkpoint(Settings):
     source: Hub | Folder | Wheel | Random | Synthetic | Outline
     arch: Arch
 
-    def load(self, dtype: str, device: str, drawn_on: str | None = None) -> LM:
+    def load(self, dtype: str, device: str, drawn_on: str | None = None, lazy: bool = False) -> LM:
         """Load the model in eval mode with frozen `dtype` weights on `device`, and its tokenizer.
 
         Synthetic weights are drawn on the device `drawn_on` (the same if not given), which decides their
-        values.
+        values. The blocks of a `lazy` model are read when they are used; see `lazy_model`.
         """
         identity, tokenizer = self.source.fingerprint(drawn_on or device), self.tokenizer()
-        model = self.source.model(dtype, device, drawn_on or device)
+        if lazy:
+            read = functools.partial(self.source.tensors, dtype)
+            model = lazy_model(self.source.dimensions(), self.arch, dtype, read, device)
+        else:
+            model = self.source.model(dtype, device, drawn_on or device)
         return LM(model.eval().requires_grad_(False), tokenizer, self.arch, identity)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase | None":

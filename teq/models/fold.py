@@ -3,12 +3,13 @@
 import copy
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from teq.models.arch import Arch, Site, block_sites, blocks, linears, sites
 from teq.models.blocks import block_inputs, no_casts_to_fp32, run_block
+from teq.models.lazy import present
 from teq.spec import UserError
 
 if TYPE_CHECKING:
@@ -141,12 +142,15 @@ class FoldedModel:
         self.model, self.arch, self.sites = model, arch, sites(model, arch)
         self.folding = Folding.of(self.sites, scales)
 
-    def blocks(self) -> "list[FoldedBlock]":
-        """Return the blocks, first to last."""
-        return [
-            FoldedBlock(name, module, linears(name, module), self._changed(index), self.folding)
-            for index, (name, module) in enumerate(blocks(self.model, self.arch).items())
-        ]
+    def __len__(self) -> int:
+        """Return how many blocks there are."""
+        return len(blocks(self.model, self.arch))
+
+    def __iter__(self) -> "Iterator[FoldedBlock]":
+        """Yield the blocks, first to last; each is in memory until the next one is asked for."""
+        for index, (name, module) in enumerate(blocks(self.model, self.arch).items()):
+            with present(module):
+                yield FoldedBlock(name, module, linears(name, module), self._changed(index), self.folding)
 
     def _changed(self, block: int) -> "dict[str, Tensor]":
         parts = [self.folding.divided(site.name, site.source) for site in self.sites if site.block == block]
@@ -191,9 +195,18 @@ def check_equivalence(model: "nn.Module", arch: Arch, tolerance: float = 1e-6) -
     hidden = hidden.cpu().double()
     for index, (name, block) in enumerate(blocks(model, arch).items()):
         if index in chosen:
-            _check_block(
-                arch, model.config, index, name, block, hidden, _exact(keywords[index]), generator, tolerance
-            )
+            with present(block):
+                _check_block(
+                    arch,
+                    model.config,
+                    index,
+                    name,
+                    block,
+                    hidden,
+                    _exact(keywords[index]),
+                    generator,
+                    tolerance,
+                )
 
 
 def one_of_each_kind(model: "nn.Module", arch: Arch) -> list[int]:

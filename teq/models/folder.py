@@ -65,7 +65,7 @@ class Saved(Settings):
 
     def tensors(self, dtype: str) -> "Mapping[str, Tensor]":
         """Return the tensors by the model's names, each read when it is asked for; see `SavedTensors`."""
-        return SavedTensors(self.folder(), dtype)
+        return SavedTensors(self.folder(), dtype, self.dimensions())
 
     def generation(self) -> "GenerationConfig":
         """Return how the model generates: the folder's file, or what its configuration implies."""
@@ -79,33 +79,44 @@ class Saved(Settings):
 class SavedTensors(Mapping[str, "Tensor"]):
     """The tensors of a folder's safetensors in one dtype, read one by one.
 
-    A checkpoint of the model without its head names them without the model's prefix, such as `transformer.`.
+    One in the file's own dtype is a private mapping of the file: it takes no memory until it is written to.
+    Names are the model's: where transformers renames what a checkpoint holds, so does this. A checkpoint of
+    the model without its head names them without the model's prefix, such as `transformer.`.
     """
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, dimensions: "PretrainedConfig") -> None:
         from safetensors import safe_open
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, apply_renamings
 
         self.folder, self.dtype = folder, dtype
-        self.files: dict[str, Any] = {}  # the open file of each tensor
+        known = (*(dimensions.architectures or ()), dimensions.model_type)
+        found = next((rules for name in known if (rules := get_checkpoint_conversion_mapping(name))), [])
+        renamings = [rule for rule in found if isinstance(rule, WeightRenaming)]
+        self.stored: dict[str, tuple[Path, str]] = {}  # file and name in it of each tensor
         for path in sorted(folder.glob(WEIGHTS)):
-            opened = safe_open(path, "pt")
-            self.files |= dict.fromkeys(opened.keys(), opened)
+            with safe_open(path, "pt") as opened:
+                for key in opened.keys():  # noqa: SIM118  (it is no mapping)
+                    self.stored[apply_renamings(key, renamings)] = path, key
 
     def __getitem__(self, name: str) -> "Tensor":
         """Return a tensor. Raises UserError where there is none of that name."""
         import torch
+        from safetensors import safe_open
 
-        stored = name if name in self.files else name.partition(".")[2]
-        if stored not in self.files:
+        found = self.stored.get(name) or self.stored.get(name.partition(".")[2])
+        if found is None:
             raise UserError(f"{self.folder} lacks {name}: give a folder that save_pretrained wrote")
-        tensor = self.files[stored].get_tensor(stored)
+        file, key = found
+        with safe_open(file, "pt") as opened:  # anew: what is written to a tensor stays with it alone
+            tensor = opened.get_tensor(key)
         return tensor.to(getattr(torch, self.dtype)) if tensor.is_floating_point() else tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
+        return iter(self.stored)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.stored)
 
 
 @dataclass(frozen=True, kw_only=True)

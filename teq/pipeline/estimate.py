@@ -5,49 +5,100 @@ numbers), on two and on three blocks; the difference is what every further block
 """
 
 import copy
+import functools
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from teq.device.memory import UNITS, Estimate, budget, possible
 from teq.device.runtime import STRATEGIES, Runtime
 from teq.models.arch import Arch
-from teq.models.arch import blocks as blocks_of
 from teq.models.blocks import one_sequence_a_row
 from teq.models.checkpoint import LM
-from teq.models.synthetic import architecture
+from teq.models.lazy import defer
+from teq.models.synthetic import architecture, skeleton
 from teq.spec import UserError
-from teq.stage import Transform, Tuner
+from teq.stage import Work
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
+
+MANY = 2  # where so many times a model's weights fit, so does what works on them without training
 
 
 def choose(
-    stage: Transform | Tuner,
-    dimensions: Callable[[], "PretrainedConfig"],
-    arch: Arch,
-    dtype: str,
-    runtime: Runtime,
+    stage: Work, dimensions: Callable[[], "PretrainedConfig"], arch: Arch, dtype: str, runtime: Runtime
 ) -> str:
-    """Return the first strategy whose predicted peak fits the budget; `runtime.memory` may name one.
+    """Return the first of a stage's strategies whose predicted peak fits the budget; memory may name one.
 
-    Raises UserError, naming the least that would do, when none fits.
+    One that the stage does not have becomes the next lesser one. A stage that is no training streams where
+    nothing fits; where nothing of a training does, raises UserError, naming the least that would do.
     """
-    if stage.dry_run is None:
-        return STRATEGIES[0]
+    those = possible(stage.strategies, runtime.device)
     if runtime.memory in STRATEGIES:
-        return runtime.memory
-    allowed, needed = budget(runtime.memory, runtime.device), {}
-    for strategy in possible(runtime.device):
-        needed[strategy] = estimate(stage, dimensions(), arch, dtype, strategy).bytes
+        named = runtime.memory in stage.strategies
+        return runtime.memory if named else [s for s in those if precedes(s, runtime.memory)][-1]
+    allowed, config, trains = budget(runtime.memory, runtime.device), dimensions(), len(those) > 2
+    weights, needed = weight_bytes(config.to_json_string(), dtype), {}
+    if MANY * weights <= allowed and not trains:
+        return those[0]  # not worth the second that a dry run takes
+    for strategy in those:
+        one = required(stage, config, arch, dtype, strategy)
+        needed[strategy] = weights if one is None else one.bytes - one.movable
         if needed[strategy] <= allowed:
             return strategy
+    if not trains:
+        return those[-1]
     name, least = min(needed.items(), key=lambda item: item[1])
     raise UserError(
         f"memory={runtime.memory} ({allowed / 1e9:.3g} GB on {runtime.device}) is too small to train the "
         f"scales: the least that would do is memory={_amount(least)}, with {name}; shorten "
         f"{stage.group}.length, lower {stage.group}.batch, or choose a larger device"
     )
+
+
+def precedes(strategy: str, other: str) -> bool:
+    """Return whether a strategy takes more memory than another."""
+    return STRATEGIES.index(strategy) < STRATEGIES.index(other)
+
+
+def required(
+    stage: Work, config: "PretrainedConfig", arch: Arch, dtype: str, strategy: str, device: str = "cpu"
+) -> Estimate | None:
+    """Return what a stage needs with a strategy, None where it does not tell; see `estimate`."""
+    if stage.dry_run is not None:
+        return estimate(stage, config, arch, dtype, strategy, device)
+    if stage.estimate is not None:
+        return stage.estimate(outline(config, dtype, arch, lazy=strategy == "stream"))
+    return None
+
+
+def outline(config: "PretrainedConfig", dtype: str, arch: Arch, lazy: bool = False) -> LM:
+    """Return the whole model on the meta device: names and shapes."""
+    import torch
+
+    with torch.device("meta"):
+        model = architecture(config, dtype)
+    if lazy:
+        defer(model, arch, dict, "meta")
+    return LM(model, None, arch, "outline")
+
+
+@functools.cache
+def weight_bytes(config: str, dtype: str) -> int:
+    """Return the bytes of the parameters of a model in a dtype, from its configuration as JSON."""
+    import torch
+    from transformers import AutoConfig
+
+    values = json.loads(config)
+    model = skeleton(AutoConfig.for_model(values.pop("model_type"), **values))
+    return sum(p.numel() for p in model.parameters()) * getattr(torch, dtype).itemsize
+
+
+def advice(stage: Work) -> str:
+    """Return what a user may change where memory runs out in a stage."""
+    return f"shorten {stage.group}.length" if stage.group else "take fewer and shorter samples"
 
 
 def _amount(size: int) -> str:
@@ -91,11 +142,23 @@ def _counted(
         model.eval().requires_grad_(False)
         model.tie_weights()
         present = {*model.parameters(), *model.buffers()}
-        if strategy == "offload":
-            present -= {p for block in blocks_of(model, arch).values() for p in block.parameters()}
+        inside = {name: p for name, p in model.named_parameters() if name.startswith(f"{arch.blocks}.")}
+        if strategy in ("offload", "stream"):
+            present -= set(inside.values())
+        if strategy == "stream":
+            defer(model, arch, lambda: _Empty(inside), device)
         live = LiveBytes(None if device == "cpu" else device)
         live.count(present)
         del present
         with live:
             stage.dry_run(LM(model, None, arch, "outline"), strategy)
     return Estimate(live.peak, live.flops)
+
+
+class _Empty(dict[str, "Tensor"]):
+    """Tensors like those it holds, made when they are read."""
+
+    def __getitem__(self, name: str) -> "Tensor":
+        import torch
+
+        return torch.empty_like(super().__getitem__(name))

@@ -7,7 +7,7 @@ kept next to the records, one for each device and dtype.
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +19,12 @@ from teq.device.runtime import STRATEGIES, resolve
 from teq.evaluate.workload import WORKLOADS, Scoring
 from teq.files import disk
 from teq.models.arch import Arch
-from teq.models.checkpoint import LM, Checkpoint
-from teq.models.synthetic import Outline, Synthetic, architecture
+from teq.models.checkpoint import Checkpoint
+from teq.models.synthetic import Outline, Synthetic
 from teq.pipeline import cost, estimate
 from teq.pipeline.settings import Run
 from teq.spec import UserError
+from teq.stage import Work
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -83,57 +84,61 @@ def stages(
     run: Run, sizes: "PretrainedConfig", target: Target, allowed: str, batch_size: int
 ) -> Iterator[Stage]:
     """Yield what each stage of a run needs; what is trained once for each strategy, the picked one marked."""
-    on = (
-        "meta" if target.kind == "cuda" else "cpu"
-    )  # from a GPU codes and hidden states go to the host's memory
+    on = "meta" if target.kind == "cuda" else "cpu"  # a GPU's codes and hidden states go to the host's memory
+    given = (allowed,) if allowed in STRATEGIES else ()
 
-    def needed(stage: Any, strategy: str = "keep", device: str = "cpu", dtype: str = "") -> memory.Estimate:
-        return estimate.estimate(stage, sizes, run.model.arch, dtype or run.dtype, strategy, device)
+    def rows(
+        name: str,
+        stage: Work,
+        dtype: str = "",
+        flops: Callable[[int], int | None] = lambda one: one,
+        at: str = "cpu",
+        **more: Any,
+    ) -> Iterator[Stage]:
+        found = {}
+        for strategy in dict.fromkeys([*memory.possible(stage.strategies, target.kind), *given]):
+            if strategy in stage.strategies:
+                one = estimate.required(stage, sizes, run.model.arch, dtype or run.dtype, strategy, at)
+                found[strategy] = one
+        if None in found.values():
+            yield Stage(name, None)
+            return
+        fitting = (s for s, one in found.items() if one.bytes - one.movable <= target.budget)
+        picked = next((s for s in (*given, *fitting) if s in found), None)
+        for strategy, one in found.items():
+            moved = target.kind == "cuda" and (strategy == "stream" or one.bytes > target.budget)
+            size = one.bytes - (one.movable if moved else 0)
+            note = ", hidden states on the host" if moved and one.movable else ""
+            mark = " (picked)" if strategy == picked else ""
+            yield Stage(name, size, flops(one.flops), strategy + note + mark, **more)
 
     def trained(name: str, stage: Any) -> Iterator[Stage]:
-        given = (allowed,) if allowed in STRATEGIES else ()
-        tried = dict.fromkeys([*memory.possible(target.kind), *given])
-        found = {strategy: needed(stage, strategy) for strategy in tried}
-        fitting = (strategy for strategy, one in found.items() if one.bytes <= target.budget)
-        picked = next(iter(given or fitting), None)
-        for strategy, one in found.items():
-            flops = one.flops // 2 * stage.steps  # a dry run is two steps
-            mark = " (picked)" if strategy == picked else ""
-            yield Stage(name, one.bytes, flops, strategy + mark)
+        return rows(name, stage, flops=lambda one: one // 2 * stage.steps)  # a dry run is two steps
 
-    def reference(evaluation: Any) -> Stage:
-        name, windows = f"reference/{evaluation.name}", getattr(evaluation, "limit", None) or 0
-        if evaluation.dry_reference is None:
-            return Stage(name, None)
-        one = needed(SimpleNamespace(dry_run=evaluation.dry_reference), device=on, dtype=run.eval_dtype or "")
-        return Stage(name, one.bytes, one.flops * windows or None)
+    def reference(evaluation: Any) -> Iterator[Stage]:
+        work = SimpleNamespace(strategies=Work.strategies, dry_run=evaluation.dry_reference, estimate=None)
+        count = getattr(evaluation, "limit", None) or 0
+        dtype = run.eval_dtype or run.dtype
+        return rows(f"reference/{evaluation.name}", work, dtype, lambda one: one * count or None, at=on)
 
     if run.transform.dry_run is not None:
         yield from trained("scales", run.transform)
-    if run.quantizer.dry_run is not None:
-        one, times = needed(run.quantizer, device=on), run.quantizer.dry_runs(sizes.num_hidden_layers)
-        yield Stage("weights", one.bytes, times and times * one.flops)  # RTN's time is no matrix products'
-    elif run.quantizer.estimate is not None:
-        one = run.quantizer.estimate(outline(sizes, run.dtype, run.model.arch))
-        moved = one.movable if target.kind == "cuda" and one.bytes > target.budget else 0
-        yield Stage("weights", one.bytes - moved, one.flops, "hidden states on the host" if moved else "")
-    else:
-        yield Stage("weights", None)
+    times = run.quantizer.dry_runs(sizes.num_hidden_layers) if run.quantizer.dry_run is not None else 1
+    # RTN's time is no matrix products'
+    yield from rows("weights", run.quantizer, at=on, flops=lambda one: times and times * one)
     if run.finetune is not None:
         yield from trained("tuned", run.finetune)
     for evaluation in run.evals:
+        dtype = run.eval_dtype or run.dtype
         if evaluation.needs_reference:
-            yield reference(evaluation)
-        if evaluation.dry_run is not None:
-            one = needed(evaluation, dtype=run.eval_dtype or "")
-            yield Stage(evaluation.name, one.bytes, one.flops * (evaluation.limit or 0) or None)
-        elif (work := WORKLOADS.get(evaluation.name)) is not None:
+            yield from reference(evaluation)
+        if (work := WORKLOADS.get(evaluation.name)) is not None:
             documents = min(getattr(evaluation, "limit", None) or work.documents, work.documents)
             scoring = Scoring(work, documents, batch_size)
-            one = needed(scoring, dtype=run.eval_dtype or "")
-            yield Stage(evaluation.name, one.bytes, scoring.flops(one), about=True)
+            yield from rows(evaluation.name, scoring, dtype, scoring.flops, about=True)
         else:
-            yield Stage(evaluation.name, None)
+            count = getattr(evaluation, "limit", None) or 0
+            yield from rows(evaluation.name, evaluation, dtype, lambda one, count=count: one * count or None)
 
 
 def calibrate(home: Path, transform: Any, arch: Arch, device: str, dtype: str) -> None:
@@ -178,11 +183,3 @@ def dimensions(model: Checkpoint, given: Mapping[str, Any] | None) -> "Pretraine
     """Return the architecture's dimensions: of a local folder, else the `given` ones of conf/model."""
     source = Outline(config=dict(given)) if given and not model.source.at_hand else model.source
     return source.dimensions()
-
-
-def outline(dimensions: "PretrainedConfig", dtype: str, arch: Arch) -> LM:
-    """Return the whole model on the meta device: names and shapes."""
-    import torch
-
-    with torch.device("meta"):
-        return LM(architecture(dimensions, dtype), None, arch, "outline")

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from teq import data, record
 from teq.device import memory
@@ -17,7 +17,12 @@ from teq.pipeline.loaded import LoadedModel
 from teq.pipeline.settings import Run, check_quantizable
 from teq.pipeline.store import Artefact, Stage
 from teq.quantizers.quantized import shapes
-from teq.stage import Diverged, Evaluation, Made, OnStep, Quantizer, Transform, Tuner
+from teq.stage import Diverged, Evaluation, Made, Metric, OnStep, Quantizer, Transform, Tuner, Work
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Chain:
@@ -68,41 +73,45 @@ class Chain:
 
         spec = self.spec
 
-        def fit(strategy: str) -> Made:
-            load = functools.partial(self.model.pristine, "cpu" if strategy == "offload" else None)
-            how = dataclasses.replace(self.runtime, strategy=strategy, partial=partial)
+        def fit(how: Runtime) -> Made:
+            load = functools.partial(self.model.pristine, how.strategy)
             return spec.transform.fit(load, how, self.on_step)
 
-        tensors, info = self._trained(spec.transform, fit, "the scales are searched")
+        tensors, info = self._trained(spec.transform, fit, partial)
         return tensors, {**info, "scales": summaries(tensors)}
 
-    def _trained(self, stage: Transform | Tuner, work: Callable[[str], Made], doing: str) -> Made:
-        """Return what `work(strategy)` makes, with the strategy that fits if the stage has several."""
-        spec, device = self.spec, self.runtime.device
-        with uncounted():
-            self._check_texts()
-            dimensions, arch = spec.model.source.dimensions, spec.model.arch
-            chosen = estimate.choose(stage, dimensions, arch, spec.dtype, self.runtime)
+    def _trained(self, stage: Transform | Tuner, work: Callable[[Runtime], Made], partial: Path) -> Made:
         try:
-            if stage.dry_run is not None:
-                tensors, info = memory.attempt(work, chosen, device, stage.group)
-            else:  # it works in one way only
-                with memory.explained(doing, device):
-                    tensors, info = work(chosen)
+            (tensors, info), planned = self._fitting(stage, work, partial)
         except Diverged as error:
             raise _kept(error, self.failed) from error
         # where the strategy that was used is not the planned one, memory ran out
-        return tensors, {**info, "planned_strategy": chosen}
+        return tensors, {**info, "planned_strategy": planned}
+
+    def _fitting(self, stage: Work, work: Callable[[Runtime], T], partial: Path) -> tuple[T, str]:
+        """Return what `work` makes with the stage's strategy that fits into memory, and which was planned."""
+        spec, runtime = self.spec, self.runtime
+        with uncounted():
+            if not isinstance(stage, Evaluation):
+                self._check_texts()
+            dtype = (spec.eval_dtype if isinstance(stage, Evaluation) else None) or spec.dtype
+            planned = estimate.choose(stage, spec.model.source.dimensions, spec.model.arch, dtype, runtime)
+
+        def attempt(strategy: str) -> T:
+            return work(dataclasses.replace(runtime, strategy=strategy, partial=partial))
+
+        possible = memory.possible(stage.strategies, runtime.device)
+        return memory.attempt(attempt, planned, possible, estimate.advice(stage)), planned
 
     def _quantize(self, partial: Path, scales: Artefact) -> Made:
-        with uncounted():
-            self._check_texts()
-        with memory.explained("the weights are quantized", self.runtime.device):
-            found = folded_tensors(scales.tensors())
-            moved = {name: tensor.to(self.runtime.device) for name, tensor in found.items()}
-            how = dataclasses.replace(self.runtime, partial=partial)
-            tensors, info = self.spec.quantizer.quantize(self.model.to_use_up, moved, how)
-        if (grid := self.spec.quantizer.grid) is None:
+        quantizer, found = self.spec.quantizer, folded_tensors(scales.tensors())
+
+        def quantize(how: Runtime) -> Made:
+            moved = {name: tensor.to(how.device) for name, tensor in found.items()}
+            return quantizer.quantize(functools.partial(self.model.to_use_up, how.strategy), moved, how)
+
+        (tensors, info), _ = self._fitting(quantizer, quantize, partial)
+        if (grid := quantizer.grid) is None:
             return tensors, info
         return tensors, {**info, "bits_per_weight": grid.bits_per_weight(shapes(tensors, grid).values())}
 
@@ -110,27 +119,27 @@ class Chain:
         tuner = self.spec.finetune
         assert tuner is not None
 
-        def tune(strategy: str) -> Made:
-            device = "cpu" if strategy == "offload" else None
-            load = functools.partial(self.model.to_use_up, device=device)
-            how = dataclasses.replace(self.runtime, strategy=strategy, partial=partial)
-            return tuner.tune(load, weights.tensors(), how)
+        def tune(how: Runtime) -> Made:
+            return tuner.tune(functools.partial(self.model.to_use_up, how.strategy), weights.tensors(), how)
 
-        return self._trained(tuner, tune, "the quantized model is tuned")
+        return self._trained(tuner, tune, partial)
 
     def _refer(self, evaluation: Evaluation, partial: Path) -> Made:
-        how = dataclasses.replace(self.runtime, partial=partial)
-        with memory.explained(f"the reference of {evaluation.name} is computed", self.runtime.device):
-            return evaluation.reference(self.model.pristine(dtype=self.spec.eval_dtype), how), {}
+        def refer(how: Runtime) -> Mapping[str, "Tensor"]:
+            return evaluation.reference(self.model.pristine(how.strategy, self.spec.eval_dtype), how)
+
+        return self._fitting(evaluation, refer, partial)[0], {}
 
     def _measure(
         self, evaluation: Evaluation, partial: Path, weights: Artefact, reference: Artefact | None = None
     ) -> Made:
-        how = dataclasses.replace(self.runtime, partial=partial)
-        given = {} if reference is None else {"reference": reference.tensors()}
-        with memory.explained(f"{evaluation.name} is measured", self.runtime.device):
-            lm = self.model.holding(weights, self.spec.quantizer.grid, self.spec.eval_dtype)
-            metric = evaluation.measure(lm, how, **given)
+        spec, given = self.spec, {} if reference is None else {"reference": reference.tensors()}
+
+        def measure(how: Runtime) -> Metric:
+            lm = self.model.holding(weights, spec.quantizer.grid, how.strategy, spec.eval_dtype)
+            return evaluation.measure(lm, how, **given)
+
+        metric, _ = self._fitting(evaluation, measure, partial)
         arrays = {name: record.pack(array) for name, array in metric.arrays.items()}
         info = metric.info | {"attention": self.model.attention()}
         return {}, {"values": metric.values, "arrays": arrays, "info": info}

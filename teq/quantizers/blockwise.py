@@ -15,7 +15,7 @@ from teq.console import track
 from teq.files.resume import BlockFiles
 from teq.grid import Grid
 from teq.models.arch import Arch
-from teq.models.blocks import block_inputs, first_inputs, run_block
+from teq.models.blocks import block_inputs, first_inputs, pass_on, run_block
 from teq.models.fold import FoldedBlock, FoldedModel
 from teq.quantizers.quantized import Quantized, restore, stored
 
@@ -83,7 +83,7 @@ def quantize_blocks(
     tensors: dict[str, Tensor] = {}
     report: Report = {}
     finished = BlockFiles(partial, what)
-    for index, block in enumerate(track(FoldedModel(model, arch, scales).blocks(), f"{what} blocks")):
+    for index, block in enumerate(track(FoldedModel(model, arch, scales), f"{what} blocks")):
         kwargs = keywords[index]
         exact_inputs = list(exact_hidden) if float_inputs else []
         pass_on(block.module, exact_hidden, kwargs, device)
@@ -114,12 +114,6 @@ def _quantized(
     assign(model, {f"{name}.weight": q.dequantize(grid) for name, q in quantized.items()})
     # packed and off the device block by block: a model's codes at once would be a byte for every weight
     return {name: t.cpu() for name, t in stored(quantized, folded.changed, grid).items()}, entries
-
-
-def pass_on(block: nn.Module, hidden: list[Tensor], kwargs: dict[str, Any], device: torch.device) -> None:
-    """Replace each block input `[1, token, width]` by the block's output; it stays on its device."""
-    for i, sample in enumerate(hidden):
-        hidden[i] = run_block(block, sample.to(device), kwargs).to(sample.device)
 
 
 class Sums(Protocol):

@@ -23,7 +23,7 @@ class Keep(Quantizer):
         if not scales:
             return {}, {}
         lm, changed = load(), {}
-        for block in FoldedModel(lm.model, lm.arch, scales).blocks():
+        for block in FoldedModel(lm.model, lm.arch, scales):
             changed |= block.changed
             for name, linear in block.linears.items():
                 changed[f"{name}.weight"] = block.exact_weight(name).to(linear.weight.dtype)

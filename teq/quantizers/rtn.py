@@ -47,7 +47,7 @@ class Rtn(Quantizer):
         if self.calib is not None:
             return self._quantize_searched(load(), scales, runtime)
         lm, tensors, shares = load(), {}, {}
-        for block in track(FoldedModel(lm.model, lm.arch, scales).blocks(), "rounding blocks"):
+        for block in track(FoldedModel(lm.model, lm.arch, scales), "rounding blocks"):
             rounded, lost = self._rounded(block)
             tensors |= stored({}, block.changed, self.grid) | rounded
             shares |= lost
@@ -75,7 +75,7 @@ class Rtn(Quantizer):
 
     def dry_run(self, lm: "LM", strategy: str) -> None:
         """Round all blocks."""
-        packed = [self._rounded(block)[0] for block in FoldedModel(lm.model, lm.arch, {}).blocks()]
+        packed = [self._rounded(block)[0] for block in FoldedModel(lm.model, lm.arch, {})]
         del packed
 
     def _rounded(self, block: FoldedBlock) -> "tuple[dict[str, Tensor], dict[str, Tensor]]":

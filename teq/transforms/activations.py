@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from teq.console import track
 from teq.device.offload import saving
 from teq.models.arch import Arch, Site, blocks, linears, sites
-from teq.models.blocks import first_inputs, run_block
+from teq.models.blocks import first_inputs, pass_on
 from teq.models.fold import check_equivalence
+from teq.models.lazy import present
 from teq.models.loss import last_hidden
 
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]  # module, args, keywords, output
@@ -43,16 +44,17 @@ def watched_blocks(
     """
     check_equivalence(model, arch)
     found = sites(model, arch)
+    device = model.get_input_embeddings().weight.device
     hidden, keywords = first_inputs(model, arch, windows)
     for index, (name, module) in enumerate(track(blocks(model, arch).items(), what)):
         here = [site for site in found if site.block == index]
         block = Block(name, module, here, linears(name, module))
-        with contextlib.ExitStack() as hooks:
-            for at, hook in watch(block):
-                hooks.enter_context(at.register_forward_hook(hook, with_kwargs=True))
-            for i, sample in enumerate(hidden):
-                hidden[i] = run_block(module, sample, keywords[index])
-        yield block
+        with present(module):
+            with contextlib.ExitStack() as hooks:
+                for at, hook in watch(block):
+                    hooks.enter_context(at.register_forward_hook(hook, with_kwargs=True))
+                pass_on(module, hidden, keywords[index], device)
+            yield block
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from teq import config
 from teq.config import Job
 from teq.console import aligned
-from teq.pipeline import forecast
+from teq.pipeline import estimate, forecast
 from teq.pipeline.forecast import Stage, Target
 
 
@@ -40,7 +40,7 @@ def shown(job: Job, target: Target) -> str:
         size = "not known" if one.bytes is None else about + _amount(one.bytes)
         seconds = f"{about}{one.flops / rate:.0f}" if one.flops and rate else "not known"
         rows.append([one.name, size, one.strategy, seconds])
-    parameters = list(forecast.outline(sizes, run.dtype, run.model.arch).model.parameters())
+    parameters = list(estimate.outline(sizes, run.dtype, run.model.arch).model.parameters())
     count, weights = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
     head = f"{run.title()}: {count:,} parameters, {_amount(weights)} in {run.dtype}, on {target.name}"
     head += "" if target.here is None else f" ({_amount(target.budget)} may be used)"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from teq.device.memory import Estimate
 from teq.grid import Grid
 from teq.models.arch import Arch, blocks, linears, sites
+from teq.models.lazy import held_bytes
 from teq.quantizers import blockwise, errors
 from teq.quantizers.blockwise import Calibrated, FloatBlock, Report
 from teq.quantizers.gptq.solver import Hessian, Problem, Solution
@@ -172,7 +173,7 @@ def estimate(
     with the whole Hessian, and the factor the cube of its width. Input correction doubles passes and
     solutions; a cross term takes a whole product of all tokens, its share in the solution four cubes.
     """
-    weights = sum(t.nbytes for t in {*lm.model.parameters(), *lm.model.buffers()})
+    weights = sum(held_bytes(lm.model, lm.arch))
     every = blocks(lm.model, lm.arch)
     name, block = next(iter(every.items()))
     inside = linears(name, block)

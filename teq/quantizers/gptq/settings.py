@@ -13,6 +13,7 @@ from teq.device import memory
 from teq.device.memory import Estimate
 from teq.device.runtime import Runtime
 from teq.grid import Grid
+from teq.models.lazy import held_bytes
 from teq.spec import option
 from teq.stage import Load, Made, Quantizer
 
@@ -61,8 +62,8 @@ class Gptq(Quantizer):
         work = functools.partial(
             self.quantize_on, scales=scales, windows=self.windows(lm.tokenizer), partial=runtime.partial
         )
-        more = self.estimate(lm).bytes - sum(p.nbytes for p in lm.model.parameters())
-        if memory.fits(more, lm.model, runtime):
+        held, _ = held_bytes(lm.model, lm.arch)
+        if memory.fits(self.estimate(lm).bytes - held, held, runtime):
             try:
                 return work(lm)
             except RuntimeError as error:

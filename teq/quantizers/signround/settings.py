@@ -104,7 +104,7 @@ class SignRound(Quantizer):
         hidden, keywords = block_inputs(lm.model, lm.arch, tokens, count=1)
         host = torch.empty_like(hidden[:1], device="cpu")
         waiting = [[torch.zeros_like(host) for _ in range(self.samples)] for _ in range(2)]
-        folded = FoldedModel(lm.model, lm.arch, {}).blocks()[0]
+        folded = next(iter(FoldedModel(lm.model, lm.arch, {})))
         exact = {name: folded.weight(name) for name in folded.linears}
         block = Calibrated(folded, 0, exact, *waiting, keywords[0], lambda _: keywords)
         with BlockTrainer(block, self.grid.unsearched) as trainer:

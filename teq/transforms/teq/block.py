@@ -23,6 +23,7 @@ from teq.grid import Grid
 from teq.models.arch import Arch, blocks
 from teq.models.blocks import block_inputs, first_inputs, run_block
 from teq.models.fold import check_equivalence, site_scales
+from teq.models.lazy import present
 from teq.stage import NothingDone, OnStep
 from teq.transforms.teq.linear import fake_quantized
 from teq.transforms.teq.train import Trainer
@@ -70,7 +71,7 @@ def train(
     finished = BlockFiles(runtime.partial, "the training")
     for index, (name, module) in enumerate(track(every.items(), "training blocks")):
         trainer = trainer_of(index)
-        with _visiting(module, device):
+        with present(module), _visiting(module, device):
             states.pass_on(states.targets, index, module)
             with fake_quantized(model, arch, grid, trainer.current.__getitem__, "keep") as quantize:
                 if (known := finished.read(index)) is None:
@@ -195,7 +196,7 @@ def dry_run(
         trainer = trainer_of(index)
         with torch.no_grad():
             targets = [run_block(module, hidden, keywords[0]) for _ in range(2)]
-        with fake_quantized(model, arch, grid, trainer.current.__getitem__, "keep"):
+        with present(module), fake_quantized(model, arch, grid, trainer.current.__getitem__, "keep"):
             for target in targets:
                 trainer.refresh()
                 trainer.move(_loss(module, hidden, target, keywords[0]), 0)

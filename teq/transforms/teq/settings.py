@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from teq import data
 from teq.data import Calibration
-from teq.device.runtime import DEFAULT_RUNTIME, Runtime
+from teq.device.runtime import DEFAULT_RUNTIME, STRATEGIES, Runtime
 from teq.grid import Grid
-from teq.models.arch import Arch, sites
+from teq.models.arch import Arch, blocks, sites
+from teq.models.lazy import present
 from teq.spec import UserError, option
 from teq.stage import Load, Made, OnStep, Transform
 from teq.transforms.awq.settings import Awq
@@ -47,6 +48,7 @@ class Teq(Transform):
     """
 
     group = "train"
+    strategies = STRATEGIES
     grid: Grid
     calib: Calibration
     init: str = option(among=("ones", "inv_sqrt", *SEARCHES), key="init")
@@ -132,7 +134,12 @@ class Teq(Transform):
         steps = max(self.steps, 1)  # a dry run does some where there are none
         rate = functools.partial(train.learning_rate, steps=steps, lr=self.lr, profile=self.profile)
         found = [site for site in sites(model, arch) if block in (None, site.block)]
-        first = {site.name: start[site.name] if start else train.initial(site, self.init) for site in found}
+        first: dict[str, Tensor] = {}
+        for index, module in enumerate(blocks(model, arch).values()):
+            if here := [site for site in found if site.block == index]:
+                with present(module):
+                    for site in here:
+                        first[site.name] = start[site.name] if start else train.initial(site, self.init)
         return train.Trainer(first, device, parameter=self.parameter, rate=rate)
 
     def train_on(

@@ -37,9 +37,9 @@ def initial(site: Site, init: str) -> Tensor:
     The paper writes the second, `inv_sqrt`, as 1.0/sqrt(w_cin); a channel whose weights are all zero starts
     at 1.
     """
-    largest = site.largest()
     if init != "inv_sqrt":
-        return torch.ones_like(largest)
+        return torch.ones(site.width, device=site.source.weight.device)
+    largest = site.largest()
     return torch.where(largest > 0, largest, 1.0).rsqrt_()
 
 
@@ -150,7 +150,7 @@ def train(
     Diverged on a loss that is not finite, NothingDone when a site never moved.
     """
     check_equivalence(model, arch)
-    check_head(model)
+    check_head(model, arch)
     if runtime.strategy == "offload":
         place_around_blocks(model, blocks(model, arch).values(), runtime.device)
     device = model.get_input_embeddings().weight.device
