@@ -4,10 +4,12 @@ import json
 import math
 import os
 
+import gguf
 import pytest
 
-from benchmarks import autoround, export_formats, export_memory, gptq, gpu, scaling, teq_step
+from benchmarks import autoround, export_formats, export_memory, gptq, gpu, scaling, serving, teq_step
 from benchmarks.contenders import measuring
+from teq.__main__ import main as teq_main
 from teq.spec import UserError
 
 
@@ -109,6 +111,22 @@ def test_an_export_is_measured_against_reading_and_writing_its_bytes(tmp_path):
     assert sizes["model"] == sizes["embeddings"] + 2 * sizes["block"]
     files = (tmp_path / "work" / "result").iterdir()
     assert sizes["written"] == sum(file.stat().st_size for file in files)
+
+
+def test_a_gguf_file_in_floating_point_holds_the_weights_and_the_vocabulary_of_the_packed_one(tmp_path):
+    run = ["model=tiny-llama", "method=rtn", "bits=4", "group_size=32", "symmetric=true"]
+    run += ["quant_grid.scale_dtype=float16", "evals=[python-docs]", "ppl.limit=2", "ppl.context=64"]
+    assert teq_main(["export", *run, "--format", "gguf", "--to", str(tmp_path / "out")]) == 0
+    packed = tmp_path / "out" / "model.gguf"
+    copy = serving.dequantized(packed, tmp_path / "float32.gguf", "float32")
+    before, after = gguf.GGUFReader(packed), gguf.GGUFReader(copy)
+    assert {tensor.tensor_type.name for tensor in after.tensors} == {"F32"}
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        exact = gguf.quants.dequantize(old.data, old.tensor_type)
+        assert old.name == new.name and (exact == new.data).all()
+    assert {key: field.contents() for key, field in before.fields.items() if "tokenizer" in key} == {
+        key: field.contents() for key, field in after.fields.items() if "tokenizer" in key
+    }
 
 
 def test_exponents_are_those_of_the_power_law():
