@@ -49,8 +49,8 @@ def test_training_needs_no_more_than_its_steps_are_predicted_to(family):
 
 def test_the_first_strategy_that_fits_is_chosen(monkeypatch):
     job = job_of("llama")
-    needed = {"keep": 3_000_000, "checkpoint": 2_000_000, "offload": 1_000_000}
-    monkeypatch.setattr(estimate, "estimate", lambda *args: memory.Estimate(needed[args[-1]], 0))
+    needed = {"keep": 3_000_000, "checkpoint": 2_000_000, "offload": 1_000_000, "stream": 800_000}
+    monkeypatch.setattr(estimate, "estimate", lambda *args: memory.Estimate(needed[args[4]], 0))
 
     def chosen(amount, device="cuda:0"):
         runtime = Runtime(device=device, memory=amount)
@@ -58,16 +58,20 @@ def test_the_first_strategy_that_fits_is_chosen(monkeypatch):
             job.run.transform, job.run.model.source.dimensions, job.run.model.arch, "float32", runtime
         )
 
-    assert [chosen(amount) for amount in ("3MB", "2.5MB", "1MB", "offload")] == [
+    assert [chosen(amount) for amount in ("3MB", "2.5MB", "1MB", "0.9MB", "offload")] == [
         "keep",
         "checkpoint",
         "offload",
+        "stream",
         "offload",
     ]
-    with pytest.raises(UserError, match=r"memory=0.5MB .* the least that would do is memory=1.01MB"):
+    with pytest.raises(
+        UserError, match=r"memory=0.5MB .* the least that would do is memory=0.81MB, with stream"
+    ):
         chosen("0.5MB")
-    with pytest.raises(UserError, match=r"the least that would do is memory=2.01MB, with checkpoint"):
-        chosen("1MB", device="cpu")
+    with pytest.raises(UserError, match=r"the least that would do is memory=0.81MB, with stream"):
+        chosen("0.7MB", device="cpu")
+    assert chosen("1MB", device="cpu") == "stream"
 
 
 @pytest.mark.parametrize("size", [1, 999_999, 26_043_210_000, 1_000_000_000])

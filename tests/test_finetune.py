@@ -14,8 +14,9 @@ from teq.__main__ import main
 from teq.config.composition import merged
 from teq.data.embedded import CALIBRATION_END
 from teq.device.live_bytes import LiveBytes
-from teq.device.runtime import STRATEGIES, Runtime
+from teq.device.runtime import Runtime
 from teq.finetune.linear import DequantizedLinear
+from teq.finetune.settings import Finetune
 from teq.finetune.train import finetune
 from teq.finetune.tuned import normalizations
 from teq.grid import Grid, decode, spread
@@ -172,7 +173,7 @@ def test_a_rate_that_moves_nothing_is_an_error(tiny):
 
 def test_no_strategy_changes_a_result(tiny, family):
     (kept, first), *others = (
-        tuned(tiny(family), family, steps=3, runtime=Runtime(strategy=s)) for s in STRATEGIES
+        tuned(tiny(family), family, steps=3, runtime=Runtime(strategy=s)) for s in Finetune.strategies
     )
     for tensors, info in others:
         assert info["loss"] == first["loss"] and info["held_out"] == first["held_out"]
@@ -209,7 +210,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_scales(tiny
     assert scales and all(torch.isfinite(scale).all() for scale in scales)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", Finetune.strategies)
 def test_the_memory_of_a_step_is_predicted(family, strategy):
     """And the weights that the codes replace are gone."""
     (job,) = config.jobs([f"model=tiny-{family}", "method=rtn", "finetune=scales+norms", *TINY])

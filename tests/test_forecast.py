@@ -26,7 +26,7 @@ def test_seconds_follow_from_a_rate(no_weights, own_home, monkeypatch, capsys):
         job.run.transform, job.run.model.source.dimensions(), job.run.model.arch, "float32", "keep"
     )
     assert found["scales", "keep (picked)"][1] == f"{5 * two.flops / 1e6:.0f}"
-    assert int(found["weights", ""][1]) > 0 and int(found["python-docs", ""][1]) > 0
+    assert int(found["weights", "keep (picked)"][1]) > 0 and int(found["python-docs", "keep (picked)"][1]) > 0
     (own_home / forecast.RATES).write_text("{")
     assert main(["plan", *TINY]) == 2
     assert "is damaged: delete it and calibrate again" in capsys.readouterr().err

@@ -23,11 +23,11 @@ def test_memory_that_runs_out_is_met_once_and_nothing_trained_is_lost(own_home, 
     job, seen = job_of("llama", "memory=keep"), []
     plain = train.Trainer.loss
 
-    def loss(self, model, tokens):
+    def loss(self, model, *batch):
         seen.append(len(seen))
         if seen[-1] == 2:
             raise torch.OutOfMemoryError("2 GB more were asked for")
-        return plain(self, model, tokens)
+        return plain(self, model, *batch)
 
     def result(home):
         return pipeline.run(job.run, store.Store(home / "store"), home, Runtime(memory="keep"), None)
@@ -54,15 +54,14 @@ def test_memory_that_runs_out_is_met_once_and_nothing_trained_is_lost(own_home, 
     [("auto", True), ("keep", True), ("offload", False), ("150MB", True), ("100MB", False)],
 )
 def test_what_comes_beside_a_model_fits_or_not(given, fit, monkeypatch):
-    model = torch.nn.Linear(25_000, 1000, bias=False, device="meta")  # 100 MB
     # free in addition to the weights: 30 MB, and 20 MB that PyTorch holds without using them
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30_000_000, 0))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 120_000_000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100_000_000)
-    assert memory.fits(40_000_000, model, Runtime(device="cuda:0", memory=given)) is fit
-    assert memory.fits(40_000_000, model, Runtime(device="cpu", memory=given))
+    assert memory.fits(40_000_000, 100_000_000, Runtime(device="cuda:0", memory=given)) is fit
+    assert memory.fits(40_000_000, 100_000_000, Runtime(device="cpu", memory=given))
     if given == "auto":
-        assert not memory.fits(46_000_000, model, Runtime(device="cuda:0"))
+        assert not memory.fits(46_000_000, 100_000_000, Runtime(device="cuda:0"))
 
 
 @pytest.mark.parametrize(
@@ -80,15 +79,15 @@ def test_the_ways_in_which_memory_is_said_to_have_run_out(error, known):
     assert memory.exhausted(error) is known
 
 
-def test_a_search_that_has_no_other_way_is_not_made_twice(own_home, monkeypatch):
+def test_a_search_without_memory_is_streamed_and_then_given_up(own_home, monkeypatch):
     (job,) = config.jobs(["model=tiny-llama", "method=smoothquant", *STEP[3:]])
     tried = []
 
-    def fit(*_):
-        tried.append(1)
+    def fit(_, __, runtime, *___):
+        tried.append(runtime.strategy)
         raise torch.OutOfMemoryError("2 GB")
 
     monkeypatch.setattr(type(job.run.transform), "fit", fit)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(UserError, match=r"memory ran out with strategy stream .* what was finished is kept"):
         pipeline.run(job.run, store.Store(own_home / "store"), own_home, Runtime(), None)
-    assert len(tried) == 1
+    assert tried == ["keep", "stream"]

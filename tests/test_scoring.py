@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from benchmarks.eval_tasks import TASKS, load_requests
 from teq import config
+from teq.device.runtime import Runtime
 from teq.evaluate.scoring import SharedContextLM
 from teq.spec import UserError
 
@@ -314,20 +315,10 @@ def test_memory_that_runs_out_on_the_processor_halves_the_batch_too(tokenizer, m
     assert lm.batch_size == 1
 
 
-def test_refuses_models_that_change_the_logits(tokenizer):
-    config = transformers.GraniteConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        logits_scaling=8.0,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    torch.nn.init.normal_(model.lm_head.weight)
+def test_tasks_refuse_models_that_change_the_logits(tiny):
+    (job,) = config.jobs(["model=tiny-granite", "method=fp", "evals=[lastword-python-docs]"])
     with pytest.raises(UserError, match="does more to its logits"):
-        ours(model, tokenizer)
+        job.run.evals[0].measure(tiny("granite"), Runtime())
 
 
 def test_refuses_requests_without_continuation(tokenizer):

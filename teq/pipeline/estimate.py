@@ -142,11 +142,12 @@ def _counted(
         model.eval().requires_grad_(False)
         model.tie_weights()
         present = {*model.parameters(), *model.buffers()}
-        inside = {name: p for name, p in model.named_parameters() if name.startswith(f"{arch.blocks}.")}
         if strategy in ("offload", "stream"):
-            present -= set(inside.values())
-        if strategy == "stream":
-            defer(model, arch, lambda: _Empty(inside), device)
+            prefix = f"{arch.blocks}."
+            empty = _Empty((name, p) for name, p in model.named_parameters() if name.startswith(prefix))
+            present -= set(empty.values())
+            if strategy == "stream":
+                defer(model, arch, lambda: empty, device)
         live = LiveBytes(None if device == "cpu" else device)
         live.count(present)
         del present

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from teq import data, record
 from teq.device import memory
-from teq.device.runtime import Runtime
+from teq.device.runtime import STRATEGIES, Runtime
 from teq.files import disk
 from teq.models.fold import folded_tensors
 from teq.pipeline import estimate
@@ -85,8 +85,8 @@ class Chain:
             (tensors, info), planned = self._fitting(stage, work, partial)
         except Diverged as error:
             raise _kept(error, self.failed) from error
-        # where the strategy that was used is not the planned one, memory ran out
-        return tensors, {**info, "planned_strategy": planned}
+        # where the strategy that was used is not the planned one, memory ran out; only trainings say theirs
+        return tensors, {**info, "planned_strategy": planned if "strategy" in info else STRATEGIES[0]}
 
     def _fitting(self, stage: Work, work: Callable[[Runtime], T], partial: Path) -> tuple[T, str]:
         """Return what `work` makes with the stage's strategy that fits into memory, and which was planned."""

@@ -1,0 +1,140 @@
+"""Models whose blocks are read when they are used: the same numbers, one block at a time."""
+
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+from conftest import every_family
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from teq import config
+from teq.device.runtime import Runtime
+from teq.models import Checkpoint, Folder
+from teq.models.arch import blocks
+from teq.models.fold import check_equivalence
+from teq.models.lazy import held_bytes, present
+from teq.pipeline import run as pipeline
+from teq.pipeline import store
+from teq.spec import UserError
+
+METHODS = ("rtn", "gptq", "teq+gptq", "awq", "smoothquant", "fp", "rtn quant_grid.search=clip")
+METHODS += ("gptq gptq.input_correction=0.5", "teq train.objective=kl")
+METHODS += ("signround signround.iterations=30 signround.lr=0.02",)
+METHODS += ("teq train.objective=block train.steps=20 train.batch=2",)
+SMALL = ["recipe=quick", "bits=3", "group_size=16", "gptq.samples=4", "gptq.length=48", "train.length=48"]
+SMALL += ["train.steps=3", "awq.samples=4", "awq.length=48", "smoothquant.samples=4", "smoothquant.length=48"]
+SMALL += ["signround.samples=16", "signround.length=48", "signround.batch=4"]
+SMALL += ["evals=[python-docs,lastword-python-docs]", "ppl.context=48", "ppl.limit=5", "tasks.limit=6"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that saves a family's tiny model in bf16 as transformers does, and gives its checkpoint."""
+
+    def save(family):
+        (job,) = config.jobs([f"model=tiny-{family}", "method=fp"])
+        source, folder = job.run.model.source, tmp_path / family
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(source.dimensions())  # GPT-2 has its Conv1D here
+        torch.nn.utils.vector_to_parameters(
+            torch.nn.utils.parameters_to_vector(model.parameters()) + 0.02, model.parameters()
+        )
+        model.bfloat16().save_pretrained(folder)
+        source.tokenizer().save_pretrained(folder)
+        return Checkpoint(name="saved", source=Folder(path=str(folder)), arch=job.run.model.arch)
+
+    return save
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", every_family())
+def test_a_lazy_model_computes_what_the_model_does(saved, family, dtype):
+    checkpoint, tokens = saved(family), torch.arange(2, 42)[None]
+    whole, lazy = (checkpoint.load(dtype, "cpu", lazy=how) for how in (False, True))
+    for _ in range(2):  # what was read is dropped and read again
+        assert torch.equal(lazy.model(tokens).logits, whole.model(tokens).logits)
+    inside = {f"{name}." for name in blocks(lazy.model, lazy.arch)}
+    for name, parameter in lazy.model.named_parameters():
+        assert parameter.is_meta == name.startswith(tuple(inside)), name
+    for ours, theirs in zip(lazy.model.buffers(), whole.model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    check_equivalence(lazy.model, lazy.arch)
+
+
+def test_one_block_is_in_memory_and_what_is_written_to_it_is_lost(saved):
+    lm = saved("llama").load("bfloat16", "cpu", lazy=True)
+    every = list(blocks(lm.model, lm.arch).values())
+    alive, most = weakref.WeakSet(), []
+
+    def note(module, *_):
+        alive.update(module.parameters())
+        gc.collect()
+        most.append(len(alive))
+
+    for block in every:
+        block.mlp.register_forward_pre_hook(note)
+    with torch.no_grad():
+        lm.model(torch.arange(9)[None])
+    assert most == [len(list(every[0].mlp.parameters()))] * len(every)
+    with present(every[0]):
+        before = every[0].mlp.up_proj.weight.clone()
+        every[0].mlp.up_proj.weight.zero_()
+    with present(every[0]), present(every[0]):
+        assert torch.equal(every[0].mlp.up_proj.weight, before)
+    held, block = held_bytes(lm.model, lm.arch)
+    assert held + len(every) * block == sum(t.nbytes for t in (*lm.model.parameters(), *lm.model.buffers()))
+
+
+def finished(saved, home, family, method, memory):
+    """A run's stages' digests, values and record."""
+    words = ["model=auto", f"model.path={saved(family).source.path}", f"method={method.split()[0]}"]
+    (job,) = config.jobs([*words, *SMALL, *method.split()[1:], f"memory={memory}"])
+    runtime = Runtime(memory=memory)
+    record = pipeline.run(job.run, store.Store(home / "store"), home, runtime, None).data
+    return {name: stage["digest"] for name, stage in record["stages"].items()}, record
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_stage_is_the_same_to_the_bit_when_it_is_streamed(saved, own_home, method):
+    kept, streamed = (finished(saved, own_home / m, "llama", method, m) for m in ("keep", "stream"))
+    assert kept[0] == streamed[0]
+    assert json.dumps(kept[1]["metrics"]) == json.dumps(streamed[1]["metrics"])
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "gemma3", "gpt2", "gpt_neox", "falcon"])
+def test_other_families_stream_to_the_same_bits(saved, own_home, family):
+    kept, streamed = (finished(saved, own_home / m, family, "gptq", m)[0] for m in ("keep", "stream"))
+    assert kept == streamed
+
+
+def test_divergence_and_its_reference_stream(saved, own_home, monkeypatch):
+    """In passes of two windows: as many as the hidden states that may wait."""
+    from teq.evaluate import perplexity
+
+    monkeypatch.setattr(perplexity, "PASS", 2 * 48 * 64 * 2 + 1)
+    method = "rtn ppl.kl=true dtype=bfloat16"
+    kept, streamed = (finished(saved, own_home / m, "llama", method, m)[0] for m in ("keep", "stream"))
+    assert kept == streamed and "reference/python-docs" in kept
+
+
+def test_a_budget_below_the_model_streams_it(saved, own_home):
+    """The weights alone take 0.35 MB in fp32: nothing is trained, so every stage gets by with one block."""
+    digests, _ = finished(saved, own_home / "a", "llama", "gptq", "0.2MB")
+    assert digests == finished(saved, own_home / "b", "llama", "gptq", "keep")[0]
+
+
+def test_text_is_not_generated_from_weights_that_are_read_for_every_token(saved):
+    from teq.evaluate import tasks
+
+    lm = saved("llama").load("float32", "cpu", lazy=True)
+    task = type("Task", (), {"OUTPUT_TYPE": "generate_until", "eval_docs": [1], "set_fewshot_seed": id})()
+    with pytest.raises(UserError, match=r"writes generates text, .* under memory=stream"):
+        tasks.score(None, {"tasks": {"writes": task}}, {}, lm, Runtime())
+
+
+def test_a_checkpoint_that_transformers_renames_has_the_models_names(saved):
+    checkpoint = saved("gpt_neox")
+    assert "embed_out" in "".join(checkpoint.source.tensors("float32").stored["lm_head.weight"][1:])
+    assert AutoConfig.from_pretrained(checkpoint.source.path).model_type == "gpt_neox"
