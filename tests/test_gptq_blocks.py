@@ -144,14 +144,17 @@ def test_gptq_goes_on_from_its_last_finished_block(tiny, tmp_path, monkeypatch, 
     expected, report = quantized(None)
     assert len(solved) == 2 and any(name.startswith("param/") for name in expected)
 
-    def interrupted(block, *rest):
-        if len(solved) == after and len(list(tmp_path.iterdir())) == after:
-            raise KeyboardInterrupt
-        return run_block(block, *rest)
+    def interrupted(original):
+        def run(*args):
+            if len(solved) == after and len(list(tmp_path.iterdir())) == after:
+                raise KeyboardInterrupt
+            return original(*args)
 
-    run_block = blockwise.run_block
+        return run
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(blockwise, "run_block", interrupted)
+        for name in ("run_block", "pass_on"):
+            patch.setattr(blockwise, name, interrupted(getattr(blockwise, name)))
         quantized(tmp_path)
     resumed, again = quantized(tmp_path)
     assert len(solved) == 2 - after and again == report and list(again["gptq"]) == list(report["gptq"])

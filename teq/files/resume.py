@@ -139,7 +139,7 @@ class BlockFiles:
     def __init__(self, folder: Path | None, what: str) -> None:
         self.folder, self.what, self.writer = folder, what, Writer(what)
         self.read_count = 0  # blocks that were read
-        self.waiting: list[tuple[int, Mapping[str, Tensor], dict[str, Any]]] = []
+        self.waiting: list[tuple[int, dict[str, Tensor], dict[str, Any]]] = []
 
     def read(self, index: int) -> "tuple[dict[str, Tensor], dict[str, Any]] | None":
         """Return tensors and report of block `index`, where it and all blocks before it are there."""
@@ -153,10 +153,13 @@ class BlockFiles:
         self.read_count += 1
         return found[0], json.loads(found[1]["report"])
 
-    def write(self, index: int, tensors: "Mapping[str, Tensor]", report: dict[str, Any]) -> None:
-        """Store a finished block, and first those before it that could not be stored when they were."""
+    def write(self, index: int, tensors: "dict[str, Tensor]", report: dict[str, Any]) -> "dict[str, Tensor]":
+        """Store a finished block, and first those before it that could not be stored when they were.
+
+        Returns the tensors; where they were stored, mapped from the file, which takes no memory.
+        """
         if self.folder is None:
-            return
+            return tensors
         self.waiting.append((index, tensors, report))
         while self.waiting:
             number, part, about = self.waiting[0]
@@ -164,8 +167,10 @@ class BlockFiles:
             if not self.writer.attempt(
                 functools.partial(disk.write_tensors, self._file(number), part, metadata)
             ):
-                return
+                return tensors
             del self.waiting[0]
+        found = disk.read_tensors(self._file(index), "what was computed is used")
+        return tensors if found is None else found[0]
 
     def _file(self, index: int) -> Path:
         assert self.folder is not None

@@ -95,7 +95,7 @@ def quantize_blocks(
                 block, index, {}, hidden, exact_hidden, kwargs, together, float_inputs=exact_inputs
             )
             part, entries = _quantized(model, grid, quantize, calibrated)
-            finished.write(index, part, entries)
+            part = finished.write(index, part, entries)
         tensors |= part
         report |= entries
         pass_on(block.module, hidden, kwargs, device)
@@ -111,7 +111,8 @@ def _quantized(
     assign(model, folded.changed)
     assign(model, {f"{name}.weight": weight for name, weight in exact.items()})
     quantized, entries = quantize(dataclasses.replace(block, exact=exact))
-    assign(model, {f"{name}.weight": q.dequantize(grid) for name, q in quantized.items()})
+    for name, q in quantized.items():
+        assign(model, {f"{name}.weight": q.dequantize(grid)})
     # packed and off the device block by block: a model's codes at once would be a byte for every weight
     return {name: t.cpu() for name, t in stored(quantized, folded.changed, grid).items()}, entries
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from teq.console import track
 from teq.data import Calibration
 from teq.device.runtime import Runtime
+from teq.files.resume import BlockFiles
 from teq.grid import Grid, encode, group_params, spread
 from teq.models.fold import FoldedBlock, FoldedModel
 from teq.quantizers import errors
@@ -47,9 +48,11 @@ class Rtn(Quantizer):
         if self.calib is not None:
             return self._quantize_searched(load(), scales, runtime)
         lm, tensors, shares = load(), {}, {}
-        for block in track(FoldedModel(lm.model, lm.arch, scales), "rounding blocks"):
+        # where the model is too large for the memory, so may its codes be
+        files = BlockFiles(runtime.partial if runtime.strategy == "stream" else None, "rounding")
+        for index, block in enumerate(track(FoldedModel(lm.model, lm.arch, scales), "rounding blocks")):
             rounded, lost = self._rounded(block)
-            tensors |= stored({}, block.changed, self.grid) | rounded
+            tensors |= files.write(index, stored({}, block.changed, self.grid) | rounded, {})
             shares |= lost
         found = errors.defined(errors.read_back(shares))
         if not any(found.values()):

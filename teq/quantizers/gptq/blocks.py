@@ -118,7 +118,9 @@ class _Problems:
             block.folded.module, inside, block.hidden, block.kwargs, Hessian, self.exact
         )
         for names, hessian in measured.items():
-            found[names] = torch.cat([block.exact[name] for name in names]), hessian.mean()
+            weights = [block.exact[name] for name in names]
+            tall = torch.cat(weights) if len(weights) > 1 else weights[0]
+            found[names] = tall, hessian.mean()
             if self.share:
                 found[names] += (hessian.mean_cross().mul_(self.share),)
         return found

@@ -198,8 +198,11 @@ def _inverse_factor(hessian: Tensor, diagonal: Tensor, order: Tensor | None) -> 
     damped = hessian if order is None else hessian[order][:, order]
     factor, failed = torch.linalg.cholesky_ex(damped)
     hessian.diagonal().copy_(kept)
-    inverse, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-    return inverse, (failed != 0) | (failed_too != 0)
+    # in place: a wide layer's Hessian is the largest thing here
+    failed_too = torch.empty_like(failed)
+    torch.cholesky_inverse(factor, out=factor)
+    torch.linalg.cholesky_ex(factor, upper=True, out=(factor, failed_too))
+    return factor, (failed != 0) | (failed_too != 0)
 
 
 def _input_shift(cross: Tensor, inverse: Tensor, order: Tensor | None) -> Tensor:
