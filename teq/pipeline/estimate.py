@@ -10,7 +10,8 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from teq.device.memory import UNITS, Estimate, budget, possible
+from teq.device import host_memory
+from teq.device.memory import RESERVE, UNITS, Estimate, budget, possible
 from teq.device.runtime import STRATEGIES, Runtime
 from teq.models.arch import Arch
 from teq.models.blocks import one_sequence_a_row
@@ -44,6 +45,8 @@ def choose(
     if MANY * weights <= allowed and not trains:
         return those[0]  # not worth the second that a dry run takes
     for strategy in those:
+        if strategy == "offload" and weights > RESERVE * host_memory.available():
+            continue  # blocks wait in the host's memory
         one = required(stage, config, arch, dtype, strategy)
         needed[strategy] = weights if one is None else one.bytes - one.movable
         if needed[strategy] <= allowed:

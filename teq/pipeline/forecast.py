@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from teq.device import memory
 from teq.device.locks import CUDA
 from teq.device.runtime import STRATEGIES, resolve
+from teq.evaluate.perplexity import PASS, Perplexity
 from teq.evaluate.workload import WORKLOADS, Scoring
 from teq.files import disk
-from teq.models.arch import Arch
+from teq.models.arch import Arch, blocks, linears
 from teq.models.checkpoint import Checkpoint
+from teq.models.lazy import held_bytes
 from teq.models.synthetic import Outline, Synthetic
 from teq.pipeline import cost, estimate
 from teq.pipeline.settings import Run
@@ -61,6 +63,8 @@ class Stage:
     bytes: int | None
     flops: int | None = None
     strategy: str = ""
+    host: int = 0  # bytes that wait in the host's memory while a GPU computes
+    disk: int = 0  # bytes that are written to the cache, where they are more than vectors
     about: bool = False  # from the lengths that documents have for SmolLM2's tokenizer
 
 
@@ -83,7 +87,9 @@ def target(device: str, allowed: str) -> Target:
 def stages(
     run: Run, sizes: "PretrainedConfig", target: Target, allowed: str, batch_size: int
 ) -> Iterator[Stage]:
-    """Yield what each stage of a run needs; what is trained once for each strategy, the picked one marked."""
+    """Yield what each stage of a run needs with each of its strategies, the picked one marked."""
+    import torch
+
     on = "meta" if target.kind == "cuda" else "cpu"  # a GPU's codes and hidden states go to the host's memory
     given = (allowed,) if allowed in STRATEGIES else ()
 
@@ -108,9 +114,24 @@ def stages(
         for strategy, one in found.items():
             moved = target.kind == "cuda" and (strategy == "stream" or one.bytes > target.budget)
             size = one.bytes - (one.movable if moved else 0)
-            note = ", hidden states on the host" if moved and one.movable else ""
             mark = " (picked)" if strategy == picked else ""
-            yield Stage(name, size, flops(one.flops), strategy + note + mark, **more)
+            host = (one.movable if moved else 0) + waiting(stage, strategy)
+            host = host if target.kind == "cuda" else 0
+            yield Stage(name, size, flops(one.flops), strategy + mark, host, **more)
+
+    def waiting(stage: Work, strategy: str) -> int:
+        """Return the bytes that a strategy keeps in the host's memory: blocks, or hidden states."""
+        if strategy == "offload":
+            whole = estimate.outline(sizes, run.dtype, run.model.arch, lazy=True)
+            return sum(p.nbytes for p in whole.model.parameters()) - held_bytes(whole.model, whole.arch)[0]
+        if strategy == "stream" and isinstance(stage, Perplexity):
+            return min(PASS, hidden_bytes(stage) or PASS)
+        return 0
+
+    def hidden_bytes(evaluation: Any) -> int:
+        """Return the bytes of the hidden states of all windows, 0 where their number is not known."""
+        dtype = getattr(torch, run.eval_dtype or run.dtype)
+        return (evaluation.limit or 0) * evaluation.context * sizes.hidden_size * dtype.itemsize
 
     def trained(name: str, stage: Any) -> Iterator[Stage]:
         return rows(name, stage, flops=lambda one: one // 2 * stage.steps)  # a dry run is two steps
@@ -119,13 +140,17 @@ def stages(
         work = SimpleNamespace(strategies=Work.strategies, dry_run=evaluation.dry_reference, estimate=None)
         count = getattr(evaluation, "limit", None) or 0
         dtype = run.eval_dtype or run.dtype
-        return rows(f"reference/{evaluation.name}", work, dtype, lambda one: one * count or None, at=on)
+        kept = hidden_bytes(evaluation)
+        return rows(
+            f"reference/{evaluation.name}", work, dtype, lambda one: one * count or None, at=on, disk=kept
+        )
 
     if run.transform.dry_run is not None:
         yield from trained("scales", run.transform)
     times = run.quantizer.dry_runs(sizes.num_hidden_layers) if run.quantizer.dry_run is not None else 1
     # RTN's time is no matrix products'
-    yield from rows("weights", run.quantizer, at=on, flops=lambda one: times and times * one)
+    codes = stored_bytes(run, sizes)
+    yield from rows("weights", run.quantizer, at=on, flops=lambda one: times and times * one, disk=codes)
     if run.finetune is not None:
         yield from trained("tuned", run.finetune)
     for evaluation in run.evals:
@@ -139,6 +164,16 @@ def stages(
         else:
             count = getattr(evaluation, "limit", None) or 0
             yield from rows(evaluation.name, evaluation, dtype, lambda one, count=count: one * count or None)
+
+
+def stored_bytes(run: Run, sizes: "PretrainedConfig") -> int:
+    """Return the bytes of the codes, scales and zeros of all linears of the blocks; 0 without a grid."""
+    if run.quantizer.grid is None:
+        return 0
+    lm = estimate.outline(sizes, run.dtype, run.model.arch)
+    inside = [one for block in blocks(lm.model, lm.arch).items() for one in linears(*block).values()]
+    bits = run.quantizer.grid.bits_per_weight([tuple(one.weight.shape) for one in inside])
+    return int(bits / 8 * sum(one.weight.numel() for one in inside))
 
 
 def calibrate(home: Path, transform: Any, arch: Arch, device: str, dtype: str) -> None:

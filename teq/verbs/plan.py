@@ -34,12 +34,13 @@ def shown(job: Job, target: Target) -> str:
     if target.here is not None:
         rate = forecast.rates(config.home()).get(forecast.rate_name(target.here, run.dtype))
     stages = list(forecast.stages(run, sizes, target, job.options.memory, job.options.batch_size))
-    rows = [["stage", "peak memory", "strategy", "seconds"]]
+    rows = [["stage", "peak memory", "host", "disk", "strategy", "seconds"]]
     for one in stages:
         about = "~" if one.about else ""
         size = "not known" if one.bytes is None else about + _amount(one.bytes)
         seconds = f"{about}{one.flops / rate:.0f}" if one.flops and rate else "not known"
-        rows.append([one.name, size, one.strategy, seconds])
+        more = [_amount(count) if count else "" for count in (one.host, one.disk)]
+        rows.append([one.name, size, *more, one.strategy, seconds])
     parameters = list(estimate.outline(sizes, run.dtype, run.model.arch).model.parameters())
     count, weights = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
     head = f"{run.title()}: {count:,} parameters, {_amount(weights)} in {run.dtype}, on {target.name}"
@@ -55,6 +56,8 @@ def _notes(job: Job, target: Target, stages: Sequence[Stage], rate: float | None
             least[one.name] = min(one.bytes, least.get(one.name, one.bytes))
     if over := [f"{stage} ({_amount(size)})" for stage, size in least.items() if size > target.budget]:
         yield f"does not fit into the {_amount(target.budget)} that may be used: {', '.join(over)}"
+    if any(one.host for one in stages):
+        yield "host: what waits in the host's memory while the GPU computes; disk: what the cache holds of it"
     if any(one.about for one in stages):
         yield "~ an estimate from the lengths that documents have for SmolLM2's tokenizer"
     if rate is None and target.here is None:

@@ -124,7 +124,8 @@ class Gptq(Quantizer):
     def _solution_bytes(self, rows: int, columns: int) -> int:
         """Return the peak bytes of one solution, counted on a small matrix of the same proportions.
 
-        They grow with the square of the width when the proportions stay.
+        They grow with the square of the width when the proportions stay; scales and zeros with the weights
+        of a group. The Hessian is counted with those of the block.
         """
         import torch
 
@@ -133,13 +134,11 @@ class Gptq(Quantizer):
         small, size = min(columns, SMALL), self.grid.group_size
         few = dataclasses.replace(
             self,
-            grid=dataclasses.replace(
-                self.grid, group_size=-1 if size == -1 else max(1, size * small // columns)
-            ),
+            grid=dataclasses.replace(self.grid, group_size=min(size, small)),
             block_size=max(1, self.block_size * small // columns),
         )
         weight = torch.ones(max(1, rows * small // columns), small).cumsum(0)
-        cross = [torch.zeros(small, small)] if self.input_correction else []
+        sums = [torch.eye(small), *([torch.zeros(small, small)] if self.input_correction else [])]
         with LiveBytes() as live, torch.no_grad():
-            few.solve([(torch.cat([weight]), torch.eye(small), *cross)])  # the copy is a block's tall matrix
+            few.solve([(torch.cat([weight]), *sums)])  # the copy is a block's tall matrix
         return int(live.peak * (columns / small) ** 2)

@@ -142,9 +142,11 @@ def _solve(problem: Problem, grid: Grid, damping: float, options: Options) -> So
     reordered = order is not None and grid.search != "none" and fixed is None
     measured = hessian[order][:, order] if reordered else hessian
     shift = _input_shift(cross[0], inverse, order) if cross else None
+    weight = weight.T.contiguous()  # a column is contiguous here, and the matrix before it is gone
     codes, scale, zero, errors = _columns(
         weight, measured, inverse, shift, fixed, group_of, grid, options.block_size
     )
+    del weight, inverse  # each of the size of what is made next
     g_idx = None
     if order is not None:
         back = torch.argsort(order)
@@ -154,7 +156,7 @@ def _solve(problem: Problem, grid: Grid, damping: float, options: Options) -> So
             scale, zero = scale[:, places], zero[:, places]
         elif fixed is None:
             g_idx = group_of[back]
-    quantized = Quantized(codes.to(torch.uint8), scale, zero, g_idx)
+    quantized = Quantized(codes, scale, zero, g_idx)
     lost = quantized.dequantize(grid).sub_(original).masked_fill_(dead, 0)
     if cross:  # the weights moved for the inputs' errors too
         return Solution(quantized, damping, failed, (lost @ hessian).mul_(lost).sum(dtype=torch.float64))
@@ -216,7 +218,7 @@ def _input_shift(cross: Tensor, inverse: Tensor, order: Tensor | None) -> Tensor
 
 
 def _columns(
-    weight: Tensor,
+    rows: Tensor,
     hessian: Tensor,
     inverse: Tensor,
     shift: Tensor | None,
@@ -227,9 +229,9 @@ def _columns(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return codes `[out, in]`, scale and zero `[out, groups]`, and the sum of the squared errors passed on.
 
-    Columns are in processing order.
+    `rows [in, out]`, the columns of the weight in processing order, are used up.
 
-    A group's grid is taken from `weight` when its first column is reached, as updated so far by whole blocks
+    A group's grid is taken from them when its first column is reached, as updated so far by whole blocks
     only: the present block's own corrections live in `block` until it ends. That is what the official code
     does. Inside a block, corrections reach the next few columns one by one and the others a strip at a time.
     Until a block ends its codes count from the zero of their group, which saves two operations a column.
@@ -237,15 +239,14 @@ def _columns(
     Under `shift` each column moves those that follow by what it was before it was rounded. GPTAQ's official
     code takes the rounded column for those behind a block, so that its block size decides what is computed.
     """
-    columns = weight.shape[1]
+    columns = len(rows)
     size = grid.width(columns)
-    rows = weight.T.contiguous()  # [in, out]: a column of the weight is contiguous here
     codes = torch.empty_like(rows)
     if fixed is None:
         scale, zero = rows.new_empty(2, grid.group_count(columns), rows.shape[1])  # [groups, out]
     else:
         scale, zero = (params.T.contiguous() for params in fixed)
-    passed_on = torch.zeros((), dtype=torch.float64, device=weight.device)
+    passed_on = torch.zeros((), dtype=torch.float64, device=rows.device)
     rounded, lowest, highest = torch.empty_like(rows[0]), zero.neg(), grid.levels - zero
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
@@ -284,4 +285,4 @@ def _columns(
             rows[stop:].addmm_(shift[start:stop, stop:].T, block)
         passed_on += errors.square_().sum(dtype=torch.float64)
         codes[start:stop].add_(zero[group_of[start:stop]])
-    return codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), passed_on
+    return codes.to(torch.uint8).T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), passed_on
