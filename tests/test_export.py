@@ -336,7 +336,7 @@ def test_a_checkpoint_without_the_prefix_of_its_model_is_read(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"h.0.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     tensors = Folder(path=str(tmp_path)).tensors("float16")
     assert tensors["transformer.h.0.weight"].dtype == torch.float16
     with pytest.raises(UserError, match=r"lacks transformer\.h\.1\.weight"):

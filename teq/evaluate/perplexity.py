@@ -163,7 +163,7 @@ def passes(lm: "LM", windows: "Tensor", first: int, what: str) -> "Iterator[tupl
     """
     import torch
 
-    if not is_lazy(lm.model, lm.arch):
+    if not is_lazy(lm.model):
         for i in track(range(first, len(windows)), what):
             yield i, windows[i : i + 1].to(lm.device)
         return

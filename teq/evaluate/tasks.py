@@ -143,7 +143,7 @@ def score(
     for task in tasks.values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     for name, task in tasks.items():
-        if task.OUTPUT_TYPE == "generate_until" and is_lazy(lm.model, lm.arch):
+        if task.OUTPUT_TYPE == "generate_until" and is_lazy(lm.model):
             raise UserError(
                 f"{name} generates text, which would read all weights for every token under memory=stream: "
                 "leave it out of evals, or give the memory of the whole model"

@@ -47,9 +47,9 @@ def defer(model: "nn.Module", arch: Arch, read: Read, device: str) -> None:
         block.forward = _Forward(block)
 
 
-def is_lazy(model: "nn.Module", arch: Arch) -> bool:
+def is_lazy(model: "nn.Module") -> bool:
     """Return whether the model's blocks are read when they are used."""
-    return any(vars(block).get("lazy") for block in blocks(model, arch).values())
+    return any(vars(module).get("lazy") for module in model.modules())
 
 
 def held_bytes(model: "nn.Module", arch: Arch) -> tuple[int, int]:
