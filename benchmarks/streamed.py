@@ -9,9 +9,10 @@ takes it through teq+gptq (w4_g128, 2 steps of 128 tokens, 4 GPTQ windows of 256
 512), streamed and not, each in a home of its own. `overrides` belong to both.
 
 The number after a model's name are the gigabytes that the streamed run may take: RssAnon over what its
-interpreter holds once everything is imported, looked at every 10 ms; page cache is not counted. Where memory
-cgroups can be made it also runs in one that does not give more than that and the interpreter's own: what
-exceeds it is killed. Every stage's digests are compared: the results must be equal to the bit.
+interpreter holds once everything is imported, the model's own code too, looked at every 10 ms; page cache is
+not counted. Where memory cgroups can be made it also runs in one that does not give more than that and the
+interpreter's own: what exceeds it is killed. Every stage's digests are compared: the results must be equal to
+the bit.
 """
 
 import argparse
@@ -36,7 +37,13 @@ from teq.spec import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CGROUPS = Path("/sys/fs/cgroup")
-IMPORTS = "import torch, transformers, accelerate, hydra, teq.verbs.run, teq.transforms.teq.train"
+OWN = """
+import sys, torch, accelerate, hydra, teq.verbs.run, teq.transforms.teq.train
+from transformers import AutoConfig, AutoModelForCausalLM
+with torch.device("meta"):
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]))
+print(open("/proc/self/status").read())
+"""
 RUN = [
     *(
         "method=teq+gptq",
@@ -74,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         folder = written(
             name, arguments.blocks, arguments.folder / title.replace(", ", "-").replace(" ", "-")
         )
-        own = interpreter()
+        own = interpreter(folder)
         result: dict[str, Any] = {"interpreter_bytes": own, "bound_bytes": int(float(bound) * 1e9)}
         for memory in ("stream", "keep"):
             limit = result["bound_bytes"] + own if memory == "stream" else None
@@ -105,10 +112,10 @@ def written(name: str, blocks: int | None, folder: Path) -> Path:
     return folder
 
 
-def interpreter() -> int:
-    """Return the anonymous bytes of a process that has imported what a run imports."""
+def interpreter(folder: Path) -> int:
+    """Return the anonymous bytes of a process that has imported what a run of the folder's model does."""
     said = subprocess.run(
-        [sys.executable, "-c", f"{IMPORTS}; print(open('/proc/self/status').read())"],
+        [sys.executable, "-c", OWN, str(folder)],
         cwd=ROOT,
         check=True,
         capture_output=True,
