@@ -13,7 +13,7 @@ TINY += ["gptq.length=64", "evals=[python-docs,lastword-python-docs]", "ppl.cont
 def rows(text):
     """The table's cells by stage and strategy."""
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    return {(stage, strategy): (size, seconds) for stage, size, strategy, seconds in cells[2:]}
+    return {(stage, strategy): (size, seconds) for stage, size, _, _, strategy, seconds in cells[2:]}
 
 
 def test_seconds_follow_from_a_rate(no_weights, own_home, monkeypatch, capsys):
