@@ -119,6 +119,13 @@ def test_divergence_and_its_reference_stream(saved, own_home, monkeypatch):
     assert kept == streamed and "reference/python-docs" in kept
 
 
+def test_windows_that_were_all_measured_before_a_kill_are_not_read_again(saved, tmp_path):
+    (job,) = config.jobs(["model=tiny-llama", "method=fp", *SMALL])
+    lm, perplexity = saved("llama").load("float32", "cpu", lazy=True), job.run.evals[0]
+    once, again = (perplexity.measure(lm, Runtime(partial=tmp_path / "state")) for _ in range(2))
+    assert once.values == again.values
+
+
 def test_a_budget_below_the_model_streams_it(saved, own_home):
     """The weights alone take 0.35 MB in fp32: nothing is trained, so every stage gets by with one block."""
     digests, _ = finished(saved, own_home / "a", "llama", "gptq", "0.2MB")

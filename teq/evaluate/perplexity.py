@@ -161,20 +161,19 @@ def passes(lm: "LM", windows: "Tensor", first: int, what: str) -> "Iterator[tupl
     A lazy model is read once for as many windows as `PASS` bytes of hidden states hold, which wait in the
     host's memory; while a window is with the caller, the model's blocks put out what they do for it.
     """
-    import torch
-
     if not is_lazy(lm.model):
         for i in track(range(first, len(windows)), what):
             yield i, windows[i : i + 1].to(lm.device)
         return
     every = list(blocks(lm.model, lm.arch).values())
     size = windows.shape[1] * lm.model.config.hidden_size * lm.model.dtype.itemsize
-    for part in torch.arange(first, len(windows)).split(max(1, PASS // size)):
-        hidden, keywords = first_inputs(lm.model, lm.arch, windows[part], "cpu")
-        where = f"{what}, blocks for windows {int(part[0])} to {int(part[-1])}"
+    count = max(1, PASS // size)
+    for start in range(first, len(windows), count):
+        hidden, keywords = first_inputs(lm.model, lm.arch, windows[start : start + count], "cpu")
+        where = f"{what}, blocks for {len(hidden)} windows from {start} on"
         for block, kwargs in zip(track(every, where), keywords, strict=True):
             in_tuple = pass_on(block, hidden, kwargs, lm.device)
-        for i in part.tolist():
+        for i in range(start, start + len(hidden)):
             out = hidden.pop(0).to(lm.device)
             with bypassed(every, given=(out,) if in_tuple else out):
                 yield i, windows[i : i + 1].to(lm.device)
