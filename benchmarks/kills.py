@@ -106,10 +106,11 @@ def child(file: Path, argv: list[str]) -> int:
             notes.begin(f"step {number}")
         original(self, loss, number)
 
-    def kept(original: Callable[..., Any], self: Any, *given: Any) -> None:
-        original(self, *given)
+    def kept(original: Callable[..., Any], self: Any, *given: Any) -> Any:
+        made = original(self, *given)
         if not self.waiting:  # what a full disk refuses waits
             notes.stored()
+        return made
 
     def state(original: Callable[..., Any], self: Any) -> None:
         original(self)
