@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from teq.console import track
-from teq.device.memory import release
 from teq.files.resume import BlockFiles
 from teq.grid import Grid
 from teq.models.arch import Arch
 from teq.models.blocks import block_inputs, first_inputs, pass_on, run_block
 from teq.models.fold import FoldedBlock, FoldedModel
-from teq.models.lazy import is_lazy
 from teq.quantizers.quantized import Quantized, restore, stored
 
 Report = dict[str, dict[str, Any]]
@@ -86,8 +84,6 @@ def quantize_blocks(
     report: Report = {}
     finished = BlockFiles(partial, what)
     for index, block in enumerate(track(FoldedModel(model, arch, scales), f"{what} blocks")):
-        if is_lazy(model):  # reference cycles keep what the block before took
-            release(str(device))
         kwargs = keywords[index]
         exact_inputs = list(exact_hidden) if float_inputs else []
         pass_on(block.module, exact_hidden, kwargs, device)

@@ -21,7 +21,7 @@ from teq.device.runtime import DEFAULT_RUNTIME, Runtime
 from teq.files.resume import BlockFiles
 from teq.grid import Grid
 from teq.models.arch import Arch, blocks
-from teq.models.blocks import block_inputs, first_inputs, run_block
+from teq.models.blocks import block_inputs, first_inputs, pass_on, run_block
 from teq.models.fold import check_equivalence, site_scales
 from teq.models.lazy import present
 from teq.stage import NothingDone, OnStep
@@ -72,7 +72,7 @@ def train(
     for index, (name, module) in enumerate(track(every.items(), "training blocks")):
         trainer = trainer_of(index)
         with present(module), _visiting(module, device):
-            states.pass_on(states.targets, index, module)
+            pass_on(module, states.targets, states.alone[index], device)
             with fake_quantized(model, arch, grid, trainer.current.__getitem__, "keep") as quantize:
                 if (known := finished.read(index)) is None:
                     loss = functools.partial(states.loss, index, module)
@@ -80,7 +80,7 @@ def train(
                     known = on_host(found), {name: entry}
                     finished.write(index, *known)
                 trainer.current.update({site: known[0][site].to(device) for site in trainer.free})
-                states.pass_on(states.hidden, index, module)
+                pass_on(module, states.hidden, states.alone[index], device)
         scales |= known[0]
         report |= known[1]
     if as_it_was := [name for name, entry in report.items() if entry["kept"] == "start"]:
@@ -116,11 +116,6 @@ class _States:
             torch.cat([waiting[i] for i in rows]).to(self.device) for waiting in (self.hidden, self.targets)
         )
         return _loss(module, x, y, (self.alone if len(rows) == 1 else self.together)[index])
-
-    def pass_on(self, waiting: list[Tensor], index: int, module: nn.Module) -> None:
-        """Replace each of the states that wait by the block's output."""
-        for i, sample in enumerate(waiting):
-            waiting[i] = run_block(module, sample.to(self.device), self.alone[index]).cpu()
 
 
 def _train_block(
