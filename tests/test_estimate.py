@@ -5,12 +5,13 @@ import torch
 from tiny_jobs import job_of
 from transformers import AutoModelForCausalLM
 
+from teq import config
 from teq.device import memory
 from teq.device.live_bytes import LiveBytes
 from teq.device.runtime import Runtime
 from teq.models.arch import blocks
 from teq.models.checkpoint import LM
-from teq.pipeline import estimate, store
+from teq.pipeline import estimate, forecast, store
 from teq.pipeline import run as pipeline
 from teq.spec import UserError
 
@@ -72,6 +73,66 @@ def test_the_first_strategy_that_fits_is_chosen(monkeypatch):
     with pytest.raises(UserError, match=r"the least that would do is memory=0.81MB, with stream"):
         chosen("0.7MB", device="cpu")
     assert chosen("1MB", device="cpu") == "stream"
+
+
+def test_a_tuning_that_fits_no_strategy_is_refused_on_a_cpu_too():
+    (job,) = config.jobs(["model=tiny-llama", "method=rtn", "finetune=scales", "tune.length=32"])
+    source, arch = job.run.model.source, job.run.model.arch
+    with pytest.raises(UserError, match=r"memory=0.01MB .* too small .*; shorten tune\.length, lower tune"):
+        estimate.choose(job.run.finetune, source.dimensions, arch, "float32", Runtime(memory="0.01MB"))
+
+
+def test_hidden_states_that_wait_on_the_host_leave_a_gpu_and_no_cpu(monkeypatch):
+    (job,) = config.jobs(["model=tiny-llama", "method=gptq", "gptq.samples=4", "gptq.length=32"])
+    one = memory.Estimate(3_000_000, 0, movable=2_000_000)
+    monkeypatch.setattr(type(job.run.quantizer), "estimate", lambda *_: one)
+
+    def chosen(device):
+        how = Runtime(device=device, memory="1.5MB")
+        source, arch = job.run.model.source, job.run.model.arch
+        monkeypatch.setattr(estimate, "weight_bytes", lambda *_: 1_400_000)
+        return estimate.choose(job.run.quantizer, source.dimensions, arch, "float32", how)
+
+    assert (chosen("cuda:0"), chosen("cpu")) == ("keep", "stream")
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["method=teq"], {"scales": "offload", "weights": "keep", "python-docs": "keep"}),
+        (["method=rtn", "finetune=scales"], {"tuned": "offload", "weights": "keep"}),
+    ],
+)
+def test_a_named_strategy_becomes_the_next_lesser_one_in_a_plan_as_in_a_run(argv, wanted):
+    """memory=offload, which only trainings have."""
+    (job,) = config.jobs(["model=tiny-llama", *argv, "evals=[python-docs]", "memory=offload"])
+    run, target = job.run, forecast.target("cpu", "offload")
+    planned = forecast.stages(run, run.model.source.dimensions(), target, "offload", 8)
+    picked = {one.name: one.strategy.split()[0] for one in planned if "picked" in one.strategy}
+    assert picked.items() >= wanted.items()
+    stages = {"scales": run.transform, "weights": run.quantizer, "python-docs": run.evals[0]}
+    stages |= {"tuned": run.finetune}
+    how = Runtime(memory="offload")
+    for name, strategy in wanted.items():
+        source, arch = run.model.source, run.model.arch
+        assert estimate.choose(stages[name], source.dimensions, arch, "float32", how) == strategy
+
+
+def test_advice_names_options_that_the_stage_reads():
+    (job,) = config.jobs(
+        ["model=tiny-llama", "method=teq+gptq", "evals=[python-docs,piqa]", "finetune=scales"]
+    )
+    run = job.run
+    said = [estimate.advice(each) for each in (run.transform, run.quantizer, run.finetune, *run.evals)]
+    assert said == [
+        "shorten train.length",
+        "shorten gptq.length",
+        "shorten tune.length",
+        "shorten ppl.context",
+        "lower tasks.batch_size",
+    ]
+    (job,) = config.jobs(["model=tiny-llama", "method=rtn"])
+    assert "length" not in estimate.advice(job.run.quantizer)
 
 
 @pytest.mark.parametrize("size", [1, 999_999, 26_043_210_000, 1_000_000_000])

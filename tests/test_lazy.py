@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from teq import config
 from teq.device.runtime import Runtime
 from teq.models import Checkpoint, Folder
+from teq.models import checkpoint as checkpoints
 from teq.models.arch import blocks
 from teq.models.fold import check_equivalence
 from teq.models.lazy import held_bytes, present
@@ -88,11 +90,14 @@ def test_one_block_is_in_memory_and_what_is_written_to_it_is_lost(saved):
 
 
 def finished(saved, home, family, method, memory):
-    """A run's stages' digests, values and record."""
+    """A run's stages' digests and record; the model is whole in memory only for memory=keep."""
     words = ["model=auto", f"model.path={saved(family).source.path}", f"method={method.split()[0]}"]
     (job,) = config.jobs([*words, *SMALL, *method.split()[1:], f"memory={memory}"])
-    runtime = Runtime(memory=memory)
-    record = pipeline.run(job.run, store.Store(home / "store"), home, runtime, None).data
+    other = (Folder, "model") if memory != "keep" else (checkpoints, "lazy_model")
+    with mock.patch.object(*other, side_effect=AssertionError(f"memory={memory}")) as loaded:
+        run = pipeline.run(job.run, store.Store(home / "store"), home, Runtime(memory=memory), None)
+    assert not loaded.called
+    record = run.data
     return {name: stage["digest"] for name, stage in record["stages"].items()}, record
 
 

@@ -10,8 +10,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from teq.device import host_memory
-from teq.device.memory import RESERVE, UNITS, Estimate, budget, possible
+from teq.device.memory import UNITS, Estimate, budget, possible
 from teq.device.runtime import STRATEGIES, Runtime
 from teq.models.arch import Arch
 from teq.models.blocks import one_sequence_a_row
@@ -36,19 +35,18 @@ def choose(
     One that the stage does not have becomes the next lesser one. A stage that is no training streams where
     nothing fits; where nothing of a training does, raises UserError, naming the least that would do.
     """
-    those = possible(stage.strategies, runtime.device)
+    those, trains = possible(stage.strategies, runtime.device), "checkpoint" in stage.strategies
     if runtime.memory in STRATEGIES:
-        named = runtime.memory in stage.strategies
-        return runtime.memory if named else [s for s in those if precedes(s, runtime.memory)][-1]
-    allowed, config, trains = budget(runtime.memory, runtime.device), dimensions(), len(those) > 2
+        return named(stage, runtime.memory, runtime.device)
+    allowed, config = budget(runtime.memory, runtime.device), dimensions()
     weights, needed = weight_bytes(config.to_json_string(), dtype), {}
     if MANY * weights <= allowed and not trains:
         return those[0]  # not worth the second that a dry run takes
     for strategy in those:
-        if strategy == "offload" and weights > RESERVE * host_memory.available():
+        if strategy == "offload" and weights > budget("auto", "cpu"):
             continue  # blocks wait in the host's memory
         one = required(stage, config, arch, dtype, strategy)
-        needed[strategy] = weights if one is None else one.bytes - one.movable
+        needed[strategy] = weights if one is None else least_bytes(one, runtime.device)
         if needed[strategy] <= allowed:
             return strategy
     if not trains:
@@ -61,9 +59,17 @@ def choose(
     )
 
 
-def precedes(strategy: str, other: str) -> bool:
-    """Return whether a strategy takes more memory than another."""
-    return STRATEGIES.index(strategy) < STRATEGIES.index(other)
+def named(stage: Work, strategy: str, device: str) -> str:
+    """Return the strategy that a user names, or the next lesser one where the stage does not have it."""
+    if strategy in stage.strategies:
+        return strategy
+    lesser = STRATEGIES[: STRATEGIES.index(strategy)]
+    return [each for each in possible(stage.strategies, device) if each in lesser][-1]
+
+
+def least_bytes(one: Estimate, device: str) -> int:
+    """Return what must be on the device: on a GPU not what may wait in the host's memory."""
+    return one.bytes - (one.movable if device.startswith("cuda") else 0)
 
 
 def required(
@@ -101,7 +107,10 @@ def weight_bytes(config: str, dtype: str) -> int:
 
 def advice(stage: Work) -> str:
     """Return what a user may change where memory runs out in a stage."""
-    return f"shorten {stage.group}.length" if stage.group else "take fewer and shorter samples"
+    for option in ("length", "context"):
+        if getattr(stage, option, None) is not None:
+            return f"shorten {stage.group}.{option}"
+    return "lower tasks.batch_size" if stage.group == "tasks" else "free some of it"
 
 
 def _amount(size: int) -> str:

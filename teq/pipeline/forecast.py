@@ -109,8 +109,8 @@ def stages(
         if None in found.values():
             yield Stage(name, None)
             return
-        fitting = (s for s, one in found.items() if one.bytes - one.movable <= target.budget)
-        picked = next((s for s in (*given, *fitting) if s in found), None)
+        fitting = (s for s, one in found.items() if estimate.least_bytes(one, target.kind) <= target.budget)
+        picked = estimate.named(stage, allowed, target.kind) if given else next(fitting, None)
         for strategy, one in found.items():
             moved = target.kind == "cuda" and (strategy == "stream" or one.bytes > target.budget)
             size = one.bytes - (one.movable if moved else 0)
