@@ -11,6 +11,7 @@ from teq.device.offload import saving
 from teq.finetune.linear import DequantizedLinear
 from teq.grid import Grid, storable
 from teq.models.arch import Arch, blocks, linears
+from teq.models.blocks import forwards
 from teq.models.loss import training_loss
 from teq.quantizers.quantized import Quantized
 
@@ -92,14 +93,12 @@ class Tuned:
     @contextlib.contextmanager
     def running(self, strategy: str) -> Iterator[None]:
         """Context manager: linears compute from codes; `strategy` as in `teq.device.offload.saving`."""
-        try:
-            for linear, (scale, zero, g_idx) in self.frozen.items():
-                linear.forward = functools.partial(self._output, linear, scale, zero, g_idx)
-            with saving(blocks(self.model, self.arch).values(), strategy, self.device):
-                yield
-        finally:
-            for linear in self.frozen:
-                vars(linear).pop("forward", None)
+        instead = {
+            linear: functools.partial(self._output, linear, *frozen) for linear, frozen in self.frozen.items()
+        }
+        every = blocks(self.model, self.arch).values()
+        with forwards(instead), saving(every, strategy, self.device):
+            yield
 
     def _output(self, linear: nn.Linear, scale: str, zero: Tensor, g_idx: Tensor | None, x: Tensor) -> Tensor:
         codes, now = linear.weight, self.current[scale]

@@ -11,6 +11,7 @@ from torch.nn import functional
 from teq.device.offload import saving
 from teq.grid import Grid
 from teq.models.arch import Arch, Site, blocks, linears, sites
+from teq.models.blocks import forwards
 from teq.transforms.teq.fake_quant import FakeQuant, select_fake_quant
 
 
@@ -79,7 +80,6 @@ def fake_quantized(
     `teq.device.offload.saving`.
     """
     found_blocks = blocks(model, arch)
-    replaced: list[nn.Module] = []
     device = model.get_input_embeddings().weight.device
     quantize = select_fake_quant(grid, device, model.dtype)
     shared = [
@@ -87,17 +87,13 @@ def fake_quantized(
         for site in sites(model, arch)
     ]
     readers = {target: group for group in shared for target in group.linears}
-    try:
-        for block_name, block in found_blocks.items():
-            for name, linear in linears(block_name, block).items():
-                group = readers.get(name) or SharedInputLinears({name: linear}, quantize, lambda: None)
-                linear.forward = functools.partial(group.output, name)
-                replaced.append(linear)
-        with saving(found_blocks.values(), strategy, device):
-            yield quantize
-    finally:
-        for module in replaced:
-            del module.forward
+    instead = {}
+    for block_name, block in found_blocks.items():
+        for name, linear in linears(block_name, block).items():
+            group = readers.get(name) or SharedInputLinears({name: linear}, quantize, lambda: None)
+            instead[linear] = functools.partial(group.output, name)
+    with forwards(instead), saving(found_blocks.values(), strategy, device):
+        yield quantize
 
 
 def _over_inputs(site: Site, scale: Callable[[str], Tensor]) -> Tensor:
