@@ -11,15 +11,17 @@ from conftest import every_family
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from teq import config
+from teq.device.live_bytes import LiveBytes
 from teq.device.runtime import Runtime
 from teq.models import Checkpoint, Folder
 from teq.models import checkpoint as checkpoints
 from teq.models.arch import blocks
 from teq.models.fold import check_equivalence
 from teq.models.lazy import held_bytes, present
+from teq.pipeline import estimate, store
 from teq.pipeline import run as pipeline
-from teq.pipeline import store
 from teq.spec import UserError
+from teq.transforms.teq import train
 
 METHODS = ("rtn", "gptq", "teq+gptq", "awq", "smoothquant", "fp", "rtn quant_grid.search=clip")
 METHODS += ("gptq gptq.input_correction=0.5", "teq train.objective=kl")
@@ -150,3 +152,27 @@ def test_a_checkpoint_that_transformers_renames_has_the_models_names(saved):
     checkpoint = saved("gpt_neox")
     assert "embed_out" in "".join(checkpoint.source.tensors("float32").stored["lm_head.weight"][1:])
     assert AutoConfig.from_pretrained(checkpoint.source.path).model_type == "gpt_neox"
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("stage", ["train", "rtn", "gptq", "ppl"])
+def test_the_memory_of_a_streamed_stage_is_predicted(saved, family, stage):
+    """In fp32, of files in bf16: what is read is made by an operator, which is counted."""
+    words = [f"model=tiny-{family}", "method=teq+gptq" if stage in ("train", "gptq") else "method=rtn"]
+    (job,) = config.jobs([*words, *SMALL, "gptq.samples=2", "train.steps=2", "ppl.limit=2"])
+    run, checkpoint = job.run, saved(family)
+    work = {"train": run.transform, "ppl": run.evals[0]}.get(stage, run.quantizer)
+    sizes = checkpoint.source.dimensions()
+    planned = estimate.required(work, sizes, run.model.arch, "float32", "stream")
+    lm = checkpoint.load("float32", "cpu", lazy=True)
+    how = Runtime(memory="stream", strategy="stream")
+    check_equivalence(lm.model, lm.arch)  # whose fp64 copy of a block is no part of a step
+    with LiveBytes() as live, mock.patch.object(train, "check_equivalence"):
+        if stage == "train":
+            work.fit(lambda: lm, how, lambda *_: None)
+        elif stage == "ppl":
+            with mock.patch("torch.inference_mode", torch.no_grad):
+                work.measure(lm, how)
+        else:
+            work.quantize(lambda: lm, {}, how)
+    assert planned.bytes == pytest.approx(held_bytes(lm.model, lm.arch)[0] + live.peak, rel=0.15)
