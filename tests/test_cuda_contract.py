@@ -117,8 +117,9 @@ def test_runs_give_a_cpus_bits_and_wait_no_more_than_they_must(ran, argv):
     assert {data["machine"]["name"] for data in found.records.values()} == {cuda_double.NAME}
 
 
-def test_learned_rounding_and_the_last_stage_give_a_cpus_bits(ran):
-    argv = ["model=tiny-llama", "method=best", "signround.samples=4", "signround.length=32", "memory=keep"]
+@pytest.mark.parametrize("memory", ["keep", "stream"])
+def test_learned_rounding_and_the_last_stage_give_a_cpus_bits(ran, memory):
+    argv = ["model=tiny-llama", "method=best", "signround.samples=4", "signround.length=32"]
     argv += [
         "signround.iterations=10",
         "signround.lr=0.02",
@@ -126,7 +127,7 @@ def test_learned_rounding_and_the_last_stage_give_a_cpus_bits(ran):
         "tune.steps=3",
         "tune.length=32",
     ]
-    assert_equal_to_the_bit(ran(*argv, cuda=Cuda()), ran(*argv))
+    assert_equal_to_the_bit(ran(*argv, f"memory={memory}", cuda=Cuda()), ran(*argv, "memory=keep"))
 
 
 def test_input_correction_gives_a_cpus_bits(ran):

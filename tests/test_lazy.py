@@ -27,9 +27,12 @@ METHODS = ("rtn", "gptq", "teq+gptq", "awq", "smoothquant", "fp", "rtn quant_gri
 METHODS += ("gptq gptq.input_correction=0.5", "teq train.objective=kl")
 METHODS += ("signround signround.iterations=30 signround.lr=0.02",)
 METHODS += ("teq train.objective=block train.steps=20 train.batch=2",)
+METHODS += ("rtn finetune=scales", "teq+gptq finetune=scales+norms")
+METHODS += ("gptq gptq.order=act finetune=scales+norms",)
 SMALL = ["recipe=quick", "bits=3", "group_size=16", "gptq.samples=4", "gptq.length=48", "train.length=48"]
 SMALL += ["train.steps=3", "awq.samples=4", "awq.length=48", "smoothquant.samples=4", "smoothquant.length=48"]
 SMALL += ["signround.samples=16", "signround.length=48", "signround.batch=4"]
+SMALL += ["tune.steps=4", "tune.length=48", "tune.batch=2", "tune.lr=0.01"]
 SMALL += ["evals=[python-docs,lastword-python-docs]", "ppl.context=48", "ppl.limit=5", "tasks.limit=6"]
 
 
@@ -155,17 +158,20 @@ def test_a_checkpoint_that_transformers_renames_has_the_models_names(saved):
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
-@pytest.mark.parametrize("stage", ["train", "rtn", "gptq", "ppl"])
-def test_the_memory_of_a_streamed_stage_is_predicted(saved, family, stage):
+@pytest.mark.parametrize("stage", ["train", "rtn", "gptq", "tune", "ppl"])
+def test_the_memory_of_a_streamed_stage_is_predicted(saved, tmp_path, family, stage):
     """In fp32, of files in bf16: what is read is made by an operator, which is counted."""
     words = [f"model=tiny-{family}", "method=teq+gptq" if stage in ("train", "gptq") else "method=rtn"]
-    (job,) = config.jobs([*words, *SMALL, "gptq.samples=2", "train.steps=2", "ppl.limit=2"])
+    words += ["finetune=scales+norms"] * (stage == "tune")
+    (job,) = config.jobs([*words, *SMALL, "gptq.samples=2", "train.steps=2", "ppl.limit=2", "tune.steps=2"])
     run, checkpoint = job.run, saved(family)
-    work = {"train": run.transform, "ppl": run.evals[0]}.get(stage, run.quantizer)
+    work = {"train": run.transform, "ppl": run.evals[0], "tune": run.finetune}.get(stage, run.quantizer)
     sizes = checkpoint.source.dimensions()
     planned = estimate.required(work, sizes, run.model.arch, "float32", "stream")
     lm = checkpoint.load("float32", "cpu", lazy=True)
-    how = Runtime(memory="stream", strategy="stream")
+    held = held_bytes(lm.model, lm.arch)[0]
+    how = Runtime(memory="stream", strategy="stream", partial=tmp_path)
+    weights = run.quantizer.quantize(lambda: lm, {}, Runtime())[0] if stage == "tune" else {}
     check_equivalence(lm.model, lm.arch)  # whose fp64 copy of a block is no part of a step
     with LiveBytes() as live, mock.patch.object(train, "check_equivalence"):
         if stage == "train":
@@ -173,6 +179,9 @@ def test_the_memory_of_a_streamed_stage_is_predicted(saved, family, stage):
         elif stage == "ppl":
             with mock.patch("torch.inference_mode", torch.no_grad):
                 work.measure(lm, how)
+        elif stage == "tune":
+            live.count(t for name, t in weights.items() if name.endswith("/scale"))  # as on a GPU
+            work.tune(lambda: lm, weights, how)
         else:
             work.quantize(lambda: lm, {}, how)
-    assert planned.bytes == pytest.approx(held_bytes(lm.model, lm.arch)[0] + live.peak, rel=0.15)
+    assert planned.bytes == pytest.approx(held + live.peak, rel=0.15)

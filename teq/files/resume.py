@@ -80,24 +80,26 @@ class ResumeFile:
         return losses, parts.get("best", {})
 
     def keep(self, losses: list[float], best: "Mapping[str, Tensor] | None" = None) -> None:
-        """Take a copy of the state after a whole step; write it where the last time was `SECONDS` ago.
-
-        The copy stays on the device: no step waits for it.
-        """
+        """Take a copy of the state after a whole step; write it where the last time was `SECONDS` ago."""
         import torch
 
         if self.file is None:
             return
-        moments = [self.optimizer.state[parameter] for parameter in self.free.values()]
-        copied = {
-            "free": torch.cat([parameter.detach() for parameter in self.free.values()]),
-            "mean": torch.cat([moment["exp_avg"] for moment in moments]),
-            "square": torch.cat([moment["exp_avg_sq"] for moment in moments]),
-            "random": torch.get_rng_state(),
-        }
+        copied = self.copied() | {"random": torch.get_rng_state()}
         self.state = len(losses), losses, copied, best  # at once: an interruption leaves the last step's
         if time.monotonic() - self.saved >= SECONDS:
             self.write()
+
+    def copied(self) -> "dict[str, Tensor]":
+        """Return a copy of what is trained and its moments, on the device: no step waits for it."""
+        import torch
+
+        moments = [self.optimizer.state[parameter] for parameter in self.free.values()]
+        return {
+            "free": torch.cat([parameter.detach() for parameter in self.free.values()]),
+            "mean": torch.cat([moment["exp_avg"] for moment in moments]),
+            "square": torch.cat([moment["exp_avg_sq"] for moment in moments]),
+        }
 
     def write(self) -> None:
         """Write the last copy, unless the file holds it already."""

@@ -36,7 +36,7 @@ class Finetune(Tuner):
     """
 
     group = "tune"
-    strategies = STRATEGIES[:3]
+    strategies = STRATEGIES
     parts: str = option(among=PARTS, key="finetune")
     grid: Grid
     calib: Calibration

@@ -16,11 +16,12 @@ from teq.finetune.tuned import PARAM, Tuned
 from teq.grid import Grid
 from teq.models.arch import Arch, blocks
 from teq.models.blocks import check_head
-from teq.quantizers.quantized import Quantized, linear_from, restore
+from teq.quantizers.quantized import Quantized, linear_from
 from teq.stage import Diverged, NothingDone, OnStep
 from teq.transforms.activations import outputs
 
 log = logging.getLogger(__name__)
+PARTS = ("codes", "scale", "zero", "g_idx")  # of a stored linear
 HELD_OUT = 11  # one window in so many is held out
 
 
@@ -44,7 +45,8 @@ def finetune(
     `model` is the floating-point model, which is used up. Step k uses the learning rate lr (1 - k/n). The
     first windows, one in `HELD_OUT` of them, are held out: where the loss on them is not lower after the
     training, the weights are returned as they were. With `runtime.partial` the training resumes from the
-    state that is there; `runtime.strategy` changes where memory goes, not the result.
+    state that is there; `runtime.strategy` changes where memory goes, not the result: under `stream` the
+    blocks are lazy, and codes and zeros stay where `weights` has them.
 
     Returns the stored tensors and the loss curve. Raises Diverged on a loss that is not finite, NothingDone
     when nothing moved.
@@ -56,14 +58,16 @@ def finetune(
         place_around_blocks(model, blocks(model, arch).values(), runtime.device)
         device = torch.device(runtime.device)
     exact = outputs(model, arch, windows, batch, strategy, device) if divergence else None
-    restore(model, {name: t for name, t in weights.items() if name.startswith(PARAM)}, grid)
+    params = {name.removeprefix(PARAM): t for name, t in weights.items() if name.startswith(PARAM)}
 
     def read(name: str, linear: nn.Linear) -> Quantized:
-        parts = [f"{name}/{part}" for part in ("codes", "scale", "zero", "g_idx")]
+        if strategy == "stream":  # packed as they are, mapped from a file
+            return Quantized(*(weights.get(f"{name}/{part}") for part in PARTS))
+        parts = [f"{name}/{part}" for part in PARTS]
         found = {part: weights[part].to(codes_on) for part in parts if part in weights}
         return linear_from(found, name, grid, tuple(linear.weight.shape))
 
-    tuned = Tuned(model, arch, read, grid=grid, norms=norms, device=device)
+    tuned = Tuned(model, arch, params, read, grid=grid, norms=norms, device=device)
     held = max(2, len(windows) // HELD_OUT)
     rows = torch.arange(steps * batch) % (len(windows) - held) + held
 
@@ -138,15 +142,22 @@ def dry_run(
 
     def read(_: str, linear: nn.Linear) -> Quantized:
         rows, columns = linear.weight.shape
+        groups = torch.ones(rows, grid.group_count(columns), device=device)
+        if strategy == "stream":  # codes and zeros of a mapped file: no memory until they are used
+            mapped = torch.zeros(1, dtype=torch.uint8, device=device)
+            packed = mapped.expand(-(-rows * columns * grid.bits // 8))
+            return Quantized(packed, groups, mapped.expand_as(groups))
         if strategy == "offload":  # bytes that are there already, where the weights wait
             codes = linear.weight.data.view(torch.uint8)[:, :columns]
         else:
             codes = torch.zeros(rows, columns, dtype=torch.uint8, device=device)
-        groups = torch.ones(rows, grid.group_count(columns), device=device)
         return Quantized(codes, groups, groups.clone())
 
-    tuned = Tuned(model, arch, read, grid=grid, norms=norms, device=device)
+    tuned = Tuned(model, arch, {}, read, grid=grid, norms=norms, device=device)
+    resume, copies = ResumeFile(None, tuned.free, tuned.optimizer), {}
     with tuned.running(strategy):
         for reference in exact:
             tuned.refresh()
             tuned.move(tuned.loss(tokens, reference), 0.0)
+            copies = resume.copied()  # while the step's before are there
+    del copies

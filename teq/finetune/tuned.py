@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from teq.device.offload import saving
 from teq.finetune.linear import DequantizedLinear
 from teq.grid import Grid, storable
-from teq.models.arch import Arch, blocks, linears
+from teq.models.arch import Arch, blocks, by_block, linears
 from teq.models.blocks import forwards
+from teq.models.lazy import leave, present
 from teq.models.loss import training_loss
 from teq.quantizers.quantized import Quantized
 
@@ -36,14 +37,16 @@ class Part:
 class Tuned:
     """A quantized model whose scales, and norms where wanted, are trained; the model is used up.
 
-    `read(name, linear)` gives a linear on the grid: its codes take the place of its weight, on their own
-    device, everything else is on `device`.
+    `params` are other parameters that the quantizer changed, by full name. `read(name, linear)` gives a
+    linear on the grid: its codes take the place of its weight, on their own device, everything else is on
+    `device`. Where the codes are packed, the zeros stay where they are too.
     """
 
     def __init__(
         self,
         model: nn.Module,
         arch: Arch,
+        params: Mapping[str, Tensor],
         read: Callable[[str, nn.Linear], Quantized],
         *,
         grid: Grid,
@@ -54,16 +57,26 @@ class Tuned:
         self.parts: dict[str, Part] = {}
         self.norms: dict[str, tuple[nn.Module, str]] = {}
         self.frozen: dict[nn.Linear, tuple[str, Tensor, Tensor | None]] = {}  # scale's name, zero, g_idx
-        for block in blocks(model, arch).items():
-            for name, linear in linears(*block).items():
+        trained = normalizations(model, arch) if norms else {}
+        changed, released = by_block(params, model, arch), by_block(trained, model, arch)
+        parts: dict[str, dict[str, Part]] = {}  # of each norm
+        for owner, block in {**blocks(model, arch), "": model}.items():
+            for name, linear in linears(owner, block).items() if owner else ():
                 q = read(name, linear)
+                leave(block, f"{name}.weight")
                 linear.weight = nn.Parameter(q.codes, requires_grad=False)
-                scale, zero = q.scale.to(device), q.zero.to(device)
+                scale, zero = q.scale.to(device), q.zero if q.codes.ndim == 1 else q.zero.to(device)
                 g_idx = None if q.g_idx is None else q.g_idx.to(device).long()
                 self.frozen[linear] = f"{name}/scale", zero, g_idx
                 self.parts[f"{name}/scale"] = Part(scale, scale, self._stored_scale)
-        for name, module in normalizations(model, arch).items() if norms else ():
-            self._release(name, module)
+            with present(block):
+                for name in changed[owner]:
+                    model.get_parameter(name).data.copy_(params[name])
+                    leave(block, name)
+                for name in released[owner]:
+                    parts[name] = self._release(name, trained[name], block)
+        for name in trained:
+            self.parts |= parts[name]
         self.free = {name: part.free for name, part in self.parts.items()}
         self.optimizer = torch.optim.Adam(self.free.values(), betas=BETAS, weight_decay=0)
         self.current: dict[str, Tensor] = {}  # the numbers that the step in progress computes with
@@ -71,18 +84,21 @@ class Tuned:
     def _stored_scale(self, scale: Tensor) -> Tensor:
         return storable(scale.clamp(min=torch.finfo(scale.dtype).tiny), self.grid)
 
-    def _release(self, name: str, module: nn.Module) -> None:
+    def _release(self, name: str, module: nn.Module, block: nn.Module) -> dict[str, Part]:
         """Train a norm's weight relative to itself, and its bias in units of the weight."""
+        parts = {}
         exact = torch.promote_types(module.weight.dtype, torch.float32)
         unit = module.weight.detach().to(self.device, exact)
         for key, parameter in list(module.named_parameters(recurse=False)):
             start = parameter.detach().to(self.device, exact)
             rounded = functools.partial(Tensor.to, dtype=parameter.dtype)
-            self.parts[f"{PARAM}{name}.{key}"] = Part(start, unit if key == "weight" else unit.abs(), rounded)
+            parts[f"{PARAM}{name}.{key}"] = Part(start, unit if key == "weight" else unit.abs(), rounded)
             self.norms[f"{PARAM}{name}.{key}"] = module, key
             # no parameter any more: it may be computed from what is trained, and offload does not copy it
+            leave(block, f"{name}.{key}")
             delattr(module, key)
             setattr(module, key, parameter.detach())
+        return parts
 
     def refresh(self) -> None:
         """Compute with the present numbers from now on."""

@@ -1,6 +1,6 @@
 """Architectures: where a family's decoder blocks are, and its sites: which layer feeds which linears."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,16 @@ def blocks(model: "nn.Module", arch: Arch) -> dict[str, "nn.Module"]:
         ) from None
     found = {f"{arch.blocks}.{i}": block for i, block in enumerate(stack)}
     _check_covered(found, arch)
+    return found
+
+
+def by_block(names: "Iterable[str]", model: "nn.Module", arch: Arch) -> dict[str, list[str]]:
+    """Return which of the full names lie in each block, by the block's name; "" has those in no block."""
+    found: dict[str, list[str]] = {name: [] for name in (*blocks(model, arch), "")}
+    depth = arch.blocks.count(".") + 2  # words of a block's name
+    for name in names:
+        owner = ".".join(name.split(".")[:depth])
+        found[owner if owner in found else ""].append(name)
     return found
 
 

@@ -80,6 +80,12 @@ def present(block: "nn.Module") -> Iterator[None]:
         yield
 
 
+def leave(block: "nn.Module", name: str) -> None:
+    """Read the parameter of a full name no more where the block is lazy: it stays what it is put to."""
+    if (lazy := vars(block).get("lazy")) is not None:
+        lazy.empty.pop(name.removeprefix(f"{lazy.name}."), None)
+
+
 class _Forward:
     """The forward pass of a lazy block; a copy of the block has the class's own, on copied parameters."""
 

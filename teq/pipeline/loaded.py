@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from teq.device import memory
-from teq.models.arch import blocks
+from teq.models.arch import by_block
 from teq.models.checkpoint import LM, Checkpoint
 from teq.models.lazy import change_blocks
 from teq.pipeline.cost import uncounted
@@ -78,14 +78,17 @@ class LoadedModel:
 
 
 def restore_when_read(lm: LM, tensors: Mapping[str, "Tensor"], grid: Any) -> None:
-    """Let each block of a lazy model have the stored `tensors` of its name in it whenever it is read."""
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in blocks(lm.model, lm.arch)}
-    depth = lm.arch.blocks.count(".") + 2  # words of a block's name
-    for key, tensor in tensors.items():
-        words = key.removeprefix("param/").split("/")[0].split(".")
-        parts[".".join(words[:depth])][key] = tensor
+    """Let each block of a lazy model have the stored `tensors` of its name in it whenever it is read.
+
+    Those of no block, such as the last norm's, are put into the model at once.
+    """
+    keys = {key.removeprefix("param/"): key for key in tensors}
+    parts = {
+        owner: [keys[name] for name in names] for owner, names in by_block(keys, lm.model, lm.arch).items()
+    }
 
     def change(name: str) -> None:
-        restore(lm.model, {key: tensor.to(lm.device) for key, tensor in parts[name].items()}, grid)
+        restore(lm.model, {key: tensors[key].to(lm.device) for key in parts[name]}, grid)
 
+    change("")
     change_blocks(lm.model, lm.arch, change)
