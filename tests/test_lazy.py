@@ -11,6 +11,7 @@ from conftest import every_family
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from teq import config
+from teq.device import waiting
 from teq.device.live_bytes import LiveBytes
 from teq.device.runtime import Runtime
 from teq.models import Checkpoint, Folder
@@ -127,6 +128,23 @@ def test_divergence_and_its_reference_stream(saved, own_home, monkeypatch):
     method = "rtn ppl.kl=true dtype=bfloat16"
     kept, streamed = (finished(saved, own_home / m, "llama", method, m)[0] for m in ("keep", "stream"))
     assert kept == streamed and "reference/python-docs" in kept
+
+
+@pytest.mark.parametrize("memory", ["keep", "stream"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "gptq gptq.input_correction=0.5 ppl.kl=true finetune=scales",
+        "teq train.objective=kl dtype=bfloat16",
+        "teq train.objective=block train.steps=20 train.batch=2",
+    ],
+)
+def test_hidden_states_in_a_file_change_no_bit(saved, own_home, monkeypatch, method, memory):
+    kept = finished(saved, own_home / "a", "llama", method, "keep")[0]
+    monkeypatch.setattr(waiting, "fits", lambda size: False)
+    with mock.patch.object(torch, "from_file", wraps=torch.from_file) as mapped:
+        assert finished(saved, own_home / "b", "llama", method, memory)[0] == kept
+    assert mapped.called and not [file for file in own_home.iterdir() if file.is_file()]
 
 
 def test_windows_that_were_all_measured_before_a_kill_are_not_read_again(saved, tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from teq import config
 from teq.__main__ import main
-from teq.device import host_memory
+from teq.device import host_memory, waiting
 from teq.device.live_bytes import LiveBytes
 from teq.device.runtime import STRATEGIES, Runtime
 from teq.evaluate.workload import WORKLOADS
@@ -51,7 +51,7 @@ def test_every_stage_is_planned_without_weights(no_weights, capsys):
 
 
 def test_the_reference_of_a_divergence_is_planned(no_weights, own_home, capsys):
-    """Its hidden states wait in the host's memory: on a CPU that counts."""
+    """Its hidden states are mapped from the files in which finished windows are kept."""
     sizes = {}
     for place in ("device=cpu", "memory=40GB"):
         assert main(["plan", *TINY, "ppl.kl=true", "ppl.limit=5000", place]) == 0
@@ -60,8 +60,28 @@ def test_the_reference_of_a_divergence_is_planned(no_weights, own_home, capsys):
         assert names.index("reference/python-docs") + 2 == names.index("python-docs")
         sizes[place] = float(found["reference/python-docs", "keep (picked)"][0].removesuffix(" MB"))
     (job,) = config.jobs(TINY)
-    waiting = 5000 * 64 * job.run.model.source.dimensions().hidden_size * 4 / 1e6
-    assert 0 < sizes["memory=40GB"] < waiting < sizes["device=cpu"]
+    kept = 5000 * 64 * job.run.model.source.dimensions().hidden_size * 4 / 1e6
+    assert 0 < sizes["memory=40GB"] < kept and 0 < sizes["device=cpu"] < kept
+
+
+def test_hidden_states_that_the_host_has_no_memory_for_are_planned_on_disk(no_weights, monkeypatch, capsys):
+    def planned():
+        argv = [*TINY, "gptq.samples=64", "finetune=scales", "tune.length=64", "memory=stream", "device=cpu"]
+        assert main(["plan", *argv]) == 0
+        lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "stream" in line]
+        return {
+            cells[1].strip(): [float((c.split() or [0])[0]) for c in (cells[2], cells[4])] for cells in lines
+        }
+
+    roomy = planned()
+    monkeypatch.setattr(waiting, "fits", lambda size: not size)
+    full = planned()
+    (job,) = config.jobs([*TINY, "finetune=scales", "tune.length=64"])
+    states = {"weights": 64 * 64, "tuned": job.run.finetune.compared_tokens, "python-docs": 5 * 64}
+    for stage, tokens in states.items():
+        size = tokens * job.run.model.source.dimensions().hidden_size * 4 / 1e6
+        assert roomy[stage][0] - full[stage][0] == pytest.approx(size, abs=0.02)
+        assert full[stage][1] - roomy[stage][1] == pytest.approx(size, abs=0.02)
 
 
 @pytest.mark.parametrize("limit", [2, 9])
@@ -76,7 +96,7 @@ def test_the_references_prediction_is_within_15_percent(own_home, limit):
     )
     # in inference mode nobody counts a linear's operations
     with mock.patch("torch.inference_mode", torch.no_grad), torch.no_grad(), LiveBytes() as live:
-        kept = run.evals[0].reference(lm, Runtime(device="cpu"))
+        kept = run.evals[0].reference(lm, Runtime(device="cpu", partial=own_home))
     weights = sum(p.nbytes for p in lm.model.parameters())
     assert planned.bytes == pytest.approx(weights + live.peak, rel=0.15)
     assert planned.flops == pytest.approx(live.flops, rel=0.01) and len(kept) == limit

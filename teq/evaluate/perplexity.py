@@ -76,8 +76,7 @@ class Perplexity(Evaluation):
         with torch.inference_mode():
             for i, window in passes(lm, windows, len(found), f"reference {self.corpus}"):
                 made = {f"window-{i:05d}": head_input(lm.model, window).cpu()}
-                files.write(i, made, {})
-                found |= made
+                found |= files.write(i, made, {})
         return found
 
     def measure(self, lm: "LM", runtime: Runtime, reference: Mapping[str, "Tensor"] | None = None) -> Metric:
@@ -132,15 +131,12 @@ class Perplexity(Evaluation):
         return data.windows(self.corpus, tokenizer, self.context, self.limit, even=self.windows == "even")
 
     def dry_reference(self, lm: "LM", strategy: str) -> None:
-        """Run one window of the float model, the hidden states of all windows in the host's memory."""
+        """Run one window of the float model; the hidden states of all windows are mapped from files."""
         import torch
 
         with torch.no_grad():
             window = torch.zeros(1, self.context, dtype=torch.int64, device=lm.device)
-            shape = self.limit or 1, self.context, lm.model.config.hidden_size
-            kept = torch.empty(shape, dtype=lm.model.dtype, device="cpu")
             head_input(lm.model, window)
-            del kept
 
     def dry_run(self, lm: "LM", strategy: str) -> None:
         """Run one window."""
@@ -159,7 +155,7 @@ def passes(lm: "LM", windows: "Tensor", first: int, what: str) -> "Iterator[tupl
     """Yield each index from `first` on and its window `[1, token]`, on the model's device.
 
     A lazy model is read once for as many windows as `PASS` bytes of hidden states hold, which wait in the
-    host's memory; while a window is with the caller, the model's blocks put out what they do for it.
+    host's memory or in a file; while a window is with the caller, the blocks put out what they do for it.
     """
     if not is_lazy(lm.model):
         for i in track(range(first, len(windows)), what):

@@ -59,13 +59,20 @@ class Finetune(Tuner):
         """
         import torch
 
-        count = self.steps * self.batch
-        count += max(3, -(-count // 10))
-        if self.calib.corpus == NAME:
-            count = min(count, max(3, CALIBRATION_END // self.length))
+        count = self._count()
         calib = dataclasses.replace(self.calib, seed=self.calib.seed + ANOTHER_DRAW)
         windows = data.calibration(calib, tokenizer, count, self.length)
         return windows[torch.randperm(count, generator=torch.Generator().manual_seed(self.calib.seed))]
+
+    def _count(self) -> int:
+        count = self.steps * self.batch
+        count += max(3, -(-count // 10))
+        return min(count, max(3, CALIBRATION_END // self.length)) if self.calib.corpus == NAME else count
+
+    @property
+    def compared_tokens(self) -> int:
+        """Return how many tokens' last hidden states of the float model wait for the training."""
+        return self._count() * self.length if self.loss == "kl" else 0
 
     def tune(self, load: Load, weights: "Mapping[str, Tensor]", runtime: Runtime) -> Made:
         """Return the tuned tensors; see `teq.finetune.train.finetune`."""

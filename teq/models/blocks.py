@@ -90,14 +90,17 @@ def first_inputs(
 ) -> tuple[list["Tensor"], list[dict[str, Any]]]:
     """Return the first block's inputs for `windows [sample, token]`, and each block's keywords.
 
-    The inputs are `[1, token, width]` each, on the device `kept` (by default the model's). The keywords are
-    the same for all windows.
+    The inputs are `[1, token, width]` each, on the device `kept` (by default the model's), or in a file; see
+    `teq.device.waiting`. The keywords are the same for all windows.
     """
-    device, hidden = model.get_input_embeddings().weight.device, []
-    _, keywords = block_inputs(model, arch, windows[:1].to(device))
-    for window in windows:
+    from teq.device import waiting
+
+    device = model.get_input_embeddings().weight.device
+    one, keywords = block_inputs(model, arch, windows[:1].to(device))
+    hidden = waiting.places(len(windows), one, kept or device)
+    for i, window in enumerate(windows):
         one, _ = block_inputs(model, arch, window[None].to(device), count=1)
-        hidden.append(one.to(kept or device))
+        hidden[i] = one.to(kept or device)
     return hidden, keywords
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from teq.device import memory
+from teq.device import memory, waiting
 from teq.device.locks import CUDA
 from teq.device.runtime import STRATEGIES, resolve
 from teq.evaluate.perplexity import PASS, Perplexity
@@ -64,7 +64,7 @@ class Stage:
     flops: int | None = None
     strategy: str = ""
     host: int = 0  # bytes that wait in the host's memory while a GPU computes
-    disk: int = 0  # bytes that are written to the cache, where they are more than vectors
+    disk: int = 0  # bytes in the cache's folder: stored, where more than vectors, or waiting in a file
     about: bool = False  # from the lengths that documents have for SmolLM2's tokenizer
 
 
@@ -99,7 +99,8 @@ def stages(
         dtype: str = "",
         flops: Callable[[int], int | None] = lambda one: one,
         at: str = "cpu",
-        **more: Any,
+        stored: int = 0,
+        about: bool = False,
     ) -> Iterator[Stage]:
         found = {}
         for strategy in dict.fromkeys([*memory.possible(stage.strategies, target.kind), *given]):
@@ -112,21 +113,25 @@ def stages(
         fitting = (s for s, one in found.items() if estimate.least_bytes(one, target.kind) <= target.budget)
         picked = estimate.named(stage, allowed, target.kind) if given else next(fitting, None)
         for strategy, one in found.items():
-            moved = target.kind == "cuda" and (strategy == "stream" or one.bytes > target.budget)
-            size = one.bytes - (one.movable if moved else 0)
+            on_gpu = target.kind == "cuda"
+            moved = one.movable if not on_gpu or strategy == "stream" or one.bytes > target.budget else 0
+            states, size = moved + waiting_bytes(stage, strategy), one.bytes - moved
+            # of the host of a device that is not here nothing is known
+            in_file = states if target.here is not None and not waiting.fits(states) else 0
+            host = states - in_file + (blocks_bytes() if strategy == "offload" else 0)
+            size, host = (size, host) if on_gpu else (size + host, 0)
             mark = " (picked)" if strategy == picked else ""
-            host = (one.movable if moved else 0) + waiting(stage, strategy)
-            host = host if target.kind == "cuda" else 0
-            yield Stage(name, size, flops(one.flops), strategy + mark, host, **more)
+            yield Stage(name, size, flops(one.flops), strategy + mark, host, stored + in_file, about)
 
-    def waiting(stage: Work, strategy: str) -> int:
-        """Return the bytes that a strategy keeps in the host's memory: blocks, or hidden states."""
-        if strategy == "offload":
-            whole = estimate.outline(sizes, run.dtype, run.model.arch, lazy=True)
-            return sum(p.nbytes for p in whole.model.parameters()) - held_bytes(whole.model, whole.arch)[0]
+    def blocks_bytes() -> int:
+        whole = estimate.outline(sizes, run.dtype, run.model.arch, lazy=True)
+        return sum(p.nbytes for p in whole.model.parameters()) - held_bytes(whole.model, whole.arch)[0]
+
+    def waiting_bytes(stage: Work, strategy: str) -> int:
+        """Return the bytes of hidden states that wait in the host's memory beside those of the estimate."""
         if strategy == "stream" and isinstance(stage, Perplexity):
             return min(PASS, hidden_bytes(stage) or PASS)
-        return 0
+        return stage.compared_tokens * sizes.hidden_size * getattr(torch, run.dtype).itemsize
 
     def hidden_bytes(evaluation: Any) -> int:
         """Return the bytes of the hidden states of all windows, 0 where their number is not known."""
@@ -137,12 +142,14 @@ def stages(
         return rows(name, stage, flops=lambda one: one // 2 * stage.steps)  # a dry run is two steps
 
     def reference(evaluation: Any) -> Iterator[Stage]:
-        work = SimpleNamespace(strategies=Work.strategies, dry_run=evaluation.dry_reference, estimate=None)
+        work = SimpleNamespace(
+            strategies=Work.strategies, dry_run=evaluation.dry_reference, estimate=None, compared_tokens=0
+        )
         count = getattr(evaluation, "limit", None) or 0
         dtype = run.eval_dtype or run.dtype
         kept = hidden_bytes(evaluation)
         return rows(
-            f"reference/{evaluation.name}", work, dtype, lambda one: one * count or None, at=on, disk=kept
+            f"reference/{evaluation.name}", work, dtype, lambda one: one * count or None, at=on, stored=kept
         )
 
     if run.transform.dry_run is not None:
@@ -150,7 +157,7 @@ def stages(
     times = run.quantizer.dry_runs(sizes.num_hidden_layers) if run.quantizer.dry_run is not None else 1
     # RTN's time is no matrix products'
     codes = stored_bytes(run, sizes)
-    yield from rows("weights", run.quantizer, at=on, flops=lambda one: times and times * one, disk=codes)
+    yield from rows("weights", run.quantizer, at=on, flops=lambda one: times and times * one, stored=codes)
     if run.finetune is not None:
         yield from trained("tuned", run.finetune)
     for evaluation in run.evals:

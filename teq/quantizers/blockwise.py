@@ -74,7 +74,7 @@ def quantize_blocks(
     """
     device = model.get_input_embeddings().weight.device
     hidden, keywords = first_inputs(model, arch, windows, waiting)
-    exact_hidden = list(hidden) if targets or float_inputs else []
+    exact_hidden = hidden.copy() if targets or float_inputs else []
 
     @functools.cache
     def together(count: int) -> list[dict[str, Any]]:
@@ -85,7 +85,7 @@ def quantize_blocks(
     finished = BlockFiles(partial, what)
     for index, block in enumerate(track(FoldedModel(model, arch, scales), f"{what} blocks")):
         kwargs = keywords[index]
-        exact_inputs = list(exact_hidden) if float_inputs else []
+        exact_inputs = exact_hidden.copy() if float_inputs else []
         pass_on(block.module, exact_hidden, kwargs, device)
         if (known := finished.read(index)) is not None:
             part, entries = known

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from teq.console import track
+from teq.device import waiting
 from teq.device.offload import saving
 from teq.models.arch import Arch, Site, blocks, linears, sites
 from teq.models.blocks import first_inputs, pass_on
@@ -61,13 +62,16 @@ def watched_blocks(
 def outputs(
     model: nn.Module, arch: Arch, windows: Tensor, batch: int, strategy: str, device: torch.device
 ) -> Tensor:
-    """Return the model's last hidden states `[window, token, width]` in host memory.
+    """Return the model's last hidden states `[window, token, width]` in host memory or in a file.
 
     With the frozen output embeddings they are the exact distribution of every token.
     """
+    head = model.get_output_embeddings().weight
+    found = waiting.room((*windows.shape, head.shape[1]), head.dtype)
     with saving(blocks(model, arch).values(), strategy, device):
-        found = [last_hidden(model, part.to(device)).cpu() for part in windows.split(batch)]
-    return torch.cat(found)
+        for part, place in zip(windows.split(batch), found.split(batch), strict=True):
+            place.copy_(last_hidden(model, part.to(device)))
+    return found
 
 
 def reader(site: Site) -> nn.Linear:

@@ -57,7 +57,10 @@ def _notes(job: Job, target: Target, stages: Sequence[Stage], rate: float | None
     if over := [f"{stage} ({_amount(size)})" for stage, size in least.items() if size > target.budget]:
         yield f"does not fit into the {_amount(target.budget)} that may be used: {', '.join(over)}"
     if any(one.host for one in stages):
-        yield "host: what waits in the host's memory while the GPU computes; disk: what the cache holds of it"
+        yield (
+            "host: what waits in the host's memory while the GPU computes; disk: what the cache holds of it, "
+            "or what waits there because the host has too little memory"
+        )
     if any(one.about for one in stages):
         yield "~ an estimate from the lengths that documents have for SmolLM2's tokenizer"
     if rate is None and target.here is None:

@@ -99,7 +99,7 @@ def train(
 
 
 class _States:
-    """The hidden states `[1, token, width]` of all windows before a block, in host memory.
+    """The hidden states `[1, token, width]` of all windows before a block, in host memory or in a file.
 
     `hidden` comes from the blocks that were rounded, `targets` from the float model's.
     """
@@ -108,7 +108,7 @@ class _States:
         self.device = model.get_input_embeddings().weight.device
         self.hidden, self.alone = first_inputs(model, arch, windows, "cpu")
         _, self.together = block_inputs(model, arch, windows[:batch].to(self.device))
-        self.targets = list(self.hidden)
+        self.targets = self.hidden.copy()
 
     def loss(self, index: int, module: nn.Module, rows: Sequence[int]) -> Tensor:
         """Return the mean squared difference of a block's outputs from the targets of some windows, fp32."""

@@ -107,6 +107,12 @@ class Teq(Transform):
         read = self.keep == "best" or self.objective == "block"
         return self._windows(tokenizer, HELD_OUT)[-HELD_OUT:] if read else None
 
+    @property
+    def compared_tokens(self) -> int:
+        """Return how many tokens' last hidden states of the float model wait for the training."""
+        held = HELD_OUT if self.keep == "best" else 0
+        return (max(self.steps, 1) * self.batch + held) * self.length if self.objective == "kl" else 0
+
     def _windows(self, tokenizer: "PreTrainedTokenizerBase", more: int) -> "Tensor":
         count = max(self.steps, 1) * self.batch + more
         return data.calibration(self.calib, tokenizer, count, self.length)
