@@ -138,6 +138,7 @@ class Cuda:
 
     calls: how often each C function was called. reads: (what, function of teq, device index) of everything
     that made the host wait for the device. synchronized: device indices. waits: (stream, the one waited for).
+    pinned: (function of teq, tensor) of every allocation of pinned memory.
     """
 
     current = None
@@ -145,6 +146,7 @@ class Cuda:
     def __init__(self, devices=1):
         self.devices = devices
         self.calls, self.reads, self.synchronized, self.waits = Counter(), [], [], []
+        self.pinned = []
         self.initialized, self.device = False, 0
         self.streams = dict.fromkeys(range(devices), 0)  # the current stream of each device
         self.seen = {0: Counter()}
@@ -285,14 +287,7 @@ class Cuda:
 
     def note(self, what, index=0):
         """The host waits for the device: remember for whom."""
-        frame, place = sys._getframe(1), "elsewhere"
-        while frame is not None:
-            module = frame.f_globals.get("__name__", "")
-            if module.startswith("teq.") and not frame.f_code.co_name.startswith("<"):
-                place = f"{module.removeprefix('teq.')}.{frame.f_code.co_name}"
-                break
-            frame = frame.f_back
-        self.reads.append((what, place, index))
+        self.reads.append((what, _asked(), index))
 
     def run(self, func, args, kwargs):
         """The operator on the CPU, after the checks of a GPU."""
@@ -366,6 +361,17 @@ class Cuda:
         return value
 
 
+def _asked():
+    """The innermost function of teq that is running."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("teq.") and not frame.f_code.co_name.startswith("<"):
+            return f"{module.removeprefix('teq.')}.{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
 def _tensors(args, kwargs):
     found = []
     for value in (*args, *kwargs.values()):
@@ -423,8 +429,7 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         given = [_index(value) for value in (*args, *kwargs.values())]
         if kwargs.get("pin_memory"):
-            torch.cuda._lazy_init()
-            kwargs = {**kwargs, "pin_memory": False}
+            return _pin(func, self.__torch_function__(func, types, args, {**kwargs, "pin_memory": False}))
         if any(index not in (None, -1) for index in given):
             torch.cuda._lazy_init()
             args, kwargs = tuple(map(_renamed, args)), {k: _renamed(v) for k, v in kwargs.items()}
@@ -507,7 +512,14 @@ def _numpy(func, tensor, *args, **kwargs):
 
 def _pin(func, tensor, *_):
     torch.cuda._lazy_init()
-    return tensor.clone()
+    pinned = tensor.clone()
+    Cuda.current.pinned.append((_asked(), pinned))
+    return pinned
+
+
+def _is_pinned(func, tensor, *_):
+    place = tensor.untyped_storage().data_ptr()
+    return any(place == pinned.untyped_storage().data_ptr() for _, pinned in Cuda.current.pinned)
 
 
 def _set_data(func, tensor, value):
@@ -546,6 +558,7 @@ INSTEAD = {
     torch.Tensor.numpy: _numpy,
     torch.Tensor.__array__: _numpy,
     torch.Tensor.pin_memory: _pin,
+    torch.Tensor.is_pinned: _is_pinned,
     torch.Tensor.data.__set__: _set_data,
     torch.nn.functional.scaled_dot_product_attention: _attention,
 }

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import run as entry
 from teq import record
+from teq.device import offload
 from teq.evaluate import lastword, scoring
 from teq.pipeline import cost
 from teq.quantizers.gptq import solver
@@ -153,6 +154,33 @@ def test_every_strategy_gives_a_cpus_bits(ran, objective):
         by_block = {"transforms.teq.block": BLOCKS * (8 + 2 * HELD_OUT)}  # its steps, its start and its end
         assert read == (by_block if objective == "block" else {"transforms.teq.train": STEPS})
         assert bool(cuda.waits) is (strategy == "offload")
+        by_us = [
+            place for place, _ in cuda.pinned if place != "pipeline.store.tensors"
+        ]  # where safetensors does
+        assert by_us == ["device.offload.pin"] * (BLOCKS if strategy == "offload" else 0)
+
+
+def test_a_block_is_pinned_in_one_allocation_and_keeps_its_values():
+    """Of any dtypes and sizes, also none and one; a second time there is nothing to do."""
+    draw = torch.Generator().manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(3).bfloat16())
+    for name, part in (
+        ("codes", torch.arange(11, dtype=torch.uint8)),
+        ("one", torch.tensor(2.5)),
+        ("none", torch.ones(0)),
+    ):
+        block.register_parameter(name, torch.nn.Parameter(part, requires_grad=False))
+    block.requires_grad_(False)
+    torch.nn.init.normal_(block[1].weight, generator=draw)
+    before = {name: parameter.clone() for name, parameter in block.named_parameters()}
+    with Cuda() as cuda:
+        offload.pin(block)
+        offload.pin(block)
+    ((_, flat),) = cuda.pinned
+    for name, parameter in block.named_parameters():
+        assert parameter.dtype == before[name].dtype and torch.equal(parameter, before[name]), name
+        assert parameter.untyped_storage().data_ptr() == flat.data_ptr() and parameter.is_contiguous()
+        assert parameter.storage_offset() * parameter.itemsize % offload.ALIGNMENT == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])  # BLOOM's position biases are made from positions

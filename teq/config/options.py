@@ -39,6 +39,9 @@ def prepare_environment() -> None:
     os.environ["TEQ_HOME"] = str(home())
     os.environ["TEQ_START"] = start_of_run()
     os.environ["TEQ_OUTPUT"] = str(output())
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which the other one would override
+        # pinned memory by its size, not rounded up to a power of two; read at the first allocation
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "pinned_max_round_threshold_mb:1")
 
 
 def _gpus() -> int:

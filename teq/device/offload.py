@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+ALIGNMENT = 512  # bytes at which a parameter begins, as the allocator's own do
+
 
 @contextlib.contextmanager
 def saving(blocks: Iterable[nn.Module], strategy: str, device: torch.device) -> Iterator[None]:
@@ -57,8 +59,7 @@ class Stream:
             for buffer in block.buffers():
                 buffer.data = buffer.data.to(device)
             if self.side is not None:
-                for parameter in block.parameters():
-                    parameter.data = parameter.data.cpu().pin_memory()
+                pin(block)
         self.order = [*range(len(parts)), *reversed(range(len(parts)))]
         self.position = 0
         self.ahead: dict[int, dict[str, Tensor]] = {}
@@ -92,6 +93,20 @@ class Stream:
                 name: parameter.to(self.device, non_blocking=True, copy=True)
                 for name, parameter in self.shells[index].named_parameters()
             }
+
+
+def pin(block: nn.Module) -> None:
+    """Move the parameters of a block to pinned host memory, in one allocation, unless they are there."""
+    parameters = list(block.parameters())
+    if all(parameter.is_pinned() for parameter in parameters):
+        return
+    offsets = [0]
+    for parameter in parameters:
+        offsets.append(offsets[-1] + -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT)
+    flat = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=True)
+    for parameter, start in zip(parameters, offsets, strict=False):
+        place = flat[start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        parameter.data = place.copy_(parameter.data)
 
 
 class _Shell(nn.Module):
