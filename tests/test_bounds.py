@@ -87,12 +87,11 @@ def test_where_nothing_is_clipped_the_scales_have_teqs_gradient():
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def learned(lm, grid=GRID, partial=None, **changes):
+def learned(lm, grid=GRID, partial=None, steps=6, **changes):
     """Some steps of two windows for each block, bounds beside the scales, with four windows held out."""
     chosen = {"objective": "block", "batch": 2, "lr": 0.02, "bounds_lr": 0.02, "grid": grid, **changes}
-    every = windows(84)
-    runtime = Runtime(partial=partial)
-    return teq(**chosen).train_on(lm.model, lm.arch, every[:80], runtime, held_out=every[80:])
+    every, count, runtime = windows(84), 2 * max(steps, 1), Runtime(partial=partial)
+    return teq(steps=steps, **chosen).train_on(lm.model, lm.arch, every[:count], runtime, held_out=every[80:])
 
 
 @pytest.mark.parametrize("grid", [GRID, Grid(bits=2, group_size=48, symmetric=True)])

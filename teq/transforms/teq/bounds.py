@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, autograd, nn
 from torch.nn import functional
 
+from teq.device.memory import on_host
 from teq.grid import Grid, group_extremes, grouped, in_equal_parts, params_between
 from teq.models.arch import Site
 from teq.models.blocks import forwards
@@ -70,8 +71,9 @@ class ClippedLinear(autograd.Function):
     With `u = W diag(s)`, `c = clamp(u, lo, hi)`, `Wq = FakeQuant(c)` and its scale `d = (hi - lo) / (2^b -
     1)`, straight-through rounding has the differential `dWq = dc + (Wq - c) / d * dd`: the zero cancels. So
     for G, the gradient to Wq, the one to hi is `(sum over u >= hi of G) + R`, to lo `(sum over u <= lo of G)
-    - R`, with `R = sum of G (Wq - c) / d / (2^b - 1)` over the group. For s the extremes are constants, as in
-    TEQ's own gradient, which this one is where nothing is clipped. The backward pass computes Wq again.
+    - R`, with `R = sum of G (Wq - c) / d / (2^b - 1)` over the group. For s the extremes are constants: the
+    gradient to it is `(1/s) * sum over out of G (u - Wq)`, u being 0 where it is clipped, and TEQ's own where
+    nothing is. The backward pass computes Wq again.
     """
 
     @staticmethod
@@ -131,16 +133,12 @@ def with_bounds(
     tensors: Mapping[str, Tensor], linears: Mapping[str, nn.Linear], sites: list[Site], grid: Grid
 ) -> dict[str, Tensor]:
     """Return a block's trained tensors with the bounds of its folded weights in the place of factors."""
-    folding, found = Folding.of(sites, site_scales(tensors)), {}
-    for name, tensor in tensors.items():
-        if name.startswith(SHRINK):
-            linear = name.removeprefix(SHRINK)
-            weight = folding.weight(linear, linears[linear]).float()
-            bounds = group_extremes(weight, grid).mul_(tensor.to(weight))
-            found[CLIP + linear] = in_equal_parts(bounds, grid, weight.shape[1]).to(tensor)
-        else:
-            found[name] = tensor
-    return found
+    folding, bounds = Folding.of(sites, site_scales(tensors)), {}
+    for name, linear in linears.items():
+        if (factors := tensors.get(SHRINK + name)) is not None:
+            ends = group_extremes(folding.weight(name, linear).float(), grid)
+            bounds[CLIP + name] = in_equal_parts(ends * factors.to(ends), grid, linear.in_features)
+    return {name: t for name, t in tensors.items() if not name.startswith(SHRINK)} | on_host(bounds)
 
 
 def _clamped(weight: Tensor, factors: Tensor, grid: Grid) -> Tensor:
