@@ -30,7 +30,7 @@ def test_what_does_not_fit_is_in_a_file_without_a_name(full, dtype):
 
 def test_what_is_put_into_places_is_copied_and_copies_are_their_own(full):
     first = torch.ones(1, 4, 50)
-    places = waiting.places(3, first, "cpu")
+    places = waiting.places("cpu", 3, first)
     assert isinstance(places, waiting.InFile)
     for index in range(3):
         places[index] = first * index
@@ -43,8 +43,8 @@ def test_what_is_put_into_places_is_copied_and_copies_are_their_own(full):
 
 
 def test_what_fits_or_is_on_another_device_waits_where_it_is(full):
-    assert type(waiting.places(1, torch.ones(100), "cpu")) is list
-    assert type(waiting.places(100, torch.ones(100), "meta")) is list
+    assert type(waiting.places("cpu", 1, torch.ones(100))) is list
+    assert type(waiting.places("meta", 100, torch.ones(100))) is list
 
 
 def test_a_full_disk_is_said_before_the_work(full):

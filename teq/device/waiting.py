@@ -8,14 +8,15 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, SupportsIndex
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from teq.device import host_memory
 from teq.files import disk
 from teq.spec import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 SHARE = 0.5  # of the host's free memory may be taken by what waits: the rest is for what computes
@@ -26,8 +27,10 @@ def fits(size: int) -> bool:
     return size <= SHARE * host_memory.available()
 
 
-def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def room(shape: tuple[int, ...], dtype: "torch.dtype") -> "Tensor":
     """Return a tensor without contents, in the host's memory or in a file. Raises UserError without room."""
+    import torch
+
     size = math.prod(shape) * dtype.itemsize
     if fits(size):
         return torch.empty(shape, dtype=dtype, device="cpu")
@@ -46,7 +49,7 @@ def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return found.view(shape)
 
 
-class InFile(list[Tensor]):
+class InFile(list["Tensor"]):
     """Parts of one tensor in a file: what is assigned is copied to where the part is."""
 
     def __setitem__(self, index: SupportsIndex, value: Any) -> None:  # type: ignore[override]
@@ -60,8 +63,8 @@ class InFile(list[Tensor]):
         return made
 
 
-def places(count: int, like: Tensor, device: torch.device | str) -> list[Tensor]:
-    """Return places for `count` tensors like one, to be assigned to: a list, or `InFile` of a full host."""
-    if torch.device(device).type != "cpu" or fits(count * like.nbytes):
-        return [like] * count
+def places(device: "torch.device | str", count: int, like: "Tensor") -> "list[Tensor]":
+    """Return places on a device for `count` tensors like one: a list, or `InFile` where the host is full."""
+    if not str(device).startswith("cpu") or fits(count * like.nbytes):
+        return [like.to(device)] * count
     return InFile(room((count, *like.shape), like.dtype))

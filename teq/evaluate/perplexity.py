@@ -1,5 +1,6 @@
 """Perplexity: exp of the mean token loss over windows of a text; there also KL from the float model."""
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from teq import data, statistics
 from teq.console import track
 from teq.device.runtime import Runtime
+from teq.device.waiting import places
 from teq.files.resume import BlockFiles, Journal
 from teq.models.arch import blocks
 from teq.models.blocks import bypassed, first_inputs, pass_on
@@ -163,9 +165,9 @@ def passes(lm: "LM", windows: "Tensor", first: int, what: str) -> "Iterator[tupl
         return
     every = list(blocks(lm.model, lm.arch).values())
     size = windows.shape[1] * lm.model.config.hidden_size * lm.model.dtype.itemsize
-    count = max(1, PASS // size)
+    count, host = max(1, PASS // size), functools.partial(places, "cpu")
     for start in range(first, len(windows), count):
-        hidden, keywords = first_inputs(lm.model, lm.arch, windows[start : start + count], "cpu")
+        hidden, keywords = first_inputs(lm.model, lm.arch, windows[start : start + count], host)
         where = f"{what}, blocks for {len(hidden)} windows from {start} on"
         for block, kwargs in zip(track(every, where), keywords, strict=True):
             in_tuple = pass_on(block, hidden, kwargs, lm.device)

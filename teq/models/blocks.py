@@ -86,21 +86,22 @@ def forwards(instead: "Mapping[nn.Module, Callable[..., Any]]") -> Iterator[None
 
 
 def first_inputs(
-    model: "nn.Module", arch: Arch, windows: "Tensor", kept: str | None = None
+    model: "nn.Module",
+    arch: Arch,
+    windows: "Tensor",
+    places: "Callable[[int, Tensor], list[Tensor]]" = lambda count, like: [like] * count,
 ) -> tuple[list["Tensor"], list[dict[str, Any]]]:
     """Return the first block's inputs for `windows [sample, token]`, and each block's keywords.
 
-    The inputs are `[1, token, width]` each, on the device `kept` (by default the model's), or in a file; see
-    `teq.device.waiting`. The keywords are the same for all windows.
+    The inputs are `[1, token, width]` each, in what `places(count, like)` gives for them. The keywords are
+    the same for all windows.
     """
-    from teq.device import waiting
-
     device = model.get_input_embeddings().weight.device
     one, keywords = block_inputs(model, arch, windows[:1].to(device))
-    hidden = waiting.places(len(windows), one, kept or device)
+    hidden = places(len(windows), one)
     for i, window in enumerate(windows):
         one, _ = block_inputs(model, arch, window[None].to(device), count=1)
-        hidden[i] = one.to(kept or device)
+        hidden[i] = one.to(hidden[i].device)
     return hidden, keywords
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from teq.console import track
+from teq.device.waiting import places
 from teq.files.resume import BlockFiles
 from teq.grid import Grid
 from teq.models.arch import Arch
@@ -73,7 +74,7 @@ def quantize_blocks(
     Returns the stored tensors and all reports.
     """
     device = model.get_input_embeddings().weight.device
-    hidden, keywords = first_inputs(model, arch, windows, waiting)
+    hidden, keywords = first_inputs(model, arch, windows, functools.partial(places, waiting or device))
     exact_hidden = hidden.copy() if targets or float_inputs else []
 
     @functools.cache

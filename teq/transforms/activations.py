@@ -1,6 +1,7 @@
 """Float activations on calibration text: what blocks and sites read in order, what the model ends with."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ def watched_blocks(
     check_equivalence(model, arch)
     found = sites(model, arch)
     device = model.get_input_embeddings().weight.device
-    hidden, keywords = first_inputs(model, arch, windows)
+    hidden, keywords = first_inputs(model, arch, windows, functools.partial(waiting.places, device))
     for index, (name, module) in enumerate(track(blocks(model, arch).items(), what)):
         here = [site for site in found if site.block == index]
         block = Block(name, module, here, linears(name, module))
