@@ -73,9 +73,9 @@ def noted() -> Iterator[None]:
 
 
 class Relauncher:
-    """A launcher that launches in waves what another one would launch at once, and again what a kill left.
+    """A launcher that launches jobs in waves by another one, and again what a killed worker left undone.
 
-    Jobs keep their number in the sweep, that of their notes and folders: launchers count each launch anew.
+    Notes and folders of jobs have their numbers in the sweep: a launcher numbers what it is given one by one.
     """
 
     def __init__(self, launcher: Launcher, folder: Path, needs: Needs) -> None:
@@ -117,7 +117,7 @@ class Relauncher:
             batch = batches.popleft()
             numbered = [[*jobs[number], f"hydra.sweep.subdir={number}"] for number in batch]
             try:
-                results += self.launcher.launch(numbered, 0)
+                results += self.launcher.launch(numbered, batch[0])
             except BrokenExecutor:
                 begun = [number for number in batch if self._forget(number)]
                 new = [n for n in batch if n not in begun and not (self.folder / f"{n}.ended").exists()]
