@@ -1,8 +1,11 @@
 """Models whose blocks are read when they are used: the same numbers, one block at a time."""
 
+import ctypes
 import gc
 import json
+import platform
 import weakref
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -101,6 +104,31 @@ def finished(saved, home, family, method, memory):
     assert not loaded.called
     record = run.data
     return {name: stage["digest"] for name, stage in record["stages"].items()}, record
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what was freed below an end")
+def test_memory_that_a_block_freed_goes_back_to_the_system(saved):
+    lazy, arch = (checkpoint := saved("llama")).load("float32", "cpu", lazy=True).model, checkpoint.arch
+    libc, size = ctypes.CDLL(None), 100_000  # bytes, less than glibc maps by themselves
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    with present(next(iter(blocks(lazy, arch).values()))):
+        before = anonymous()
+        used = [libc.malloc(size) for _ in range(1000)]
+        for at in used:
+            ctypes.memset(at, 1, size)
+        last = libc.malloc(size)  # what it holds keeps the heap's end where it is
+        ctypes.memset(last, 1, size)
+        for at in used:
+            libc.free(at)
+        kept = anonymous() - before
+    assert kept > 90e6
+    assert anonymous() - before < 20e6
+    libc.free(last)
+
+
+def anonymous():
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,6 +1,7 @@
 """Models whose decoder blocks are read when they are used: no more than one is in memory at a time."""
 
 import contextlib
+import ctypes
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -127,10 +128,17 @@ class _Lazy:
             self.users -= 1
             if not self.users:
                 self._drop()
+                _release_freed()
 
     def _drop(self) -> None:
         for key, parameter in self.empty.items():
             _leaf(self.block, key)._parameters[key.rpartition(".")[2]] = parameter
+
+
+def _release_freed() -> None:
+    """Hand freed memory back to the system: glibc would keep more of it than a block takes."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _leaf(module: "nn.Module", key: str) -> "nn.Module":
