@@ -93,6 +93,17 @@ def extremes(block: "Tensor") -> tuple["Tensor", "Tensor"]:
     return block.amin(-1).clamp_(max=0), block.amax(-1).clamp_(min=0)
 
 
+def group_extremes(weight: "Tensor", grid: Grid) -> "Tensor":
+    """Return the lower and upper extremes `[2, out, groups]` of `weight [out, in]`, -+max|w| if symmetric."""
+    import torch
+
+    lo, hi = (torch.cat(each, 1) for each in zip(*map(extremes, grouped(weight, grid)), strict=True))
+    if grid.symmetric:
+        hi = torch.maximum(hi, lo.neg())
+        lo = hi.neg()
+    return torch.stack([lo, hi])
+
+
 def params_between(lo: "Tensor", hi: "Tensor", grid: Grid) -> tuple["Tensor", "Tensor"]:
     """Return scale and zero of groups whose weights lie between lo <= 0 and hi >= 0, which are used up."""
     import torch
@@ -151,6 +162,17 @@ def spread(params: "Tensor", grid: Grid, columns: int, g_idx: "Tensor | None" = 
     if g_idx is not None:
         return params[:, g_idx.long()]
     return params.repeat_interleave(grid.width(columns), dim=1)[:, :columns]
+
+
+def in_equal_parts(params: "Tensor", grid: Grid, columns: int) -> "Tensor":
+    """Return parameters `[..., out, groups]` of equal parts of a row `[..., out, parts]`.
+
+    Parts are the groups, or equal pieces of them where the last group is shorter.
+    """
+    import torch
+
+    size = grid.width(columns)
+    return params[..., torch.arange(0, columns, math.gcd(columns, size), device=params.device) // size]
 
 
 def fake_quant(weight: "Tensor", grid: Grid) -> "Tensor":

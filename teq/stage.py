@@ -88,8 +88,9 @@ class Transform(_Calibrated):
     def fit(self, load: Load, runtime: Runtime, on_step: OnStep) -> Made:
         """Return a positive vector per site under the site's name, and what the record says of them.
 
-        `clip/<linear>` bounds a folded weight, `start/<site>` is where s started (ones if it is missing);
-        other names with a slash are kept. The model of `load()` stays as it is.
+        `clip/<linear>` bounds a folded weight that is to be rounded (see `Folding.weight`), `start/<site>` is
+        where s started (ones if it is missing); other names with a slash are kept. The model of `load()`
+        stays as it is.
         """
         raise NotImplementedError
 

@@ -24,6 +24,7 @@ from teq.verbs import run as cli
 
 SHORT = ["ppl.limit=2", "ppl.context=64", "evals=[python-docs]", "gptq.samples=4", "gptq.length=64"]
 HALF = "quant_grid.scale_dtype=float16"
+BOUNDS = ["method=teq", "train.objective=block", "train.bounds_lr=0.02", "train.steps=4", "train.length=64"]
 GGUF = ["bits=4", "group_size=32", "symmetric=true", HALF]
 
 
@@ -98,6 +99,7 @@ def test_compressed_tensors_own_code_unpacks_our_words():
         ("compressed-tensors", ["model=tiny-llama", "method=smoothquant", "bits=3", "group_size=32"]),
         ("compressed-tensors", ["model=tiny-opt", "method=gptq", "grid=w8", "symmetric=true"]),
         ("compressed-tensors", ["model=tiny-bloom", "method=rtn", "bits=5", "group_size=64"]),
+        ("compressed-tensors", ["model=tiny-llama", "bits=3", "group_size=32", *BOUNDS]),
         ("compressed-tensors", ["model=tiny-gemma3", "method=smoothquant", "bits=4", "group_size=32"]),
         ("compressed-tensors", ["model=tiny-phi3", "method=smoothquant", "bits=4", "group_size=32"]),
         ("gptq", ["model=tiny-llama", "method=gptq-ao", "bits=3", "group_size=32", HALF, "dtype=float16"]),

@@ -76,14 +76,18 @@ def text(array: np.ndarray) -> str:
 
 
 def same(name: str, ours: np.ndarray, expected: np.ndarray, exact: bool) -> bool:
-    """Bit-equal on the platform of the golden file; elsewhere up to another order of sums."""
+    """Bit-equal on the platform of the golden file; elsewhere up to another order of sums.
+
+    Where one of those flips a code of the first block, GPTQ and AWQ have other inputs in the second.
+    """
     if ours.shape != expected.shape:
         return False
     if exact:
         return np.array_equal(ours, expected)
     if name == "codes":
-        return np.mean(np.unpackbits(ours) != np.unpackbits(expected)) < 1e-3
-    return np.allclose(ours, expected, rtol=1e-3 if name == "scales" else 1e-4)
+        first, second = np.split(np.unpackbits(ours) != np.unpackbits(expected), 2)  # a block each
+        return first.mean() < 1e-3 and second.mean() < 0.03
+    return np.allclose(ours, expected, rtol={"scales": 1e-3, "losses": 1e-4, "window_loss": 0.01}[name])
 
 
 def test_results_change_only_with_a_version():
@@ -113,15 +117,14 @@ def test_results_change_only_with_a_version():
 
 
 def test_a_single_changed_sum_is_noticed(monkeypatch):
-    """The golden results of GPTQ notice a damping that is one per mille higher."""
+    """The codes of GPTQ change with a damping that is one per mille higher."""
     from teq.quantizers.gptq import solver
 
+    _, before = results("gptq")
     original = solver._inverse_factor
     monkeypatch.setattr(solver, "_inverse_factor", lambda h, d, o: original(h, d * 1.001, o))
     _, found = results("gptq")
-    golden = json.loads(GOLDEN.read_text())["methods"]["gptq"]["results"]
-    codes = np.frombuffer(zlib.decompress(base64.b64decode(golden["codes"])), dtype=np.uint8)
-    assert not np.array_equal(found["codes"], codes)
+    assert not np.array_equal(found["codes"], before["codes"])
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from teq.transforms.teq import train
 METHODS = ("rtn", "gptq", "teq+gptq", "awq", "smoothquant", "fp", "rtn quant_grid.search=clip")
 METHODS += ("gptq gptq.input_correction=0.5", "teq train.objective=kl")
 METHODS += ("signround signround.iterations=30 signround.lr=0.02",)
-METHODS += ("teq train.objective=block train.steps=20 train.batch=2",)
+METHODS += ("teq train.objective=block train.bounds_lr=0.01 train.steps=20 train.batch=2",)
 SMALL = ["recipe=quick", "bits=3", "group_size=16", "gptq.samples=4", "gptq.length=48", "train.length=48"]
 SMALL += ["train.steps=3", "awq.samples=4", "awq.length=48", "smoothquant.samples=4", "smoothquant.length=48"]
 SMALL += ["signround.samples=16", "signround.length=48", "signround.batch=4"]

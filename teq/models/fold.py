@@ -37,7 +37,7 @@ class Folding:
 
     columns: dict[str, "Tensor"]  # linear -> s [in]: weight columns are multiplied
     rows: dict[str, "Tensor"]  # source -> s [out]: weight rows (or a norm's weight) and bias are divided
-    bounds: dict[str, "Tensor"] = field(default_factory=dict)  # linear -> [out, parts]: see `weight`
+    bounds: dict[str, "Tensor"] = field(default_factory=dict)  # linear -> what `weight` clamps to
 
     @classmethod
     def of(cls, sites: list[Site], scales: Mapping[str, "Tensor"]) -> "Folding":
@@ -52,7 +52,8 @@ class Folding:
     def weight(self, name: str, linear: "nn.Linear") -> "Tensor":
         """Return a folded copy of a linear's weight `[out, in]`, in fp32, or fp64 where the model is.
 
-        Where it has bounds `[out, parts]`, each of that many equal parts of a row is clamped to its own.
+        Where it has bounds, each of so many equal parts of a row is clamped to its own: to a magnitude `[out,
+        parts]`, or between a lower and an upper bound `[2, out, parts]`.
         """
         import torch
 
@@ -63,8 +64,9 @@ class Folding:
         if name in self.rows:
             weight.div_(self.rows[name].to(weight)[:, None])
         if name in self.bounds:
-            bound = self.bounds[name].to(weight)[..., None]  # [out, parts, 1]
-            weight.unflatten(1, (bound.shape[1], -1)).clamp_(-bound, bound)
+            bound = self.bounds[name].to(weight)[..., None]  # [out, parts, 1], or two of them
+            lower, upper = bound if bound.ndim == 4 else (-bound, bound)
+            weight.unflatten(1, (upper.shape[1], -1)).clamp_(lower, upper)
         return weight
 
     def divided(self, name: str, module: "nn.Module") -> dict[str, "Tensor"]:

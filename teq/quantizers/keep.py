@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from teq.device.runtime import Runtime
-from teq.models.fold import FoldedModel
+from teq.models.fold import FoldedModel, site_scales
 from teq.stage import Load, Made, Quantizer
 
 if TYPE_CHECKING:
@@ -19,11 +19,14 @@ class Keep(Quantizer):
     grid: None = None
 
     def quantize(self, load: Load, scales: "Mapping[str, Tensor]", runtime: Runtime) -> Made:
-        """Return every parameter that folding changes, in floating point; none without scales."""
+        """Return every parameter that folding changes, in floating point; none without scales.
+
+        Bounds of weights are for rounding: they stay unread.
+        """
         if not scales:
             return {}, {}
         lm, changed = load(), {}
-        for block in FoldedModel(lm.model, lm.arch, scales):
+        for block in FoldedModel(lm.model, lm.arch, site_scales(scales)):
             changed |= block.changed
             for name, linear in block.linears.items():
                 changed[f"{name}.weight"] = block.exact_weight(name).to(linear.weight.dtype)

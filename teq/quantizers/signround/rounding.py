@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, autograd, nn
 from torch.nn import functional
 
-from teq.grid import Grid, extremes, grouped, params_between
+from teq.grid import Grid, group_extremes, grouped, params_between
 from teq.quantizers.quantized import Quantized
 
 
@@ -22,11 +22,7 @@ class Rounding:
 
     def __init__(self, weight: Tensor, start: tuple[Tensor, Tensor] | None, grid: Grid) -> None:
         self.weight, self.grid = weight, grid
-        lo, hi = zip(*(extremes(part) for part in grouped(weight, grid)), strict=True)
-        self.lo, self.hi = torch.cat(lo, 1), torch.cat(hi, 1)
-        if grid.symmetric:
-            self.hi = torch.maximum(self.hi, self.lo.neg())
-            self.lo = self.hi.neg()
+        self.lo, self.hi = group_extremes(weight, grid)
         self.most = torch.ones(2, *self.lo.shape, device=weight.device)  # of `shrink`
         if start is not None:
             scale, zero = start

@@ -6,7 +6,6 @@ bounds are those of the scaled weights.
 """
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from teq.device.memory import on_host
-from teq.grid import Grid, fake_quant, spread
+from teq.grid import Grid, fake_quant, in_equal_parts
 from teq.models.arch import Arch, Site
 from teq.models.fold import CLIP, Folding
 from teq.stage import NothingDone
@@ -156,7 +155,7 @@ def search_bounds(weight: Tensor, s: Tensor, gram: Gram, grid: Grid) -> Tensor:
     `e G e^T` with e the weight error over `s [in]` and G the group's Gram matrix, so that all tokens count
     where the official code takes 512. Parts are the groups, or equal pieces where the last group is shorter.
     """
-    columns, chosen = weight.shape[1], []
+    chosen = []
     for (start, stop), block in zip(gram.spans, gram.blocks, strict=True):
         group = weight[:, start:stop]
         largest = group.abs().amax(1)  # [out]
@@ -167,8 +166,7 @@ def search_bounds(weight: Tensor, s: Tensor, gram: Gram, grid: Grid) -> Tensor:
             lost = (fake_quant(clamped, grid) - group) / s[start:stop]
             errors.append(((lost @ block) * lost).sum(1))
         chosen.append(bounds.gather(0, torch.stack(errors).argmin(0)[None])[0])
-    part = math.gcd(columns, grid.width(columns))
-    return spread(torch.stack(chosen, 1), grid, columns)[:, ::part].contiguous()
+    return in_equal_parts(torch.stack(chosen, 1), grid, weight.shape[1])
 
 
 def _around(site: Site) -> str:

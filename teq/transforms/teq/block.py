@@ -1,6 +1,6 @@
-"""TEQ's scales trained block by block towards the float block's outputs, as OmniQuant trains its own.
+"""TEQ's scales, and bounds of the weights, trained block by block towards the float block's outputs.
 
-OmniQuant (arXiv 2308.13137, section 3.1) trains bounds of the weights too; here their groups keep extremes.
+OmniQuant (arXiv 2308.13137, section 3.1) trains its scales and bounds so.
 """
 
 import contextlib
@@ -20,11 +20,12 @@ from teq.device.offload import place_around_blocks, saving
 from teq.device.runtime import DEFAULT_RUNTIME, Runtime
 from teq.files.resume import BlockFiles
 from teq.grid import Grid
-from teq.models.arch import Arch, blocks
+from teq.models.arch import Arch, block_sites, blocks, linears
 from teq.models.blocks import block_inputs, first_inputs, pass_on, run_block
 from teq.models.fold import check_equivalence, site_scales
 from teq.models.lazy import present
 from teq.stage import NothingDone, OnStep
+from teq.transforms.teq.bounds import clipped_linears, with_bounds
 from teq.transforms.teq.linear import fake_quantized
 from teq.transforms.teq.train import Trainer
 
@@ -47,15 +48,16 @@ def train(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train the scales of one block after the other on `windows [steps * batch, token]`.
 
-    `trainer_of(index)` gives the scales of a block's sites at their start. A block reads what the blocks
-    before it put out with their scales and rounded weights, and is trained to put out what the float model's
-    block does. Where that is not closer on `held_out [sample, token]` in the end, it keeps its start. Hidden
-    states wait in host memory. Finished blocks are stored in the folder `runtime.partial`, and those that are
-    there are not trained again. Under the strategy `offload` the blocks stay in host memory but for the one
-    that is trained; other strategies change nothing. The model is left as it was.
+    `trainer_of(index)` gives the scales of a block's sites at their start, and factors of its weights'
+    extremes where these are trained too. A block reads what the blocks before it put out with their scales
+    and rounded weights, and is trained to put out what the float model's block does. Where that is not closer
+    on `held_out [sample, token]` in the end, it keeps its start. Hidden states wait in host memory. Finished
+    blocks are stored in the folder `runtime.partial`, and those that are there are not trained again. Under
+    the strategy `offload` the blocks stay in host memory but for the one that is trained; other strategies
+    change nothing. The model is left as it was.
 
-    Returns the scales by site, with `start/<site>` and `last/<site>`, and each block's losses. Raises
-    NothingDone when every block keeps its start.
+    Returns the scales by site, with `start/<site>` and `last/<site>`, the bounds `clip/<linear>` that come of
+    trained factors, and each block's losses. Raises NothingDone when every block keeps its start.
     """
     check_equivalence(model, arch)
     every = blocks(model, arch)
@@ -70,10 +72,14 @@ def train(
     report: dict[str, Any] = {}
     finished = BlockFiles(runtime.partial, "the training")
     for index, (name, module) in enumerate(track(every.items(), "training blocks")):
-        trainer = trainer_of(index)
+        trainer, inside = trainer_of(index), linears(name, module)
+        here = list(block_sites(arch, model.config, index, name, module))
         with present(module), _visiting(module, device):
             pass_on(module, states.targets, states.alone[index], device)
-            with fake_quantized(model, arch, grid, trainer.current.__getitem__, "keep") as quantize:
+            with (
+                fake_quantized(model, arch, grid, trainer.current.__getitem__, "keep") as quantize,
+                clipped_linears(trainer, inside, here, grid, quantize),
+            ):
                 if (known := finished.read(index)) is None:
                     loss = functools.partial(states.loss, index, module)
                     found, entry = _train_block(trainer, loss, rows, held, on_step, index * steps)
@@ -81,7 +87,7 @@ def train(
                     finished.write(index, *known)
                 trainer.current.update({site: known[0][site].to(device) for site in trainer.free})
                 pass_on(module, states.hidden, states.alone[index], device)
-        scales |= known[0]
+            scales |= with_bounds(known[0], inside, here, grid)
         report |= known[1]
     if as_it_was := [name for name, entry in report.items() if entry["kept"] == "start"]:
         log.warning("%d of %d blocks keep the scales they began with", len(as_it_was), len(report))
@@ -128,7 +134,7 @@ def _train_block(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a block's scales, at their start and their last too, and its losses on the `held` samples.
 
-    Its steps are counted from those of the blocks `before_it`.
+    Of factors only those that are kept. Its steps are counted from those of the blocks `before_it`.
     """
 
     def measure(scales: dict[str, Tensor]) -> float:
@@ -149,7 +155,11 @@ def _train_block(
     kept = "last" if after < before else "start"  # also where it is not finite
     parts = {"": last if kept == "last" else start, "start/": start, "last/": last}
     losses = {name: x if math.isfinite(x) else None for name, x in (("start", before), ("last", after))}
-    tensors = {f"{part}{name}": s for part, those in parts.items() for name, s in those.items()}
+    tensors = {
+        f"{part}{name}": s
+        for part, those in parts.items()
+        for name, s in (site_scales(those) if part else those).items()
+    }
     return tensors, {"loss": losses, "kept": kept}
 
 
@@ -186,12 +196,22 @@ def dry_run(
         hidden, keywords = block_inputs(model, arch, tokens, count=1)
         host = torch.zeros_like(hidden[:1], device="cpu")
         waiting = [] if strategy == "offload" else [torch.zeros_like(host) for _ in range(2 * count)]
-    for index, module in enumerate(blocks(model, arch).values()):
+    for index, (name, module) in enumerate(blocks(model, arch).items()):
         copied = [p.clone() for p in module.parameters()] if strategy == "offload" else []
         trainer = trainer_of(index)
         with torch.no_grad():
             targets = [run_block(module, hidden, keywords[0]) for _ in range(2)]
-        with present(module), fake_quantized(model, arch, grid, trainer.current.__getitem__, "keep"):
+        with (
+            present(module),
+            fake_quantized(model, arch, grid, trainer.current.__getitem__, "keep") as quantize,
+            clipped_linears(
+                trainer,
+                linears(name, module),
+                block_sites(arch, model.config, index, name, module),
+                grid,
+                quantize,
+            ),
+        ):
             for target in targets:
                 trainer.refresh()
                 trainer.move(_loss(module, hidden, target, keywords[0]), 0)

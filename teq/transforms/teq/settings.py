@@ -9,7 +9,7 @@ from teq import data
 from teq.data import Calibration
 from teq.device.runtime import DEFAULT_RUNTIME, STRATEGIES, Runtime
 from teq.grid import Grid
-from teq.models.arch import Arch, blocks, sites
+from teq.models.arch import Arch, blocks, linears, sites
 from teq.models.lazy import present
 from teq.spec import UserError, option
 from teq.stage import Load, Made, OnStep, Transform
@@ -44,7 +44,8 @@ class Teq(Transform):
     The `objective` is the model's own loss (`lm`, as in the paper), or the divergence of the next token's
     distribution from the float model's (`kl`), or the squared difference of each block's outputs from the
     float model's, one block after the other (`block`): then every block takes all steps, and keeps its start
-    where the end is no better on held-out windows.
+    where the end is no better on held-out windows. With a learning rate `bounds_lr` it trains bounds of the
+    weights' groups beside the scales.
     """
 
     group = "train"
@@ -62,6 +63,7 @@ class Teq(Transform):
     profile: str = option(among=("paper", "inc"))
     keep: str | None = option(None, among=("last", "best"), omitted="last")
     objective: str = option("lm", among=OBJECTIVES, omitted="lm")
+    bounds_lr: float | None = option(None, above=0, omitted=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +80,11 @@ class Teq(Transform):
         if self.objective == "block":
             self._check_block()
             searched = False  # its blocks keep the better of start and end whatever the start is
+        elif self.bounds_lr is not None:
+            raise UserError(
+                f"train.bounds_lr={self.bounds_lr} has no effect beside train.objective={self.objective}: "
+                "bounds are learned with train.objective=block alone; choose that, or leave it out"
+            )
         object.__setattr__(self, "keep", self.keep or ("best" if searched else "last"))
 
     def _check_block(self) -> None:
@@ -130,6 +137,7 @@ class Teq(Transform):
     ) -> "Trainer":
         """Return the scales to train, of all blocks or one, at `start`: that of `init` if none is given."""
         from teq.transforms.teq import train
+        from teq.transforms.teq.bounds import BoundsTrainer
 
         steps = max(self.steps, 1)  # a dry run does some where there are none
         rate = functools.partial(train.learning_rate, steps=steps, lr=self.lr, profile=self.profile)
@@ -140,7 +148,17 @@ class Teq(Transform):
                 with present(module):
                     for site in here:
                         first[site.name] = start[site.name] if start else train.initial(site, self.init)
-        return train.Trainer(first, device, parameter=self.parameter, rate=rate)
+        if block is None or self.bounds_lr is None:
+            return train.Trainer(first, device, parameter=self.parameter, rate=rate)
+        return BoundsTrainer(
+            first,
+            device,
+            parameter=self.parameter,
+            rate=rate,
+            linears=linears(*list(blocks(model, arch).items())[block]),
+            grid=self.grid,
+            bounds_rate=functools.partial(rate, lr=self.bounds_lr),
+        )
 
     def train_on(
         self,

@@ -69,10 +69,11 @@ class Trainer:
         parameter: str,
         rate: Callable[[int], float],
     ) -> None:
-        self.rate, self.log = rate, parameter == "log"
+        self.log = parameter == "log"
         here = {name: s.to(device, copy=True) for name, s in first.items()}
         self.free = {name: nn.Parameter(s.log() if self.log else s) for name, s in here.items()}
-        self.optimizer = torch.optim.Adam(self.free.values(), betas=BETAS, weight_decay=0)
+        scales = {"params": list(self.free.values()), "rate": rate}
+        self.optimizer = torch.optim.Adam([scales], betas=BETAS, weight_decay=0)
         self.current: dict[str, Tensor] = {}  # the scales that the step in progress computes with
 
     def scale(self, name: str) -> Tensor:
@@ -115,7 +116,7 @@ class Trainer:
         loss.backward()
         self.current.clear()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(step)
+            group["lr"] = group["rate"](step)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
