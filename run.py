@@ -1,5 +1,6 @@
 """Run experiments: `python run.py [-m] key=value ...`. `python run.py --help` lists what there is."""
 
+import functools
 import logging
 import sys
 
@@ -35,7 +36,8 @@ def main(argv: list[str]) -> int:
             jobs = run.checked_jobs(argv)
             run.make_output(len(jobs))
             sys.argv[1:] = config.quoted(argv)
-            return max(sweeper.run(launch), run.summary(jobs))
+            needs = functools.partial(run.unfinished, jobs)
+            return max(sweeper.run(launch, needs), run.summary(jobs))
     except UserError as error:
         print_errors(error)
         return 2

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks import kills
@@ -16,6 +18,7 @@ SWEEP = ["-m", "model=tiny-llama", "grid=w3_g64,w4_g64", "method=teq,teq+gptq,gp
 SWEEP += ["train.steps=60", "train.length=64", "gptq.samples=4", "gptq.length=64"]
 SWEEP += ["evals=[python-docs]", "ppl.context=64", "ppl.limit=4"]
 RUNS = 8
+DATED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
 
 
 def start(home: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
@@ -47,8 +50,26 @@ def computing(sweep: subprocess.Popen[str], home: Path) -> tuple[int, int]:
     raise AssertionError(f"the sweep ended before a job began: {sweep.communicate()[0]}")
 
 
+def waited(folder: Path) -> float:
+    """Return the seconds that the jobs under a folder waited for a stage that another one computed."""
+    seconds = 0.0
+    for file in folder.rglob("run.log"):
+        lines = [line for line in file.read_text().splitlines() if DATED.match(line)]
+        for line, following in pairwise(lines):
+            if line.endswith("another process is computing it, waiting"):
+                begun, ended = (
+                    datetime.fromisoformat(each[:23].replace(",", ".")) for each in (line, following)
+                )
+                seconds += (ended - begun).total_seconds()
+    return seconds
+
+
 def check(home: Path, undisturbed: Path) -> None:
-    """Assert that every record, code and metric is that of one process, and that nothing was made twice."""
+    """Assert that every record, code and metric is that of one process.
+
+    And that nothing was made twice, and no job waited for another one while it held a processor.
+    """
+    assert waited(home / "hydra") == 0
     found = kills.results(home)
     assert found == kills.results(undisturbed)
     assert sum(name.startswith("records/") for name in found) == RUNS

@@ -1,6 +1,7 @@
 """A sweep on a real SLURM cluster of one node, disturbed in every way that an operator does."""
 
 import os
+from pathlib import Path
 
 import pytest
 import slurm_here
@@ -31,11 +32,10 @@ def cluster(tmp_path):
 def test_a_disturbed_sweep_is_that_of_one_process(cluster, own_home, tmp_path, monkeypatch):
     sweep = small_sweep.start(own_home, *LAUNCHER, SLURM_CONF=str(cluster.conf))
     try:
-        _, number = small_sweep.computing(sweep, own_home)
-        (job,) = {
-            line.partition("_")[0] for line in cluster.say("squeue", "-h", "-r", "-o", "%i").splitlines()
-        }
-        job = f"{job}_{number}"
+        process, _ = small_sweep.computing(sweep, own_home)
+        environment = Path(f"/proc/{process}/environ").read_text().split("\0")
+        slurm = dict(line.split("=", 1) for line in environment if line.startswith("SLURM_ARRAY_"))
+        job = f"{slurm['SLURM_ARRAY_JOB_ID']}_{slurm['SLURM_ARRAY_TASK_ID']}"
         cluster.say("scontrol", "requeue", job)
         cluster.say("scontrol", "update", f"nodename={cluster.host}", "state=drain", "reason=test")
         cluster.end("slurmctld")

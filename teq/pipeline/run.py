@@ -10,8 +10,9 @@ from teq.pipeline import cost
 from teq.pipeline.loaded import LoadedModel
 from teq.pipeline.settings import Run
 from teq.pipeline.stages import Chain, text
-from teq.pipeline.store import Artefact, Store
+from teq.pipeline.store import Artefact, Stage, Store
 from teq.record import Record
+from teq.transforms.identity import Identity
 
 
 class Logger(Protocol):
@@ -49,6 +50,17 @@ def run(spec: Run, store: Store, home: Path, runtime: Runtime, logger: Logger | 
     if logger is not None:
         logger.finish(finished)
     return finished
+
+
+def unfinished(spec: Run, store: Store, runtime: Runtime) -> list[Stage]:
+    """Return the stages that a run has to compute, in order, without those that take no time."""
+    model = LoadedModel(spec.model, spec.dtype, runtime.device)
+    stages = Chain(spec, model, runtime, lambda *_: None, Path()).stages()
+    if all(store.holds(stages[each.name]) for each in spec.evals):
+        return []
+    if isinstance(spec.transform, Identity):
+        del stages["scales"]
+    return [stage for stage in stages.values() if not store.holds(stage)]
 
 
 def _describe(spec: Run, identity: str, found: dict[str, Artefact], runtime: Runtime) -> dict[str, Any]:

@@ -155,6 +155,11 @@ class Store:
         manifest = self._peeked(stage)
         return None if manifest is None else str(manifest["result"])
 
+    def holds(self, stage: Stage) -> bool:
+        """Return whether the result of `stage` is there with its files, whose content is not checked."""
+        manifest, folder = self._peeked(stage), self.root / stage.name / stage.key
+        return manifest is not None and all((folder / name).exists() for name in manifest["files"])
+
     def _peeked(self, stage: Stage) -> dict[str, Any] | None:
         with contextlib.suppress(ValueError):
             return _manifest(self.root / stage.name / stage.key)

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from teq.device.runtime import resolve
 from teq.files import disk
 from teq.pipeline import forecast, settings
 from teq.pipeline import run as pipeline
-from teq.pipeline.store import Store
+from teq.pipeline.store import Stage, Store
 from teq.report import table
 from teq.report.match import RecordIndex
 from teq.spec import UserError
@@ -107,6 +107,14 @@ def make_output(jobs: int) -> None:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}): free space there or set TEQ_HOME"
         ) from error
+
+
+def unfinished(jobs: Sequence[Job], number: int) -> list[Stage]:
+    """Return the stages that a job of a sweep has to compute, in order."""
+    job = jobs[number]
+    auto = job.options.device == "auto"  # a device that is named may be on another host
+    runtime = replace(job.options, device=resolve("auto")) if auto else job.options
+    return pipeline.unfinished(job.run, Store(config.home() / "store"), runtime)
 
 
 def _too_long(job: Job) -> Iterator[str]:
