@@ -53,7 +53,7 @@ class Work(Settings):
     A stage that can tells what it will need: `dry_run(lm, strategy)` does a unit of its work (a training
     step, a window) on a model whose tensors have no contents, `estimate(lm)` computes it from the shapes.
     Its work is the same under each of its `strategies`, which say where memory goes. `compared_tokens` are
-    those whose last hidden states of the float model wait in the host's memory while it works.
+    those whose last hidden states of the float model wait while it works.
     """
 
     strategies: ClassVar[Sequence[str]] = ("keep", "stream")

@@ -19,7 +19,6 @@ from teq.quantizers.keep import Keep
 from teq.quantizers.quantized import restore
 from teq.quantizers.rtn import Rtn
 from teq.spec import UserError
-from teq.transforms.teq import block
 from teq.transforms.teq.bounds import ClippedLinear
 from teq.transforms.teq.fake_quant import Eager
 from teq.transforms.teq.linear import ScaledFakeQuantLinears
@@ -87,11 +86,11 @@ def test_where_nothing_is_clipped_the_scales_have_teqs_gradient():
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def learned(lm, grid=GRID, partial=None, steps=6, **changes):
+def learned(lm, grid=GRID, steps=6, **changes):
     """Some steps of two windows for each block, bounds beside the scales, with four windows held out."""
     chosen = {"objective": "block", "batch": 2, "lr": 0.02, "bounds_lr": 0.02, "grid": grid, **changes}
-    every, count, runtime = windows(84), 2 * max(steps, 1), Runtime(partial=partial)
-    return teq(steps=steps, **chosen).train_on(lm.model, lm.arch, every[:count], runtime, held_out=every[80:])
+    every, count = windows(84), 2 * max(steps, 1)
+    return teq(steps=steps, **chosen).train_on(lm.model, lm.arch, every[:count], held_out=every[80:])
 
 
 @pytest.mark.parametrize("grid", [GRID, Grid(bits=2, group_size=48, symmetric=True)])
@@ -138,25 +137,6 @@ def test_bounds_lower_the_loss_on_held_out_windows_beyond_scales_alone(tiny, fam
         ends, bounds = group_extremes(folding.weight(name, linear), grid), tensors[CLIP + name]
         assert bounds.shape == ends.shape and (bounds.abs() <= ends.abs()).all()
         assert (bounds != ends).any()
-
-
-def test_bounds_learned_after_a_kill_are_bit_equal(tiny, tmp_path, monkeypatch):
-    lm, original, finished = unequal(tiny("llama")), block._train_block, []
-    expected, report = learned(lm, lr=0.05)
-
-    def killed(*args):
-        if finished:
-            raise KeyboardInterrupt
-        finished.append(None)
-        return original(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(block, "_train_block", killed)
-        learned(lm, partial=tmp_path, lr=0.05)
-    assert len(list(tmp_path.iterdir())) == 1
-    resumed, again = learned(lm, partial=tmp_path, lr=0.05)
-    assert again == report and resumed.keys() == expected.keys()
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -32,6 +32,7 @@ SHORT = [
     *(f"{stage}.{key}" for stage in ("gptq", "awq", "smoothquant") for key in ("samples=4", "length=64")),
 ]
 METHODS = ("rtn", "gptq", "gptq-ao", "teq", "teq+gptq", "awq", "smoothquant")
+CHAOTIC = ("gptq", "gptq-ao", "teq+gptq", "awq")  # a flipped code changes what is chosen after it
 
 
 def results(method: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
@@ -75,10 +76,10 @@ def text(array: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
 
 
-def same(name: str, ours: np.ndarray, expected: np.ndarray, exact: bool) -> bool:
+def same(name: str, ours: np.ndarray, expected: np.ndarray, exact: bool, chaotic: bool) -> bool:
     """Bit-equal on the platform of the golden file; elsewhere up to another order of sums.
 
-    Where one of those flips a code of the first block, GPTQ and AWQ have other inputs in the second.
+    A chaotic method may have another second block there.
     """
     if ours.shape != expected.shape:
         return False
@@ -86,8 +87,9 @@ def same(name: str, ours: np.ndarray, expected: np.ndarray, exact: bool) -> bool
         return np.array_equal(ours, expected)
     if name == "codes":
         first, second = np.split(np.unpackbits(ours) != np.unpackbits(expected), 2)  # a block each
-        return first.mean() < 1e-3 and second.mean() < 0.03
-    return np.allclose(ours, expected, rtol={"scales": 1e-3, "losses": 1e-4, "window_loss": 0.01}[name])
+        return first.mean() < 1e-3 and second.mean() < (0.03 if chaotic else 1e-3)
+    loose = 0.01 if chaotic else 1e-4
+    return np.allclose(ours, expected, rtol={"scales": 1e-3, "losses": 1e-4, "window_loss": loose}[name])
 
 
 def test_results_change_only_with_a_version():
@@ -105,6 +107,7 @@ def test_results_change_only_with_a_version():
                     zlib.decompress(base64.b64decode(golden["results"][name])), dtype=array.dtype
                 ).reshape(array.shape),
                 exact,
+                method in CHAOTIC,
             )
         ]
         assert now["versions"] == golden["versions"], (

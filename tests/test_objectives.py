@@ -168,12 +168,12 @@ def test_every_block_comes_closer_to_the_float_models_outputs(tiny, family):
         assert entry["loss"]["last"] == pytest.approx(expected, rel=5e-2 if "1" in name else 2e-3)
 
 
-def test_blocks_trained_after_a_kill_are_bit_equal(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("bounds_lr", [None, 0.02])
+def test_blocks_trained_after_a_kill_are_bit_equal(tiny, tmp_path, monkeypatch, bounds_lr):
     from teq.transforms.teq import block
 
-    lm, original = unequal(tiny("llama")), block._train_block
-    expected, report = trained_by_block(lm, lr=0.05)
-    finished = []
+    lm, original, finished = unequal(tiny("llama")), block._train_block, []
+    expected, report = trained_by_block(lm, lr=0.05, bounds_lr=bounds_lr)
 
     def killed(*args):
         if finished:
@@ -183,9 +183,9 @@ def test_blocks_trained_after_a_kill_are_bit_equal(tiny, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(block, "_train_block", killed)
-        trained_by_block(lm, tmp_path, lr=0.05)
+        trained_by_block(lm, tmp_path, lr=0.05, bounds_lr=bounds_lr)
     assert len(list(tmp_path.iterdir())) == 1
-    resumed, again = trained_by_block(lm, tmp_path, lr=0.05)
+    resumed, again = trained_by_block(lm, tmp_path, lr=0.05, bounds_lr=bounds_lr)
     assert again == report and resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[name], s) for name, s in expected.items())
 

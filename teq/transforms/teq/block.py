@@ -52,10 +52,10 @@ def train(
     `trainer_of(index)` gives the scales of a block's sites at their start, and factors of its weights'
     extremes where these are trained too. A block reads what the blocks before it put out with their scales
     and rounded weights, and is trained to put out what the float model's block does. Where that is not closer
-    on `held_out [sample, token]` in the end, it keeps its start. Hidden states wait in host memory. Finished
-    blocks are stored in the folder `runtime.partial`, and those that are there are not trained again. Under
-    the strategy `offload` the blocks stay in host memory but for the one that is trained; other strategies
-    change nothing. The model is left as it was.
+    on `held_out [sample, token]` in the end, it keeps its start. Hidden states wait in host memory or in a
+    file. Finished blocks are stored in the folder `runtime.partial`, and those that are there are not trained
+    again. Under the strategy `offload` the blocks stay in host memory but for the one that is trained; other
+    strategies change nothing. The model is left as it was.
 
     Returns the scales by site, with `start/<site>` and `last/<site>`, the bounds `clip/<linear>` that come of
     trained factors, and each block's losses. Raises NothingDone when every block keeps its start.
