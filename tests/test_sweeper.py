@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -152,7 +151,8 @@ def test_stages_to_compute_are_those_that_are_not_stored(own_home):
     names, split = found(jobs)
     assert names == [own] * 4 + [[]] * 2 + [own] * 2
     assert split == [dict.fromkeys([0, 2, 3, 4, 5, 6, 7]), {1: 0}]
-    shutil.rmtree(own_home / "store" / "scales")
+    for file in (own_home / "store" / "scales").glob("*/*.safetensors"):  # as prune leaves it
+        file.unlink()
     assert found(jobs)[0][4:] == [[], [], ["scales", *own], ["scales", *own]]
 
 

@@ -32,8 +32,10 @@ def test_what_is_put_into_places_is_copied_and_copies_are_their_own(full):
     first = torch.ones(1, 4, 50)
     places = waiting.places("cpu", 3, first)
     assert isinstance(places, waiting.InFile)
+    addresses = [place.data_ptr() for place in places]
     for index in range(3):
         places[index] = first * index
+    assert [place.data_ptr() for place in places] == addresses
     others = places.copy()
     places[0] = first * 7
     first.zero_()
