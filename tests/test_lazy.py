@@ -31,12 +31,12 @@ METHODS = ("rtn", "gptq", "teq+gptq", "awq", "smoothquant", "fp", "rtn quant_gri
 METHODS += ("gptq gptq.input_correction=0.5", "teq train.objective=kl")
 METHODS += ("signround signround.iterations=30 signround.lr=0.02",)
 METHODS += ("teq train.objective=block train.bounds_lr=0.01 train.steps=20 train.batch=2",)
-METHODS += ("rtn finetune=scales", "teq+gptq finetune=scales+norms")
+METHODS += ("rtn finetune=scales tune.lr=0.01 tune.steps=4", "teq+gptq finetune=scales+norms")
 METHODS += ("gptq gptq.order=act finetune=scales+norms",)
 SMALL = ["recipe=quick", "bits=3", "group_size=16", "gptq.samples=4", "gptq.length=48", "train.length=48"]
 SMALL += ["train.steps=3", "awq.samples=4", "awq.length=48", "smoothquant.samples=4", "smoothquant.length=48"]
 SMALL += ["signround.samples=16", "signround.length=48", "signround.batch=4"]
-SMALL += ["tune.steps=4", "tune.length=48", "tune.batch=2", "tune.lr=0.01"]
+SMALL += ["tune.steps=12", "tune.length=48", "tune.batch=2", "tune.lr=0.002"]
 SMALL += ["evals=[python-docs,lastword-python-docs]", "ppl.context=48", "ppl.limit=5", "tasks.limit=6"]
 
 
@@ -50,7 +50,7 @@ def saved(tmp_path):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(source.dimensions())  # GPT-2 has its Conv1D here
         torch.nn.utils.vector_to_parameters(
-            torch.nn.utils.parameters_to_vector(model.parameters()) + 0.02, model.parameters()
+            5 * torch.nn.utils.parameters_to_vector(model.parameters()) + 0.02, model.parameters()
         )
         model.bfloat16().save_pretrained(folder)
         source.tokenizer().save_pretrained(folder)
@@ -140,6 +140,7 @@ def test_every_stage_is_the_same_to_the_bit_when_it_is_streamed(saved, own_home,
     kept, streamed = (finished(saved, own_home / m, "llama", method, m) for m in ("keep", "stream"))
     assert kept[0] == streamed[0]
     assert json.dumps(kept[1]["metrics"]) == json.dumps(streamed[1]["metrics"])
+    assert kept[1].get("finetune", {"kept": True})["kept"]  # else nothing tuned was compared
 
 
 @pytest.mark.parametrize("family", ["opt", "bloom", "gemma3", "gpt2", "gpt_neox", "falcon"])
@@ -164,7 +165,7 @@ def test_divergence_and_its_reference_stream(saved, own_home, monkeypatch):
     [
         "gptq gptq.input_correction=0.5 ppl.kl=true finetune=scales",
         "teq train.objective=kl dtype=bfloat16",
-        "teq train.objective=block train.steps=20 train.batch=2",
+        "teq train.objective=block train.bounds_lr=0.01 train.steps=20 train.batch=2",
     ],
 )
 def test_hidden_states_in_a_file_change_no_bit(saved, own_home, monkeypatch, method, memory):
