@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from teq.config.options import output
-from teq.config.waves import said, waves
+from teq.config.waves import waves
 from teq.console import print_errors
 from teq.pipeline.store import Stage
 from teq.spec import UserError
@@ -90,9 +90,10 @@ class Relauncher:
         """
         jobs = dict(enumerate(job_overrides, initial_job_idx))
         parallel = len(jobs) > 1 and not isinstance(self.launcher, BasicLauncher)
-        found = waves({number: self.needs(number) for number in jobs}) if parallel else [dict.fromkeys(jobs)]
-        for line in said(found):
-            print(line, file=sys.stderr)
+        found = waves({number: self.needs(number) for number in jobs}) if parallel else [list(jobs)]
+        if len(found) > 1:
+            sizes = ", then ".join(str(len(wave)) for wave in found)
+            print(f"jobs start in waves ({sizes}): later ones need stages of earlier ones", file=sys.stderr)
         results: list[Any] = []
         errors = []
         for wave in found:
