@@ -146,7 +146,7 @@ def test_everything_for_one_model_is_collected_and_run_once(tmp_path, monkeypatc
         "--tokens",
         "16",
     ]
-    argv += ["--scaling", "16", "64", "--samples", "2", "--length", "32", "--repeats", "1", "--"]
+    argv += ["--scaling", "64", "--samples", "2", "--length", "32", "--repeats", "1", "--"]
     argv += ["recipe=quick", "train.steps=2", "ppl.context=64", "gptq.samples=2", "gptq.length=32"]
     assert gpu.main(argv) == 0, capfd.readouterr().err
     found = json.loads((tmp_path / "tiny-opt.json").read_text())

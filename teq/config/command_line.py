@@ -41,10 +41,7 @@ def quoted(argv: Sequence[str]) -> list[str]:
 
 
 def jobs(argv: Sequence[str]) -> list[Job]:
-    """Return every run of a command line. Raises UserError with one line for each problem.
-
-    Hydra composes a single job; those of a sweep, which it would take 0.1 s each for, are merged from files.
-    """
+    """Return every run of a command line. Raises UserError with one line for each problem."""
     arguments, strange = get_args_parser().parse_known_args(quoted(argv))
     if strange:
         raise UserError(f"{strange[0]} is not understood: `python run.py --help` shows what is")
@@ -57,7 +54,7 @@ def jobs(argv: Sequence[str]) -> list[Job]:
             try:
                 ours = [line for line in overrides if not _is_hydras(line)]
                 _add_group_sizes(ours)
-                cfg, choices = _composed(ours) if len(every) > 1 else _by_hydra(ours)
+                cfg, choices = _composed(ours)
                 check_choices(cfg, choices, ours)
                 name, added = choices.get("experiments"), [line for line in ours if line.startswith("+")]
                 if name or added:
