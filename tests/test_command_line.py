@@ -94,6 +94,14 @@ def test_what_every_run_reads_cannot_be_taken_away(override, sweep, capsys):
         (["group_size=096"], "group_size=096 is not allowed: it must be -1"),
         (["-m", "group_size=96,x"], "group_size=x is not allowed: it must be -1"),
         (["hydra/launcher=pbs"], "hydra/launcher=pbs is not allowed: it must be one of basic"),
+        (
+            ["hydra/launcher=[joblib]"],
+            "hydra/launcher=[joblib] is not allowed: hydra/launcher takes the name",
+        ),
+        (["grid=[w4]"], "grid=[w4] is not allowed: grid takes the name of one option"),
+        (["bits=[4]"], "bits=[4] is not allowed: bits takes the name of one option"),
+        (["+experiments=[seeds]"], "+experiments=[seeds] is not allowed: experiments takes the name"),
+        (["-m", "recipe=quick,[hours]"], "recipe=quick,[hours] is not allowed: recipe takes the name"),
     ],
 )
 def test_bad_choices_are_one_line(argv, said, capsys):

@@ -11,12 +11,13 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from teq.config.checks import check_choices, check_keys, one_line
-from teq.config.composition import Composed, NeedsHydra, merged
+from teq.config.composition import Composed, NeedsHydra, defaults, merged
 from teq.config.options import LAUNCHER, LAYOUT, experiment, flat, folder, groups, prepare_environment
 from teq.config.resolve import BASIC, Job, job, without
 from teq.spec import UserError
@@ -89,6 +90,12 @@ def _expand(overrides: list[str], multirun: bool) -> tuple[list[list[str]], str]
         for one in parsed:
             if one.is_sweep_override() and one.key_or_group == "experiments":
                 raise UserError(f"{one.input_line} names several experiments: run one after the other")
+            several = [value for value in _values(one) if isinstance(value, list | dict)]
+            if several and (one.key_or_group in defaults() or "/" in one.key_or_group):
+                raise UserError(
+                    f"{one.input_line} is not allowed: {one.key_or_group} takes the name of one option, "
+                    "without brackets; a sweep (-m) takes several names with commas between them"
+                )
             if one.is_delete() and not _is_hydras(one.input_line or ""):
                 raise UserError(
                     f"{one.input_line} takes away what every run reads: leave it out, or give it a value "
@@ -106,6 +113,12 @@ def _expand(overrides: list[str], multirun: bool) -> tuple[list[list[str]], str]
         return every, launcher
     except (HydraException, yaml.YAMLError) as error:
         raise UserError(one_line(error, overrides)) from error
+
+
+def _values(override: Override) -> list[Any]:
+    """Return what an override sets, in each job of a sweep."""
+    value = override.value()
+    return value.list if isinstance(value, ChoiceSweep) else [value]
 
 
 def _sweep(overrides: list[str]) -> tuple[Mapping[str, Any], str, str]:

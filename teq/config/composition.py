@@ -28,14 +28,7 @@ def merged(overrides: Sequence[str]) -> Composed:
 
     Raises NeedsHydra where only Hydra can compose it, or can say what is wrong.
     """
-    primary, values = read(folder("conf") / "config.yaml"), {}
-    choices = {
-        group: name
-        for default in primary["defaults"]
-        if isinstance(default, dict)
-        for group, name in default.items()
-        if not group.startswith("override ")
-    }
+    primary, choices, values = read(folder("conf") / "config.yaml"), defaults(), {}
     for override in map(_parsed, overrides):
         key, value = override.key_or_group, override.value()
         simple = override.type.name == "CHANGE" and not override.package and not override.is_sweep_override()
@@ -49,6 +42,17 @@ def merged(overrides: Sequence[str]) -> Composed:
     for key, value in values.items():
         _assign(node, key.split("."), value)
     return node, choices
+
+
+def defaults() -> dict[str, Any]:
+    """Return the option of each group that is taken where no override names one, None without one."""
+    return {
+        group: name
+        for default in read(folder("conf") / "config.yaml")["defaults"]
+        if isinstance(default, dict)
+        for group, name in default.items()
+        if not group.startswith("override ")
+    }
 
 
 _parsed = functools.cache(OverridesParser.create().parse_override)
