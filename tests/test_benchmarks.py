@@ -153,8 +153,7 @@ def test_everything_for_one_model_is_collected_and_run_once(tmp_path, monkeypatc
     results = {name: part["result"] for name, part in found["parts"].items()}
     assert set(results) == {"teq_step 16", "gptq", "scaling", "table5"}
     assert results["teq_step 16"]["contenders"]["ours"]["live_bytes"] > 0
-    for exponents in results["scaling"]["exponents"].values():
-        assert math.isfinite(exponents["tokens"]["seconds"]) and exponents["tokens"]["live_bytes"] > 0
+    assert len(results["scaling"]["points"]) == 2
     for name, point in results["scaling"]["points"].items():
         assert point["predicted_bytes"] == pytest.approx(point["live_bytes"], rel=0.15), name
     assert results["gptq"]["total_over_floor"]["ours"] > 0
