@@ -5,6 +5,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from teq import config
+from teq.config import command_line
 from teq.config.composition import NeedsHydra, merged
 
 SAMPLES = [
@@ -57,3 +58,10 @@ def test_the_jobs_of_an_experiment_are_hydras(name):
 def test_what_is_not_that_simple_is_left_to_hydra(overrides):
     with pytest.raises(NeedsHydra):
         merged(overrides)
+
+
+def test_neither_a_single_job_nor_a_sweep_waits_for_hydra(monkeypatch):
+    monkeypatch.setattr(command_line, "compose", lambda *_, **__: pytest.fail("Hydra composed it"))
+    argv = ["model=tiny-llama", "bits=4", "recipe=quick", "train.lr=1e-4"]
+    (one,) = config.jobs([*argv, "method=teq"])
+    assert one.run in [job.run for job in config.jobs(["-m", *argv, "method=rtn,teq"])]

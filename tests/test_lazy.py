@@ -43,6 +43,7 @@ SMALL += ["evals=[python-docs,lastword-python-docs]", "ppl.context=48", "ppl.lim
 
 @pytest.fixture(autouse=True)
 def few_items(monkeypatch):
+    """The cloze task has no limit; a few of its items stream like all."""
     few = lastword.items()[:16]
     monkeypatch.setattr(lastword, "items", lambda: few)
 
