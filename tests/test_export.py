@@ -16,8 +16,7 @@ from teq.files.digests import tensor_digest
 from teq.grid import Grid
 from teq.models import Folder
 from teq.pipeline.store import DATA
-from teq.quantizers.quantized import restore
-from teq.quantizers.rtn import round_to_nearest
+from teq.quantizers.quantized import restore, round_to_nearest
 from teq.spec import UserError
 from teq.verbs import export
 from teq.verbs import run as cli
@@ -246,6 +245,11 @@ def test_the_card_says_what_the_record_says(tmp_path):
             "gptq",
             ["model=tiny-gpt2"],
             r"as \[in, out\], such as transformer\.h\.0\.attn\.c_attn: .*not exported",
+        ),
+        (
+            "compressed-tensors",
+            ["model=tiny-qwen3_moe"],
+            r"no format is written for experts, which model\.layers\.0\.mlp\.experts holds: .*not exported",
         ),
         ("compressed-tensors", ["method=fp"], r"in floating point is not exported"),
         ("gtpq", [], r"--format gtpq is not allowed: did you mean gptq\?"),

@@ -12,7 +12,6 @@ from teq.quantizers.quantized import restore
 from teq.spec import UserError
 from teq.verbs.run import checked_jobs
 
-UNTRAINED = ("gemma2", "granite")  # their logits are more than the head's output
 SMALL = ["bits=3", "group_size=16", "gptq.samples=4", "gptq.length=48", "train.steps=3", "train.length=48"]
 
 
@@ -49,10 +48,6 @@ def test_blocks_of_one_kind_share_their_keywords(tiny):
 def test_methods_quantize_every_linear_of_the_blocks(tiny, name, method):
     (job,) = config.jobs([f"model=tiny-{name}", f"method={method}", *SMALL])
     lm, plain, run = tiny(name), tiny(name), job.run
-    if method == "teq" and name in UNTRAINED:
-        with pytest.raises(UserError, match=r"ForCausalLM does more to its logits.* choose method=rtn"):
-            run.transform.fit(lambda: lm, Runtime(), lambda *_: None)
-        return
     scales, _ = run.transform.fit(lambda: lm, Runtime(), lambda *_: None)
     tensors, info = run.quantizer.quantize(lambda: lm, fold.folded_tensors(scales), Runtime())
     every = [each for block in arch.blocks(plain.model, plain.arch).items() for each in arch.linears(*block)]
@@ -91,16 +86,17 @@ def test_the_weight_of_a_norm_that_adds_one_folds_exactly(tiny):
         fold.norm_offset(Squared())
 
 
-def test_fused_experts_are_listed_and_refused_before_the_run(no_weights):
-    """Only the floating-point model can be evaluated."""
+def test_matrices_that_no_rule_covers_are_listed_and_refused_before_the_run(no_weights):
+    """Routers that no site keeps; only the floating-point model can be evaluated then."""
     for method in ("rtn", "gptq", "teq"):
         with pytest.raises(UserError) as caught:
-            checked_jobs(["model=tiny-qwen3_moe", f"method={method}", "evals=[python-docs]"])
+            checked_jobs(
+                ["model=tiny-qwen3_moe", "model/arch=qwen3", f"method={method}", "evals=[python-docs]"]
+            )
         line = str(caught.value)
-        assert "arch=qwen3_moe is refused" in line and "evaluate the model with method=fp" in line
-        for name in ("mlp.experts.gate_up_proj [4, 96, 64]", "mlp.experts.down_proj [4, 64, 48]", "mlp.gate"):
-            assert name in line
-    assert checked_jobs(["model=tiny-qwen3_moe", "method=fp", "evals=[python-docs]"])
+        assert "arch=qwen3 is refused" in line and "evaluate the model with method=fp" in line
+        assert "mlp.gate.weight [4, 64] of Qwen3MoeTopKRouter" in line and "experts" not in line
+    assert checked_jobs(["model=tiny-qwen3_moe", "model/arch=qwen3", "method=fp", "evals=[python-docs]"])
 
 
 def test_a_foreign_arch_is_refused_before_the_run_with_the_known_families(no_weights):

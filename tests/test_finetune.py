@@ -22,6 +22,7 @@ from teq.finetune.tuned import normalizations
 from teq.grid import Grid, decode, spread
 from teq.models.arch import blocks
 from teq.models.checkpoint import LM
+from teq.models.head import Head
 from teq.models.loss import CHUNK, ChunkedDivergence, causal_loss
 from teq.models.synthetic import architecture
 from teq.pipeline import estimate
@@ -79,18 +80,20 @@ def test_the_closed_gradient_is_autograds_through_dequantization(columns, ordere
 
 
 @pytest.mark.parametrize("count", [1, CHUNK, 2 * CHUNK + 45])
+@pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("biased", [True, False])
-def test_the_chunked_divergence_is_torchs(count, biased):
+def test_the_chunked_divergence_is_torchs(count, biased, cap):
     draw = torch.Generator().manual_seed(0)
     hidden, reference = (
         torch.randn(count, 24, generator=draw, requires_grad=True),
         torch.randn(count, 24, generator=draw),
     )
     weight, bias = torch.randn(500, 24, generator=draw), torch.randn(500, generator=draw) if biased else None
-    ours, theirs = (functional.linear(h, weight, bias).log_softmax(-1) for h in (hidden, reference))
+    exact = (functional.linear(h, weight, bias) for h in (hidden, reference))
+    ours, theirs = ((z if cap is None else cap * (z / cap).tanh()).log_softmax(-1) for z in exact)
     plain = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
     (expected,) = torch.autograd.grad(3 * plain, hidden)
-    chunked = ChunkedDivergence.apply(hidden, weight, bias, reference)
+    chunked = ChunkedDivergence.apply(hidden, Head(weight, bias, cap=cap), reference)
     (gradient,) = torch.autograd.grad(3 * chunked, hidden)
     torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)

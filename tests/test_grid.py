@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teq.grid import Grid, decode, encode, fake_quant, group_params, pack, spread, unpack
-from teq.quantizers.rtn import round_to_nearest
+from teq.quantizers.quantized import round_to_nearest
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 70))
 GRIDS = st.builds(

@@ -135,6 +135,20 @@ def test_a_limit_by_task_gives_the_keys_of_plain_numbers():
     assert [getattr(one, "limit", None) for one in found.run.evals] == [5, 7, None, 10]
 
 
+def test_a_limit_by_text_gives_the_keys_of_plain_numbers():
+    short = ["model=tiny-opt", "method=rtn", "evals=[wikitext2,ptb-new,c4-new,piqa]", "recipe=hours"]
+
+    def keys(limit):
+        return {one.name: one.key() for one in config.jobs([*short, f"ppl.limit={limit}"])[0].run.evals}
+
+    mixed = keys("{c4-new: 64, wikitext2: null, default: 3}")
+    assert mixed["c4-new"] == keys(64)["c4-new"] and mixed["ptb-new"] == keys(3)["ptb-new"]
+    assert mixed["wikitext2"] == keys("{c4-new: 64}")["wikitext2"]  # all, though the recipe limits windows
+    assert mixed["piqa"] == keys(3)["piqa"]
+    with pytest.raises(UserError, match=r"ppl\.limit=wikitext is not allowed: did you mean wikitext2\?"):
+        config.jobs([*short, "ppl.limit={wikitext: 3}"])
+
+
 def test_an_experiment_may_limit_each_task(monkeypatch, tmp_path):
     text = """
 hydra: {mode: MULTIRUN, sweeper: {params: {model: tiny-llama, method: "fp,rtn"}}}

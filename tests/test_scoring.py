@@ -15,6 +15,7 @@ from benchmarks.eval_tasks import TASKS, load_requests
 from teq import config
 from teq.device.runtime import Runtime
 from teq.evaluate.scoring import SharedContextLM
+from teq.models.head import Head
 from teq.spec import UserError
 
 VOCAB = 300
@@ -59,6 +60,38 @@ def build(family: str) -> transformers.PreTrainedModel:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=MAX_LENGTH,
+        ),
+        "mistral": lambda: transformers.MistralConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=MAX_LENGTH,
+            sliding_window=12,  # shorter than some sequences
+        ),
+        "gemma2": lambda: transformers.Gemma2Config(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=MAX_LENGTH,
+            sliding_window=12,
+            final_logit_softcapping=2.0,
+        ),
+        "granite": lambda: transformers.GraniteConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=MAX_LENGTH,
+            logits_scaling=4.0,
         ),
     }[family]()
     model = transformers.AutoModelForCausalLM.from_config(config).float()
@@ -114,7 +147,7 @@ CASES = {
 CASES["all together"] = [pair for pairs in CASES.values() for pair in pairs][::-1]
 
 
-@pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "mistral", "gemma2", "granite"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_stock(family, case, tokenizer):
     model, requests = build(family), instances(CASES[case])
@@ -189,14 +222,14 @@ def test_reads_contexts_once_and_projects_only_scored_positions(tokenizer, monke
     model = build("llama")
     lm = ours(model, tokenizer, 8)
     read, projected = [], []
-    forward, head = model.model.forward, model.lm_head.forward
+    forward, logits = model.model.forward, Head.logits
 
     def counted(**kwargs):
         read.append(kwargs["input_ids"].shape)
         return forward(**kwargs)
 
     monkeypatch.setattr(model.model, "forward", counted)
-    monkeypatch.setattr(model.lm_head, "forward", lambda x: projected.append(len(x)) or head(x))
+    monkeypatch.setattr(Head, "logits", lambda self, x: projected.append(len(x)) or logits(self, x))
     context = list(range(2, 42))
     ends = [[first, 7, 8, 9] for first in (50, 51, 52)]
     lm._loglikelihood_tokens([(None, context, end) for end in ends] * 2)
@@ -316,9 +349,19 @@ def test_memory_that_runs_out_on_the_processor_halves_the_batch_too(tokenizer, m
 
 
 def test_tasks_refuse_models_that_change_the_logits(tiny):
+    """Granite's are divided by a value of its configuration; here by another one."""
     (job,) = config.jobs(["model=tiny-granite", "method=fp", "evals=[lastword-python-docs]"])
+    lm = tiny("granite")
+    forward = lm.model.forward
+
+    def divided(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = out.logits / 2
+        return out
+
+    lm.model.forward = divided
     with pytest.raises(UserError, match="does more to its logits"):
-        job.run.evals[0].measure(tiny("granite"), Runtime())
+        job.run.evals[0].measure(lm, Runtime())
 
 
 def test_refuses_requests_without_continuation(tokenizer):

@@ -8,7 +8,7 @@ import torch
 from teq import config
 from teq.grid import Grid, decode, encode, group_params, spread
 from teq.quantizers.gptq import solver
-from teq.quantizers.rtn import round_to_nearest
+from teq.quantizers.quantized import round_to_nearest
 from teq.quantizers.search import GroupGrams, searched_params
 from teq.report import match
 

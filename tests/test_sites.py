@@ -16,8 +16,8 @@ from teq.models.blocks import no_casts_to_fp32
 from teq.models.fold import Folding, check_equivalence, fold, folded_tensors
 from teq.models.loss import causal_loss
 from teq.quantizers.gptq import solver
-from teq.quantizers.quantized import restore
-from teq.quantizers.rtn import Rtn, round_to_nearest
+from teq.quantizers.quantized import restore, round_to_nearest
+from teq.quantizers.rtn import Rtn
 from teq.spec import UserError
 from teq.transforms.awq.settings import Awq
 from teq.transforms.smoothquant import SmoothQuant

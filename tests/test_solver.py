@@ -11,7 +11,7 @@ from teq.grid import Grid, group_params, spread
 from teq.quantizers.gptq import solver
 from teq.quantizers.gptq.settings import ORDERS, Gptq
 from teq.quantizers.gptq.solver import Hessian
-from teq.quantizers.rtn import round_to_nearest
+from teq.quantizers.quantized import round_to_nearest
 from teq.spec import UserError
 
 ORACLE = load_file(pathlib.Path(__file__).parent / "oracles" / "gptq.safetensors")

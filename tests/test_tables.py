@@ -657,6 +657,21 @@ def test_what_is_known_of_a_file_is_said_where_it_was_read_and_nowhere_else(gold
     assert f"python-docs: {text}" in wording.limits(table)
 
 
+@pytest.mark.parametrize(
+    ("windows", "said"),
+    [("first", "the first 4 of 9 windows of 512"), ("even", "4 evenly spaced of 9 windows of 512")],
+)
+def test_windows_are_said_as_they_were_chosen(golden, windows, said):
+    table = filled("golden", golden)
+    for match in (match for cell in table.cells.values() for match in cell.matches):
+        match.record.metrics["python-docs"]["info"] |= {"windows": 4, "available_windows": 9, "context": 512}
+        for evaluation in match.record.data["run"]["evals"]:
+            evaluation.pop("windows", None)
+            if windows == "even":
+                evaluation["windows"] = windows
+    assert any(f"python-docs: {said} tokens" in line for line in wording.limits(table))
+
+
 def _all_notes():
     """Every note of every experiment's layout."""
     for name in config.groups()["experiments"]:

@@ -22,7 +22,7 @@ LAUNCHERS = {  # that Hydra's documentation names, with the extra of pyproject.t
     "submitit_slurm": "slurm",
 }
 OPTION = re.compile(r"\$\{([\w.]+)\}")  # a value that is an option's
-MAPS = ("tasks.limit",)  # options whose value may be a map
+MAPS = ("tasks.limit", "ppl.limit")  # options whose value may be a map
 
 
 def one_line(error: Exception, overrides: Sequence[str], known: Sequence[str] = ()) -> str:

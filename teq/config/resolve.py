@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from teq.config.options import LAYOUT, experiment, folder, option_names, read
+from teq.data import PERPLEXITY
 from teq.device.runtime import Runtime
 from teq.evaluate.counts import Counts
 from teq.evaluate.tasks import FOLDERS
@@ -31,7 +32,7 @@ from teq.transforms.identity import Identity
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 LM_EVAL = re.compile(r"lm_eval/([^:]+)(?::(\d+))?")
-DEFAULT = "default"  # in a map of limits: the tasks that it does not name
+DEFAULT = "default"  # in a map of limits: those that it does not name
 AUTO = "auto"  # the model whose file names no checkpoint
 BASIC = "basic"  # Hydra's launcher that runs jobs in this process
 
@@ -67,7 +68,7 @@ def job(cfg: DictConfig | dict[str, Any], choices: Mapping[str, Any], overrides:
     if cfg["awq"]["clip"] is None:
         cfg["awq"]["clip"] = cfg["method"].get("clip", True)
     transform = _make(cfg["method"]["transform"], cfg)
-    evaluations = tuple(_make(node, cfg) for node in _evaluations(cfg["evals"], cfg["tasks"]["limit"]))
+    evaluations = tuple(_make(node, cfg) for node in _evaluations(cfg))
     counted = any(isinstance(evaluation, Counts) for evaluation in evaluations)
     family = model.get("arch") or _family(source, name)
     arch = _arch(family, cfg["sites"], read=counted or not isinstance(transform, Identity))
@@ -203,12 +204,13 @@ def _fill(cfg: dict[str, Any], values: Mapping[str, Any]) -> None:
                 section[name] = leaf
 
 
-def _evaluations(evals: Any, limit: Any) -> list[dict[str, Any]]:
+def _evaluations(cfg: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the node of each evaluation; `lm_eval/<task>:<shots>` becomes one of lm-eval's tasks.
 
-    A `limit` that is a map by task is resolved here: each task takes its own, so that its key is that of the
-    plain number; one that is not named takes the entry `default`, else all documents.
+    A limit that is a map by task, or by text for perplexity, is resolved here: each takes its own, so that
+    its key is that of the plain number; one that is not named takes the entry `default`, else everything.
     """
+    evals = cfg["evals"]
     names = [evals] if isinstance(evals, str) else list(evals or [])
     files = option_names(folder("conf") / "eval")
     known, nodes = ", ".join([*files, "lm_eval/<task>[:<shots>]"]), []
@@ -222,15 +224,18 @@ def _evaluations(evals: Any, limit: Any) -> list[dict[str, Any]]:
             nodes.append(read(folder("conf") / "eval" / f"{name}.yaml"))
         else:
             raise UserError(f"evals={name} is not allowed: it must be some of {known}")
-    if not isinstance(limit, dict):
-        return nodes
-    tasks = [DEFAULT, *dict.fromkeys([*FOLDERS, *(node["task"] for node in nodes if "task" in node)])]
-    if unknown := next((name for name in limit if name not in tasks), None):
-        raise UserError(f"tasks.limit={unknown} is not allowed: {did_you_mean(unknown, tasks)}")
-    return [
-        node | {"limit": limit.get(node["task"], limit.get(DEFAULT))} if "task" in node else node
-        for node in nodes
-    ]
+    for section, field, named in (("tasks", "task", FOLDERS), ("ppl", "corpus", PERPLEXITY)):
+        limit = cfg[section]["limit"]
+        if not isinstance(limit, dict):
+            continue
+        allowed = [DEFAULT, *dict.fromkeys([*named, *(node[field] for node in nodes if field in node)])]
+        if unknown := next((name for name in limit if name not in allowed), None):
+            raise UserError(f"{section}.limit={unknown} is not allowed: {did_you_mean(unknown, allowed)}")
+        nodes = [
+            node | {"limit": limit.get(node[field], limit.get(DEFAULT))} if field in node else node
+            for node in nodes
+        ]
+    return nodes
 
 
 def _make(node: Any, cfg: dict[str, Any]) -> Any:

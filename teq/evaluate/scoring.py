@@ -9,6 +9,7 @@ all its endings, in one pass, and only positions that are scored reach the outpu
 
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from teq.evaluate import trees
 from teq.evaluate.trees import MIN_LENGTH, Row, attention_mask, batch_sizes, requests_of, rows_of
 from teq.files.resume import Journal
 from teq.models.blocks import one_sequence_a_row
+from teq.models.head import Head
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +159,13 @@ class SharedContextLM(HFLM):
         Longest first: little padding, and the largest batches fail at once.
         """
         budget = self.batch_size * max(longest, MIN_LENGTH)
-        rows = rows_of(sequences, self.model.config.hidden_size, budget)
+        # a mask that is given replaces that of sliding windows, which hides nothing from shorter sequences
+        window = getattr(self.model.config, "sliding_window", None) or math.inf
+        short = [sequence for sequence in sequences if len(sequence.tokens) <= window]
+        rows = rows_of(short, self.model.config.hidden_size, budget)
+        for sequence in (sequence for sequence in sequences if len(sequence.tokens) > window):
+            rows.append(Row())
+            rows[-1].add(sequence, 0)
         rows.sort(key=lambda row: -len(row.tokens))
         batches = []
         for alike in ([r for r in rows if len(r.branches) > 1], [r for r in rows if len(r.branches) == 1]):
@@ -187,7 +195,7 @@ class SharedContextLM(HFLM):
         for at in range(0, len(places), HEAD_CHUNK):
             chunk = places[at : at + HEAD_CHUNK]
             row, place = torch.tensor(chunk, device=hidden.device).T
-            logits = self.model.get_output_embeddings()(hidden[row, place]).float()  # [point, vocab]
+            logits = Head.of(self.model).logits(hidden[row, place]).float()  # [point, vocab]
             wanted = [(i, *want) for i, point in enumerate(chunk) for want in points[point]]
             index, _, targets = torch.tensor(wanted, device=hidden.device).T
             hits = logits.argmax(dim=-1)[index] == targets
@@ -214,9 +222,7 @@ def dry_run(model: PreTrainedModel, tokens: int, scored: int) -> None:
     with _alibi_at(model.base_model, ids, tokens):
         hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)[0]
     for at in range(0, scored, HEAD_CHUNK):
-        model.get_output_embeddings()(hidden[0, at : min(at + HEAD_CHUNK, scored)]).float().log_softmax(
-            dim=-1
-        )
+        Head.of(model).logits(hidden[0, at : min(at + HEAD_CHUNK, scored)]).float().log_softmax(dim=-1)
 
 
 @contextlib.contextmanager

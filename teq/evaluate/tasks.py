@@ -133,7 +133,7 @@ def score(
     from lm_eval.evaluator import evaluate
 
     from teq.evaluate.scoring import SharedContextLM
-    from teq.models.blocks import check_head
+    from teq.models.head import check_head
     from teq.models.lazy import is_lazy
 
     check_head(lm.model, lm.arch)

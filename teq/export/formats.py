@@ -6,7 +6,7 @@ from types import ModuleType
 
 from teq.export import awq, compressed_tensors, gguf, gptq
 from teq.export.plan import Plan
-from teq.models.conv1d import TransposedLinear
+from teq.models.layers import Experts, TransposedLinear
 from teq.spec import UserError, did_you_mean
 
 FORMATS: dict[str, ModuleType] = {each.NAME: each for each in (compressed_tensors, gptq, awq, gguf)}
@@ -34,6 +34,11 @@ def check(name: str, plan: Plan) -> None:
         raise UserError(
             f"no format holds a linear whose checkpoint has its weight as [in, out], such as {turned}: a "
             "model with Conv1D layers can be run and evaluated, not exported"
+        )
+    if fused := next((n for n, m in plan.outline.named_modules() if isinstance(m, Experts)), None):
+        raise UserError(
+            f"no format is written for experts, which {fused} holds: stock loaders read them fused or not at "
+            "all; a model with experts can be run and evaluated, not exported"
         )
     reason = find(name).refusal(plan) or _tail(plan)
     if reason is not None:

@@ -15,7 +15,7 @@ from teq.files.resume import ResumeFile
 from teq.finetune.tuned import PARAM, Tuned
 from teq.grid import Grid
 from teq.models.arch import Arch, blocks
-from teq.models.blocks import check_head
+from teq.models.head import check_head
 from teq.quantizers.quantized import Quantized, linear_from
 from teq.stage import Diverged, NothingDone, OnStep
 from teq.transforms.activations import outputs

@@ -1,7 +1,8 @@
 """Architectures: where a family's decoder blocks are, and its sites: which layer feeds which linears."""
 
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from teq.files import disk
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig
 
-WIRING = ("targets", "heads", "parts", "part")  # of a site whose channels are not the source's one to one
+# of a site whose channels are not the source's one to one, or whose readers are not only linears
+WIRING = ("targets", "heads", "parts", "part", "kept")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,9 @@ class Arch(Settings):
 
     `sites` maps each source to the linears that read its output; names are relative to the block.
     `more_sites` are those beyond the paper's, None where they are not used. A source may be mapped to
-    `targets` with `heads`, the name of a value of the model's configuration, `parts` and `part`: see `Site`.
+    `targets` with `heads`, the name of a value of the model's configuration, `parts` and `part`: see `Site`;
+    and with `kept`, modules that read its output too and stay in floating point. A name may hold one `*`,
+    which stands for any text: in a source for the same as in its targets, else for each that there is.
     The `model_type` of its models' configurations is its name where it is not given.
     """
 
@@ -38,16 +42,25 @@ class Site:
     """A source and the linears that read its output. Names are full module paths; `name` is the source's.
 
     The source's output channels are `[heads, parts, n]`, of which those of `part` are the site's; the
-    targets' input channels are `[heads, repeats, n]`, because query heads may share a key-value head.
+    targets' input channels are `[heads, repeats, n]`, because query heads may share a key-value head. The
+    linears of one of `groups` read the same tokens of the source's output; where there are several, each is
+    an expert, which reads those that are `routed` to it. `kept` read it too and are not quantized.
     """
 
     name: str
     block: int
     source: "nn.Module"
-    targets: dict[str, "nn.Linear"]
+    groups: tuple[dict[str, "nn.Linear"], ...]
     heads: int = 1
     parts: int = 1
     part: int = 0
+    kept: dict[str, "nn.Module"] = field(default_factory=dict)
+    routed: bool = False  # the source is inside an expert
+
+    @property
+    def targets(self) -> dict[str, "nn.Linear"]:
+        """Return the linears that read the source's output, by full name."""
+        return {name: linear for group in self.groups for name, linear in group.items()}
 
     @property
     def width(self) -> int:
@@ -128,12 +141,17 @@ def _check_covered(blocks: "dict[str, nn.Module]", arch: Arch) -> None:
     from torch import nn
 
     found: dict[str, str] = {}  # by relative name, the same in all blocks
+    kept = {
+        name for entry in arch.sites.values() if isinstance(entry, dict) for name in entry.get("kept", ())
+    }
     for block in blocks.values():
         linear = {id(m.weight) for m in block.modules() if isinstance(m, nn.Linear)}
         for name, parameter in block.named_parameters():
-            if parameter.ndim > 1 and id(parameter) not in linear:
-                owner = type(block.get_submodule(name.rpartition(".")[0])).__name__
-                found[name] = f"{name} {list(parameter.shape)} of {owner}"
+            module = name.rpartition(".")[0]
+            if parameter.ndim > 1 and id(parameter) not in linear and module not in kept:
+                found[name] = (
+                    f"{name} {list(parameter.shape)} of {type(block.get_submodule(module)).__name__}"
+                )
     if found:
         raise UserError(
             f"arch={arch.name} is refused: no rule quantizes these weights of the blocks, which are no "
@@ -169,18 +187,12 @@ def block_sites(
 
     Raises UserError when one vector cannot scale a source's output and its targets' input.
     """
-    inside = linears(block_name, block)
-    for source, entry in (arch.sites | (arch.more_sites or {})).items():
+    modules = dict(block.named_modules())
+    for pattern, entry in (arch.sites | (arch.more_sites or {})).items():
         wiring = entry if isinstance(entry, dict) else {"targets": entry}
         for key in wiring:
             if key not in WIRING:
-                raise UserError(f"arch={arch.name}: site {source} sets {key!r}: {did_you_mean(key, WIRING)}")
-        targets = {f"{block_name}.{t}": inside.get(f"{block_name}.{t}") for t in wiring["targets"]}
-        missing = [name for name, module in targets.items() if module is None]
-        if missing:
-            raise UserError(
-                f"arch={arch.name} names the linear {missing[0]!r}, which the model does not have"
-            )
+                raise UserError(f"arch={arch.name}: site {pattern} sets {key!r}: {did_you_mean(key, WIRING)}")
         heads, parts = wiring.get("heads"), wiring.get("parts", 1)
         if heads is not None and not hasattr(config, heads):
             raise UserError(
@@ -188,23 +200,57 @@ def block_sites(
             )
         count = 1 if heads is None else getattr(config, heads)
         part = wiring.get("part", 0)
-        module = _source(block, source, arch)
-        site = Site(f"{block_name}.{source}", index, module, targets, count, parts, part)
-        channels = module.weight.shape[0]
-        fits = site.inputs % site.width == 0 if heads else site.inputs == site.width
-        if not fits or channels % (count * parts) or not 0 <= part < parts:
-            raise UserError(
-                f"site {site.name} -> {', '.join(targets)} is refused: its source gives {channels} channels "
-                f"(heads={count}, part {part} of {parts}), its targets read {site.inputs} (grouped-query "
-                "attention needs heads); correct it or leave it out of the arch"
-            )
-        yield site
+        for source, star in _matches(pattern, modules, arch, "source").items():
+            targets = [name if star is None else name.replace("*", star) for name in wiring["targets"]]
+            groups = _groups(targets, block_name, modules, arch)
+            kept = {
+                f"{block_name}.{name}": modules[name] for name in wiring.get("kept", ()) if name in modules
+            }
+            module, name = modules[source], f"{block_name}.{source}"
+            site = Site(name, index, module, groups, count, parts, part, kept, _in_expert(source, modules))
+            channels = module.weight.shape[0]
+            fits = site.inputs % site.width == 0 if heads else site.inputs == site.width
+            if not fits or channels % (count * parts) or not 0 <= part < parts:
+                raise UserError(
+                    f"site {site.name} -> {', '.join(site.targets)} is refused: its source gives {channels} "
+                    f"channels (heads={count}, part {part} of {parts}), its targets read {site.inputs} "
+                    "(grouped-query attention needs heads); correct it or leave it out of the arch"
+                )
+            yield site
 
 
-def _source(block: "nn.Module", name: str, arch: Arch) -> "nn.Module":
-    try:
-        return block.get_submodule(name)
-    except AttributeError:
-        raise UserError(
-            f"arch={arch.name} names the source {name!r}, which the model does not have"
-        ) from None
+def _matches(pattern: str, modules: "dict[str, nn.Module]", arch: Arch, what: str) -> dict[str, str | None]:
+    """Return the modules that a name means, and what its `*` stands for in each (None without one).
+
+    Raises UserError where there is none.
+    """
+    if "*" in pattern:
+        before, _, after = pattern.partition("*")
+        rule = re.compile(f"{re.escape(before)}(.*){re.escape(after)}")
+        found = {name: match[1] for name in modules if (match := rule.fullmatch(name))}
+    else:
+        found = {pattern: None} if pattern in modules else {}
+    if not found:
+        raise UserError(f"arch={arch.name} names the {what} {pattern!r}, which the model does not have")
+    return found
+
+
+def _groups(
+    targets: list[str], block_name: str, modules: "dict[str, nn.Module]", arch: Arch
+) -> "tuple[dict[str, nn.Linear], ...]":
+    """Return the linears that `targets` mean by full name, those for which a `*` stands alike together."""
+    from torch import nn
+
+    groups: dict[str | None, dict[str, nn.Linear]] = {}
+    linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    for target in targets:
+        for name, star in _matches(target, linear, arch, "linear").items():
+            groups.setdefault(star, {})[f"{block_name}.{name}"] = linear[name]
+    return tuple(groups.values())
+
+
+def _in_expert(name: str, modules: "dict[str, nn.Module]") -> bool:
+    from teq.models.layers import Expert
+
+    words = name.split(".")
+    return any(isinstance(modules[".".join(words[:count])], Expert) for count in range(1, len(words)))

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from teq.models.arch import Arch, blocks
 from teq.models.lazy import present
-from teq.spec import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -124,14 +123,17 @@ def one_sequence_a_row() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_casts_to_fp32() -> Iterator[None]:
-    """Context manager: `Tensor.float` leaves fp64 as it is, where Gemma's norms would round to fp32."""
+    """Context manager: fp64 stays fp64 where Gemma's norms and routers' softmax would round to fp32."""
     import torch
     from torch.overrides import TorchFunctionMode
 
     class Exact(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.Tensor.float and args[0].dtype == torch.float64:
+            exact = bool(args) and getattr(args[0], "dtype", None) == torch.float64
+            if func is torch.Tensor.float and exact:
                 return args[0]
+            if exact and (kwargs or {}).get("dtype") == torch.float32:
+                kwargs = kwargs | {"dtype": torch.float64}
             return func(*args, **(kwargs or {}))
 
     with Exact():
@@ -157,24 +159,3 @@ def pass_on(
             out = block(sample.to(device), **kwargs)
             hidden[i] = (out[0] if isinstance(out, tuple) else out).to(sample.device)
     return isinstance(out, tuple)
-
-
-def check_head(model: "nn.Module", arch: Arch | None) -> None:
-    """Raise UserError if the logits are more than the output embeddings of the last hidden states.
-
-    Where the family is known, only the first block computes.
-    """
-    import torch
-
-    tokens = torch.arange(8, device=model.get_input_embeddings().weight.device)[None]
-    short = contextlib.nullcontext() if arch is None else bypassed(blocks(model, arch).values())
-    with one_sequence_a_row(), torch.no_grad(), short:
-        expected = model(tokens, use_cache=False).logits
-        made = model.get_output_embeddings()(model.base_model(tokens, use_cache=False)[0])
-    tolerance = 1e-3 * float(expected.abs().max())
-    if not torch.allclose(made, expected, rtol=1e-3, atol=tolerance, equal_nan=True):
-        raise UserError(
-            f"{type(model).__name__} does more to its logits than its output embeddings do: neither the "
-            "training loss nor tasks can be computed from its hidden states; choose method=rtn, gptq, awq or "
-            "smoothquant, and evals of perplexity"
-        )

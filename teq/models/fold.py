@@ -35,7 +35,7 @@ def folded_tensors(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
 class Folding:
     """What a set of scales does to each parameter: fp32 tensors by full linear or norm name."""
 
-    columns: dict[str, "Tensor"]  # linear -> s [in]: weight columns are multiplied
+    columns: dict[str, "Tensor"]  # reader of a site -> s [in]: weight columns are multiplied
     rows: dict[str, "Tensor"]  # source -> s [out]: weight rows (or a norm's weight) and bias are divided
     bounds: dict[str, "Tensor"] = field(default_factory=dict)  # linear -> what `weight` clamps to
 
@@ -44,12 +44,16 @@ class Folding:
         """Return the folding of `scales`; sites without one stay, `clip/<linear>` bounds a weight."""
         scaled = [site for site in sites if site.name in scales]
         return cls(
-            columns={t: site.over_inputs(scales[site.name]) for site in scaled for t in site.targets},
+            columns={
+                reader: site.over_inputs(scales[site.name])
+                for site in scaled
+                for reader in (*site.targets, *site.kept)
+            },
             rows={site.name: site.over_outputs(scales[site.name]) for site in scaled},
             bounds={name.removeprefix(CLIP): b for name, b in scales.items() if name.startswith(CLIP)},
         )
 
-    def weight(self, name: str, linear: "nn.Linear") -> "Tensor":
+    def weight(self, name: str, linear: "nn.Module") -> "Tensor":
         """Return a folded copy of a linear's weight `[out, in]`, in fp32, or fp64 where the model is.
 
         Where it has bounds, each of so many equal parts of a row is clamped to its own: to a magnitude `[out,
@@ -119,7 +123,8 @@ def _say_offset(kind: str) -> None:
 class FoldedBlock:
     """A decoder block of a `FoldedModel`; its module is as it was loaded.
 
-    `changed` are the one-dimensional parameters that folding changes, by full name.
+    `changed` are the parameters that folding changes and nothing quantizes, by full name: of norms, biases,
+    and the weights of what a site keeps.
     """
 
     name: str
@@ -155,8 +160,13 @@ class FoldedModel:
                 yield FoldedBlock(name, module, linears(name, module), self._changed(index), self.folding)
 
     def _changed(self, block: int) -> "dict[str, Tensor]":
-        parts = [self.folding.divided(site.name, site.source) for site in self.sites if site.block == block]
-        return {name: value for part in parts for name, value in part.items()}
+        found = {}
+        for site in (site for site in self.sites if site.block == block):
+            found |= self.folding.divided(site.name, site.source)
+            for name, module in site.kept.items():
+                if name in self.folding.columns:
+                    found[f"{name}.weight"] = self.folding.weight(name, module).to(module.weight.dtype)
+        return found
 
 
 def fold(sites: list[Site], scales: Mapping[str, "Tensor"]) -> None:
@@ -164,14 +174,13 @@ def fold(sites: list[Site], scales: Mapping[str, "Tensor"]) -> None:
     import torch
 
     folding = Folding.of(sites, scales)
-    touched = {
-        name: module for site in sites for name, module in ((site.name, site.source), *site.targets.items())
-    }
+    readers = {name: module for site in sites for name, module in (site.targets | site.kept).items()}
+    touched = {site.name: site.source for site in sites} | readers
     new = {}
     for name, module in touched.items():
         divided = folding.divided(name, module)
         new |= {(module, key.rpartition(".")[2]): value for key, value in divided.items()}
-        if isinstance(module, torch.nn.Linear):
+        if name in readers or isinstance(module, torch.nn.Linear):
             new[module, "weight"] = folding.weight(name, module)
     with torch.no_grad():
         for (module, key), value in new.items():
@@ -246,7 +255,8 @@ def _check_block(
         expected = run_block(block, hidden, kwargs)
         for site in block_sites(arch, config, index, name, block):
             s = torch.empty(site.width, dtype=torch.float64).uniform_(-2, 2, generator=generator)
-            folded = [p for m in (site.source, *site.targets.values()) for p in m.parameters(recurse=False)]
+            changed = (site.source, *site.targets.values(), *site.kept.values())
+            folded = [p for m in changed for p in m.parameters(recurse=False)]
             kept = [parameter.clone() for parameter in folded]
             fold([site], {site.name: 10**s})
             change = (run_block(block, hidden, kwargs) - expected).norm() / expected.norm()

@@ -44,7 +44,7 @@ class Saved(Settings):
         import torch
         from transformers import AutoModelForCausalLM
 
-        from teq.models.conv1d import with_linears
+        from teq.models.layers import with_linears
 
         folder = self.folder()
         with _loading(folder):

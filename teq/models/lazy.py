@@ -157,7 +157,7 @@ def _put(
     """Replace a parameter by the checkpoint's tensor of its name."""
     from torch import nn
 
-    from teq.models.conv1d import TransposedLinear
+    from teq.models.layers import TransposedLinear
 
     leaf, name = _leaf(module, key), key.rpartition(".")[2]
     tensor = tensors[prefix + key].to(device)

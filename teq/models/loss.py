@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from teq.models.blocks import one_sequence_a_row
+from teq.models.head import Head
 
 CHUNK = 128  # tokens whose logits exist at once; fewer make the matrix products thin
 
@@ -15,55 +15,55 @@ class _Chunked(torch.autograd.Function):
     """A loss whose forward pass saves the gradient to its first argument."""
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient to `hidden`; `scale` is that of the loss, a number."""
         (gradient,) = ctx.saved_tensors
-        return gradient * scale.to(gradient.dtype), None, None, None
+        return gradient * scale.to(gradient.dtype), None, None
 
 
 class ChunkedCrossEntropy(_Chunked):
-    """Mean cross-entropy of `linear(hidden, weight, bias)` against `targets`, without the whole logits.
+    """Mean cross-entropy of a head's logits of `hidden` against `targets`, without the whole logits.
 
-    The gradient to `hidden` is made in the forward pass, chunk by chunk, while the chunk's logits exist:
-    `(softmax - one_hot) @ weight / tokens`. The head itself is frozen.
+    The gradient to `hidden` is made in the forward pass, chunk by chunk, while the chunk's logits exist: the
+    head's `back(softmax - one_hot) / tokens`. The head itself is frozen.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        """Return the loss in fp32 of hidden `[token, width]`, weight `[vocab, width]`, targets `[token]`."""
+    def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+        """Return the loss in fp32 of hidden `[token, width]` and targets `[token]`."""
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), device=hidden.device)
         for part, target, slot in zip(
             hidden.split(CHUNK), targets.split(CHUNK), gradient.split(CHUNK), strict=True
         ):
-            logs = functional.linear(part, weight, bias).float().log_softmax(-1)  # [chunk, vocab]
+            logs, slope = head.log_probabilities(part)  # [chunk, vocab]
             total -= logs.gather(1, target[:, None]).sum()
             logs.exp_().scatter_add_(1, target[:, None], logs.new_full((len(target), 1), -1.0))
-            slot.copy_(logs.mul_(1 / len(targets)).to(part.dtype) @ weight)
+            slot.copy_(head.back(logs.mul_(1 / len(targets)), slope))
         ctx.save_for_backward(gradient)
         return total / len(targets)
 
 
 class ChunkedDivergence(_Chunked):
-    """Mean divergence KL(p || q) over the vocabulary, p of `linear(reference)` and q of `linear(hidden)`.
+    """Mean divergence KL(p || q) over the vocabulary, p of a head's logits of `reference`, q of `hidden`.
 
-    The gradient to `hidden` is made in the forward pass, chunk by chunk: `(q - p) @ weight / tokens`. The
-    head, which both share, is frozen.
+    The gradient to `hidden` is made in the forward pass, chunk by chunk: the head's `back(q - p) / tokens`.
+    The head, which both share, is frozen.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, reference: Tensor) -> Tensor:
-        """Return the loss in fp32 of hidden and reference `[token, width]`, weight `[vocab, width]`."""
+    def forward(ctx: Any, hidden: Tensor, head: Head, reference: Tensor) -> Tensor:
+        """Return the loss in fp32 of hidden and reference `[token, width]`."""
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), device=hidden.device)
         for part, exact, slot in zip(
             hidden.split(CHUNK), reference.split(CHUNK), gradient.split(CHUNK), strict=True
         ):
-            ours = functional.linear(part, weight, bias).float().log_softmax(-1)  # [chunk, vocab]
-            theirs = functional.linear(exact, weight, bias).float().log_softmax(-1)
+            ours, slope = head.log_probabilities(part)  # [chunk, vocab]
+            theirs = head.logits(exact).float().log_softmax(-1)
             p = theirs.exp()
             total += theirs.sub_(ours).mul_(p).sum()
-            slot.copy_(ours.exp_().sub_(p).mul_(1 / len(hidden)).to(part.dtype) @ weight)
+            slot.copy_(head.back(ours.exp_().sub_(p).mul_(1 / len(hidden)), slope))
         ctx.save_for_backward(gradient)
         return total / len(hidden)
 
@@ -80,8 +80,7 @@ def causal_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     It is what `model(tokens, labels=tokens)` computes.
     """
     hidden = last_hidden(model, tokens)[:, :-1].flatten(0, 1)
-    head = model.get_output_embeddings()
-    return ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, tokens[:, 1:].flatten())
+    return ChunkedCrossEntropy.apply(hidden, Head.of(model), tokens[:, 1:].flatten())
 
 
 def divergence_loss(model: nn.Module, tokens: Tensor, reference: Tensor) -> Tensor:
@@ -90,8 +89,7 @@ def divergence_loss(model: nn.Module, tokens: Tensor, reference: Tensor) -> Tens
     `reference [batch, token, width]` are the `last_hidden` of another model with the same output embeddings.
     """
     hidden = last_hidden(model, tokens).flatten(0, 1)
-    head = model.get_output_embeddings()
-    return ChunkedDivergence.apply(hidden, head.weight, head.bias, reference.flatten(0, 1))
+    return ChunkedDivergence.apply(hidden, Head.of(model), reference.flatten(0, 1))
 
 
 def training_loss(model: nn.Module, tokens: Tensor, reference: Tensor | None) -> Tensor:

@@ -180,7 +180,7 @@ def architecture(dimensions: "PretrainedConfig", dtype: str | None = None) -> "P
     import torch
     from transformers import AutoModelForCausalLM
 
-    from teq.models.conv1d import with_linears
+    from teq.models.layers import with_linears
 
     return with_linears(AutoModelForCausalLM.from_config(dimensions, dtype=dtype and getattr(torch, dtype)))
 

@@ -92,4 +92,4 @@ def check_quantizable(spec: Run) -> None:
             f"model={spec.model.name} is quantized already and method={spec.method} would do it again: "
             "evaluate it with method=fp, or give the model it was made from"
         )
-    sites(skeleton(dimensions), spec.model.arch)
+    spec.quantizer.check_sites(sites(skeleton(dimensions), spec.model.arch))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ from teq.grid import Grid
 from teq.models.arch import Arch
 from teq.models.blocks import block_inputs, first_inputs, pass_on, run_block
 from teq.models.fold import FoldedBlock, FoldedModel
-from teq.quantizers.quantized import Quantized, restore, stored
+from teq.quantizers.quantized import Quantized, restore, round_to_nearest, stored
 
+log = logging.getLogger(__name__)
 Report = dict[str, dict[str, Any]]
+UNREACHED = {"unreached": True}  # what a report says of a linear without calibration inputs
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,16 @@ def quantize_blocks(
     float_inputs: bool = False,
     waiting: str | None = None,
     partial: Path | None = None,
-) -> tuple[dict[str, Tensor], Report]:
+) -> tuple[dict[str, Tensor], Report, dict[str, Any]]:
     """Quantize every linear of every block on calibration `windows [sample, token]`; `model` is used up.
 
     `quantize` returns a block's linears and a report; `what` names the work to the user. Hidden states wait
     for the next block on the device `waiting`, the model's own where none is given. Finished blocks are
-    stored in the folder `partial`, and those that are there are not quantized again.
+    stored in the folder `partial`, and those that are there are not quantized again. A linear that
+    `quantize` leaves out, of an expert to which no token was routed, is rounded to nearest.
 
-    Returns the stored tensors and all reports.
+    Returns the stored tensors, all reports, and what a record says of the linears: how many there are, and
+    the names of those without inputs where there are such.
     """
     device = model.get_input_embeddings().weight.device
     hidden, keywords = first_inputs(model, arch, windows, functools.partial(places, waiting or device))
@@ -100,7 +105,16 @@ def quantize_blocks(
         tensors |= part
         report |= entries
         pass_on(block.module, hidden, kwargs, device)
-    return tensors, report
+    unreached = [name for name, entry in report.items() if entry == UNREACHED]
+    info: dict[str, Any] = {"linears": sum(name.endswith("/codes") for name in tensors)}
+    if unreached:
+        log.warning(
+            "no calibration token reached %d of %d linears, of experts: they are rounded to nearest",
+            len(unreached),
+            info["linears"],
+        )
+        info["unreached"] = unreached
+    return tensors, {name: entry for name, entry in report.items() if entry != UNREACHED}, info
 
 
 def _quantized(
@@ -112,6 +126,9 @@ def _quantized(
     assign(model, folded.changed)
     assign(model, {f"{name}.weight": weight for name, weight in exact.items()})
     quantized, entries = quantize(dataclasses.replace(block, exact=exact))
+    for name in [name for name in exact if name not in quantized]:
+        quantized[name] = round_to_nearest(exact[name], grid)
+        entries[name] = UNREACHED
     for name, q in quantized.items():
         assign(model, {f"{name}.weight": q.dequantize(grid)})
     # packed and off the device block by block: a model's codes at once would be a byte for every weight
@@ -161,6 +178,21 @@ def measure(
                 found[names] = sums(tensor.shape[-1], tensor.device)
             found[names].add(tensor, *([others[names]] if others else []))
     return found
+
+
+def reading_together(
+    block: nn.Module, inside: Mapping[str, nn.Linear], hidden: list[Tensor], kwargs: dict[str, Any]
+) -> list[tuple[str, ...]]:
+    """Return the sets of linears with the very same input, in the order in which they compute.
+
+    Samples are read until every linear was called: one is enough where no experts are.
+    """
+    device, found = next(iter(inside.values())).weight.device, {}
+    for sample in hidden:
+        found |= dict.fromkeys(_inputs(block, inside, sample.to(device), kwargs))
+        if sum(map(len, found)) == len(inside):
+            break
+    return list(found)
 
 
 class _AllSeen(Exception):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from teq.grid import Grid, decode, pack, spread, unpack
+from teq.grid import Grid, decode, encode, group_params, pack, spread, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,6 +33,18 @@ class Quantized:
             ).flatten(1)
         scale = spread(self.scale, grid, columns, self.g_idx)
         return decode(codes, scale, spread(self.zero, grid, columns, self.g_idx))
+
+
+def round_to_nearest(
+    weight: "Tensor", grid: Grid, params: "tuple[Tensor, Tensor] | None" = None
+) -> Quantized:
+    """Return `weight [out, in]` (fp32) on the grid; scale and zero are its extremes' where none are given."""
+    import torch
+
+    scale, zero = params or group_params(weight, grid)
+    columns = weight.shape[1]
+    codes = encode(weight, spread(scale, grid, columns), spread(zero, grid, columns), grid)
+    return Quantized(codes.to(torch.uint8), scale, zero)
 
 
 def stored(

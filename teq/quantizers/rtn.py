@@ -9,10 +9,10 @@ from teq.console import track
 from teq.data import Calibration
 from teq.device.runtime import Runtime
 from teq.files.resume import BlockFiles
-from teq.grid import Grid, encode, group_params, spread
+from teq.grid import Grid
 from teq.models.fold import FoldedBlock, FoldedModel
 from teq.quantizers import errors
-from teq.quantizers.quantized import Quantized, stored
+from teq.quantizers.quantized import Quantized, round_to_nearest, stored
 from teq.record import OUTPUT_ERROR, WEIGHT_ERROR
 from teq.spec import option
 from teq.stage import Load, Made, NothingDone, Quantizer
@@ -63,7 +63,7 @@ class Rtn(Quantizer):
         """Return codes on grids that are searched for on what the quantized blocks before put out."""
         from teq.quantizers.blockwise import quantize_blocks
 
-        tensors, report = quantize_blocks(
+        tensors, report, info = quantize_blocks(
             lm.model,
             lm.arch,
             scales,
@@ -73,8 +73,7 @@ class Rtn(Quantizer):
             "rounding",
             partial=runtime.partial,
         )
-        lost = errors.collected(report)
-        return tensors, {"linears": sum(name.endswith("/codes") for name in tensors), OUTPUT_ERROR: lost}
+        return tensors, info | {OUTPUT_ERROR: errors.collected(report)}
 
     def dry_run(self, lm: "LM", strategy: str) -> None:
         """Round all blocks."""
@@ -93,18 +92,6 @@ class Rtn(Quantizer):
             shares[name] = errors.weight_error(quantized[name].dequantize(self.grid).sub_(weight), weight)
         packed = {name: tensor.cpu() for name, tensor in stored(quantized, {}, self.grid).items()}
         return packed, shares
-
-
-def round_to_nearest(
-    weight: "Tensor", grid: Grid, params: "tuple[Tensor, Tensor] | None" = None
-) -> Quantized:
-    """Return `weight [out, in]` (fp32) on the grid; scale and zero are its extremes' where none are given."""
-    import torch
-
-    scale, zero = params or group_params(weight, grid)
-    columns = weight.shape[1]
-    codes = encode(weight, spread(scale, grid, columns), spread(zero, grid, columns), grid)
-    return Quantized(codes.to(torch.uint8), scale, zero)
 
 
 def round_block(grid: Grid, block: "Calibrated") -> "tuple[dict[str, Quantized], Report]":

@@ -75,9 +75,9 @@ def outputs(
     return found
 
 
-def reader(site: Site) -> nn.Linear:
-    """Return a linear whose input is the site's: its first target."""
-    return next(iter(site.targets.values()))
+def reader(site: Site) -> nn.Module:
+    """Return a module whose input is the site's: its first target, or the router that sees all tokens."""
+    return next(iter((site.kept or site.targets).values()))
 
 
 def from_ones(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,6 +27,8 @@ class SmoothQuant(Transform):
 
     def fit(self, load: Load, runtime: Runtime, on_step: OnStep) -> Made:
         """Compute the scales from each channel's largest magnitude on the calibration windows."""
+        import torch
+
         from teq.device.memory import on_host
         from teq.transforms.activations import from_ones, reader, watched_blocks
 
@@ -44,7 +46,9 @@ class SmoothQuant(Transform):
             return [(reader(site), note(site)) for site in block.sites]
 
         for block in watched_blocks(lm.model, lm.arch, windows, watch, "activation ranges"):
-            scales |= {site.name: self.scale(largest[site.name], site.largest()) for site in block.sites}
+            for site in block.sites:
+                w = site.largest()  # an expert may be without tokens: it keeps 1 as dead channels do
+                scales[site.name] = self.scale(largest.get(site.name, torch.zeros_like(w)), w)
         return on_host(from_ones(scales)), {"sites": list(scales)}
 
     def scale(self, x: "Tensor", w: "Tensor") -> "Tensor":

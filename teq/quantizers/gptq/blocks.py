@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from teq.device.memory import Estimate
 from teq.grid import Grid
 from teq.models.arch import Arch, blocks, linears, sites
+from teq.models.layers import read_shares
 from teq.models.lazy import held_bytes
 from teq.quantizers import blockwise, errors
 from teq.quantizers.blockwise import Calibrated, FloatBlock, Report
 from teq.quantizers.gptq.solver import Hessian, Problem, Solution
-from teq.quantizers.quantized import Quantized
-from teq.quantizers.rtn import round_to_nearest
+from teq.quantizers.quantized import Quantized, round_to_nearest
 from teq.record import OUTPUT_ERROR
 from teq.stage import NothingDone
 
@@ -49,7 +49,7 @@ def quantize_blocks(
     share of codes that differ from RTN's, the output error. Raises NothingDone when all codes equal RTN's.
     """
     quantize = functools.partial(_quantize_block, grid, solve, true_sequential, input_correction)
-    tensors, report = blockwise.quantize_blocks(
+    tensors, report, info = blockwise.quantize_blocks(
         model,
         arch,
         scales,
@@ -65,7 +65,7 @@ def quantize_blocks(
         raise NothingDone(
             "GPTQ's codes equal plain rounding's in every linear: the calibration had no effect"
         )
-    return tensors, {"linears": len(report), OUTPUT_ERROR: errors.collected(report), "gptq": report}
+    return tensors, info | {OUTPUT_ERROR: errors.collected(report), "gptq": report}
 
 
 def _quantize_block(
@@ -136,9 +136,7 @@ def _solve_at_once(block: Calibrated, problems: _Problems, solve: Solve) -> list
 def _solve_in_turn(grid: Grid, block: Calibrated, problems: _Problems, solve: Solve) -> list[Solved]:
     """Solve as `_solve_at_once` does, each input measured after the linears before it were quantized."""
     solutions = []
-    for names in blockwise.measure(
-        block.folded.module, block.linears, block.hidden[:1], block.kwargs, Hessian
-    ):
+    for names in blockwise.reading_together(block.folded.module, block.linears, block.hidden, block.kwargs):
         problem = problems.of({name: block.linears[name] for name in names})[names]
         (solution,) = solve([problem])
         solutions.append((names, problem[1], solution))
@@ -179,20 +177,24 @@ def estimate(
     every = blocks(lm.model, lm.arch)
     name, block = next(iter(every.items()))
     inside = linears(name, block)
-    readers = [[inside[t] for t in site.targets] for site in sites(lm.model, lm.arch) if site.block == 0]
+    first = [site for site in sites(lm.model, lm.arch) if site.block == 0]
+    readers = [list(group.values()) for site in first for group in site.groups]
     readers += [[linear] for linear in inside.values() if not any(linear in group for group in readers)]
     numbers = sum(linear.weight.numel() for linear in inside.values())
     squares = sum(group[0].in_features ** 2 for group in readers)
+    share = read_shares(block, lm.model.config)  # of the tokens, where experts read some of them
+    read_numbers = sum(share.get(linear, 1) * linear.weight.numel() for linear in inside.values())
+    read_squares = sum(share.get(group[0], 1) * group[0].in_features ** 2 for group in readers)
     largest = max(solution_bytes(sum(r.out_features for r in g), g[0].in_features) for g in readers)
 
     tokens, hidden = samples * length, lm.model.config.hidden_size
-    passes = 2 * tokens * (2 * numbers + 4 * length * hidden)
+    passes = 2 * tokens * (2 * read_numbers + 4 * length * hidden)
     products = sum(linear.weight.numel() * linear.in_features for linear in inside.values())
     factors = sum(group[0].in_features ** 3 for group in readers)
     waiting = waiting_bytes(lm, tokens, input_correction)
     size = weights + waiting + 4 * numbers + 4 * squares + largest
-    flops = passes + tokens * squares + 5 * products + factors
+    flops = passes + tokens * read_squares + 5 * products + factors
     if input_correction:
         size += sum(p.nbytes for p in block.parameters()) + 4 * squares
         flops += passes + 2 * tokens * squares + products + 4 * factors
-    return Estimate(size, len(every) * flops, movable=waiting)
+    return Estimate(size, int(len(every) * flops), movable=waiting)

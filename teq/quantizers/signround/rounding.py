@@ -40,7 +40,8 @@ class Rounding:
         """Move both parameters by `rate` against the sign of their gradients, which are dropped."""
         with torch.no_grad():
             for parameter in (self.offset, self.shrink):
-                assert parameter.grad is not None
+                if parameter.grad is None:  # of an expert that no token of the batch was routed to
+                    continue
                 parameter.sub_(parameter.grad.sign_(), alpha=rate)
                 parameter.grad = None
             torch.clamp(self.shrink, torch.zeros_like(self.shrink), self.most, out=self.shrink)

@@ -70,7 +70,7 @@ class SignRound(Quantizer):
             lr=self.lr,
             seed=self.calib.seed,
         )
-        tensors, report = quantize_blocks(
+        tensors, report, info = quantize_blocks(
             lm.model,
             lm.arch,
             scales,
@@ -89,8 +89,7 @@ class SignRound(Quantizer):
                 "learned rounding made no block better: the result would be plain rounding under another "
                 "name; raise signround.iterations or signround.samples"
             )
-        count, lost = sum(name.endswith("/codes") for name in tensors), errors.collected(report)
-        return tensors, {"linears": count, OUTPUT_ERROR: lost, "signround": report}
+        return tensors, info | {OUTPUT_ERROR: errors.collected(report), "signround": report}
 
     def dry_run(self, lm: "LM", strategy: str) -> None:
         """Do a training step of the first block while the hidden states of all samples wait."""

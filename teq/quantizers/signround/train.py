@@ -84,6 +84,7 @@ def quantize_block(
     quantized, entry = train_block(block, grid, iterations, batch, lr, seed)
     found = measure(block.folded.module, block.linears, block.hidden, block.kwargs, Hessian)
     means = {names: hessian.mean() for names, hessian in found.items()}
+    quantized = {name: quantized[name] for names in found for name in names}  # that have an input
     entry[OUTPUT_ERROR] = errors.read_back(errors.output_errors(block.exact, quantized, means, grid))
     return quantized, {block.folded.name: entry}
 

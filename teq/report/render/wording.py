@@ -11,6 +11,7 @@ from teq.report.layout import ANY, BASELINE, CELL, FULL
 
 if TYPE_CHECKING:
     from teq.config import Job
+    from teq.record import Record
 
 LEGEND = "a cell with both: ours (published, ours − published, verdict)"
 DIGITS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -264,7 +265,7 @@ def limits(table: Table) -> list[str]:
         for match in cell.matches:
             for name in sorted(cell.formula.evaluations()):
                 info = match.record.metrics[name]["info"]
-                if text := _limited(info):
+                if text := _limited(info, spaced=name in _spaced(match.record)):
                     found[f"{name}: {text}"] = None
                 source = SOURCES.get(info.get("name", ""))
                 if source is not None and info.get("sha256") in source.known:
@@ -273,12 +274,18 @@ def limits(table: Table) -> list[str]:
     return [*lines, *(f"{name}: {text}" for name, text in caveats.items())]
 
 
-def _limited(info: Mapping[str, Any]) -> str:
+def _spaced(record: "Record") -> set[str]:
+    """Return the names of a record's texts whose windows are spaced evenly, where they are not all."""
+    return {e["corpus"] for e in record.data["run"]["evals"] if e.get("windows") == "even"}
+
+
+def _limited(info: Mapping[str, Any], spaced: bool) -> str:
     parts = []
-    for what, how in (("windows", "the first"), ("documents", "a seeded draw of")):
+    windows = ("", " evenly spaced") if spaced else ("the first ", "")
+    for what, (before, after) in (("windows", windows), ("documents", ("a seeded draw of ", ""))):
         if what in info and info[what] < info.get(f"available_{what}", 0):
             size = f" of {info['context']} tokens" if "context" in info else ""
-            parts.append(f"{how} {info[what]} of {info[f'available_{what}']} {what}{size}")
+            parts.append(f"{before}{info[what]}{after} of {info[f'available_{what}']} {what}{size}")
     if info.get("partial"):
         parts.append(f"from a mirror that holds {info['rows']} of {info['expected_rows']} rows")
     return ", ".join(parts)

@@ -105,15 +105,21 @@ def search(
     chosen: dict[str, float] = {}
     errors: dict[str, tuple[float, float]] = {}
     for block in watched_blocks(model, arch, windows, watch, "searching scales"):
+        scales |= {
+            site.name: torch.ones(site.width, device=site.source.weight.device) for site in block.sites
+        }
+        here = [site for site in block.sites if seen[site.name].calls]  # an expert may be without tokens
         # read back at once: every read waits for the device
-        tried = torch.stack([search_site(seen[site.name], grid, ratios) for site in block.sites]).tolist()
-        for site, lost in zip(block.sites, tried, strict=True):
+        tried = torch.stack([search_site(seen[site.name], grid, ratios) for site in here]).tolist()
+        for site, lost in zip(here, tried, strict=True):
             best = lost.index(min(lost))  # the first of equal ones
             chosen[site.name] = best / ratios
             errors[site.name] = (lost[0], lost[best])
             scales[site.name] = scale(seen[site.name].magnitudes, chosen[site.name])
         folding = Folding.of(block.sites, scales)
         for name, gram in grams.items():
+            if not gram.blocks:
+                continue
             weight = folding.weight(name, block.linears[name]).float()
             s = folding.columns.get(name, weight.new_ones(weight.shape[1]))
             bounds[CLIP + name] = search_bounds(weight, s, gram, grid)

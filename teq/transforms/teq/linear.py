@@ -83,8 +83,9 @@ def fake_quantized(
     device = model.get_input_embeddings().weight.device
     quantize = select_fake_quant(grid, device, model.dtype)
     shared = [
-        SharedInputLinears(site.targets, quantize, functools.partial(_over_inputs, site, scale))
+        SharedInputLinears(group, quantize, functools.partial(_over_inputs, site, scale))
         for site in sites(model, arch)
+        for group in site.groups
     ]
     readers = {target: group for group in shared for target in group.linears}
     instead = {}

@@ -15,9 +15,9 @@ from teq.device.offload import place_around_blocks
 from teq.device.runtime import DEFAULT_RUNTIME, Runtime
 from teq.files.resume import ResumeFile
 from teq.grid import Grid
-from teq.models.arch import Arch, Site, blocks
-from teq.models.blocks import check_head
+from teq.models.arch import Arch, Site, blocks, sites
 from teq.models.fold import check_equivalence
+from teq.models.head import check_head
 from teq.models.loss import training_loss
 from teq.stage import Diverged, NothingDone, OnStep
 from teq.transforms.activations import outputs
@@ -208,6 +208,12 @@ def train(
     )
     end = "last/" if held else ""
     still = [name for name in last if torch.equal(scales[f"{end}{name}"], scales[f"start/{name}"])]
+    routed = {site.name for site in sites(model, arch) if site.routed}
+    if idle := [name for name in still if name in routed]:
+        log.warning(
+            "the scales of %d of %d sites never moved: no token reached their experts", len(idle), len(last)
+        )
+        still = [name for name in still if name not in routed]
     if steps and still:
         raise NothingDone(
             f"the scales of {still[0]} never moved in {steps} steps ({len(still)} of {len(last)} "

@@ -3,7 +3,7 @@
 import pytest
 
 from teq import config
-from teq.models.blocks import check_head
+from teq.models.head import check_head
 from teq.spec import UserError
 
 
