@@ -663,9 +663,9 @@ def test_what_is_known_of_a_file_is_said_where_it_was_read_and_nowhere_else(gold
 )
 def test_windows_are_said_as_they_were_chosen(golden, windows, said):
     table = filled("golden", golden)
-    for match in (match for cell in table.cells.values() for match in cell.matches):
-        match.record.metrics["python-docs"]["info"] |= {"windows": 4, "available_windows": 9, "context": 512}
-        for evaluation in match.record.data["run"]["evals"]:
+    for shown in (shown for cell in table.cells.values() for shown in cell.matches):
+        shown.record.metrics["python-docs"]["info"] |= {"windows": 4, "available_windows": 9, "context": 512}
+        for evaluation in shown.record.data["run"]["evals"]:
             evaluation.pop("windows", None)
             if windows == "even":
                 evaluation["windows"] = windows
