@@ -134,6 +134,34 @@ def test_an_expert_without_tokens_is_rounded_counted_and_said(own_home, tiny, ca
     assert lm.model(tokens()).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(("before", "after"), [(3, 0), (0, 3)])
+def test_experts_that_other_tokens_reach_once_attention_is_quantized(own_home, tiny, before, after):
+    """All tokens go to one expert, to another as soon as the attention's output projection has changed."""
+    lm = tiny("qwen3_moe")
+    block = lm.model.model.layers[0]
+    projection = block.self_attn.o_proj.weight.clone()
+    forward = block.mlp.gate.forward
+
+    def route(hidden):
+        logits, weights, _ = forward(hidden)
+        chosen = before if torch.equal(block.self_attn.o_proj.weight, projection) else after
+        return logits, weights[:, :1], torch.full((len(hidden), 1), chosen)
+
+    block.mlp.gate.forward = route
+    job = job_of("method=gptq", "gptq.true_sequential=true")
+    _, info = job.run.quantizer.quantize(lambda: lm, {}, Runtime())
+    idle = [name for name in info["unreached"] if name.startswith("model.layers.0.")]
+    assert {int(name.split(".")[5]) for name in idle} == {0, 1, 2, 3} - {after}
+    assert len(idle) == 9 and info["linears"] == 23
+
+
+def test_overhead_of_replaced_layers_is_refused(tiny):
+    for name in ("qwen3_moe", "gpt2"):
+        (job,) = config.jobs([f"model=tiny-{name}", "method=fp", "evals=[overhead]"])
+        with pytest.raises(UserError, match="overhead compares with the model as transformers makes it"):
+            job.run.evals[0].measure(tiny(name), Runtime())
+
+
 def test_scales_of_an_expert_without_tokens_stay_while_the_others_train(own_home, tiny, caplog):
     job = job_of("method=teq", "sites=all", "train.steps=2", "train.length=48")
     lm = without_tokens(tiny("qwen3_moe", "float32", "sites=all"))
@@ -154,6 +182,8 @@ def test_an_input_correction_of_experts_is_refused_before_the_run(no_weights):
     ):
         checked_jobs([*chosen, "gptq.input_correction=0.5"])
     assert checked_jobs(chosen)
+    with pytest.raises(UserError, match="is not allowed for a model with experts"):
+        checked_jobs(["-m", *chosen, "gptq.input_correction=0,0.5"])
 
 
 def test_linears_of_experts_read_their_share_of_the_tokens(tiny):

@@ -34,12 +34,19 @@ class Overhead(Evaluation):
         """Compare the folded model with a fresh one.
 
         Gives modules and parameters of both, `latency` (folded over fresh, the median of the pairs' ratios)
-        and each pair's `ratio`. Raises UserError when a parameter does not fit.
+        and each pair's `ratio`. Raises UserError when a parameter does not fit, or layers were replaced.
         """
         import numpy as np
         import torch
         from transformers import AutoModelForCausalLM
 
+        from teq.models.layers import replaced
+
+        if (layer := replaced(lm.model)) is not None:
+            raise UserError(
+                f"overhead compares with the model as transformers makes it, where {layer} is made of no "
+                "linears: leave it out of evals"
+            )
         fresh = AutoModelForCausalLM.from_config(lm.model.config, dtype=lm.model.dtype).to(lm.device).eval()
         try:
             fresh.load_state_dict(lm.model.state_dict())

@@ -6,7 +6,7 @@ from types import ModuleType
 
 from teq.export import awq, compressed_tensors, gguf, gptq
 from teq.export.plan import Plan
-from teq.models.layers import Experts, TransposedLinear
+from teq.models.layers import replaced
 from teq.spec import UserError, did_you_mean
 
 FORMATS: dict[str, ModuleType] = {each.NAME: each for each in (compressed_tensors, gptq, awq, gguf)}
@@ -30,15 +30,10 @@ def check_loader(name: str, path: Sequence[str], way_out: str) -> None:
 
 def check(name: str, plan: Plan) -> None:
     """Raise UserError where a format cannot hold a model, naming one that can."""
-    if turned := next((n for n, m in plan.outline.named_modules() if isinstance(m, TransposedLinear)), None):
+    if (layer := replaced(plan.outline)) is not None:
         raise UserError(
-            f"no format holds a linear whose checkpoint has its weight as [in, out], such as {turned}: a "
-            "model with Conv1D layers can be run and evaluated, not exported"
-        )
-    if fused := next((n for n, m in plan.outline.named_modules() if isinstance(m, Experts)), None):
-        raise UserError(
-            f"no format is written for experts, which {fused} holds: stock loaders read them fused or not at "
-            "all; a model with experts can be run and evaluated, not exported"
+            f"no format is written for {layer}, which stock loaders make of no linears (a Conv1D, fused "
+            "experts): such a model can be run and evaluated, not exported"
         )
     reason = find(name).refusal(plan) or _tail(plan)
     if reason is not None:

@@ -70,7 +70,7 @@ class Site:
     @property
     def inputs(self) -> int:
         """Return the number of the targets' input channels."""
-        return next(iter(self.targets.values())).in_features
+        return next(iter(self.groups[0].values())).in_features
 
     def over_inputs(self, s: "Tensor") -> "Tensor":
         """Return a site's vector `[width]` over the targets' input channels `[in]`."""
@@ -187,7 +187,10 @@ def block_sites(
 
     Raises UserError when one vector cannot scale a source's output and its targets' input.
     """
+    from torch import nn
+
     modules = dict(block.named_modules())
+    inside = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     for pattern, entry in (arch.sites | (arch.more_sites or {})).items():
         wiring = entry if isinstance(entry, dict) else {"targets": entry}
         for key in wiring:
@@ -202,7 +205,7 @@ def block_sites(
         part = wiring.get("part", 0)
         for source, star in _matches(pattern, modules, arch, "source").items():
             targets = [name if star is None else name.replace("*", star) for name in wiring["targets"]]
-            groups = _groups(targets, block_name, modules, arch)
+            groups = _groups(targets, block_name, inside, arch)
             kept = {
                 f"{block_name}.{name}": modules[name] for name in wiring.get("kept", ()) if name in modules
             }
@@ -236,16 +239,13 @@ def _matches(pattern: str, modules: "dict[str, nn.Module]", arch: Arch, what: st
 
 
 def _groups(
-    targets: list[str], block_name: str, modules: "dict[str, nn.Module]", arch: Arch
+    targets: list[str], block_name: str, inside: "dict[str, nn.Linear]", arch: Arch
 ) -> "tuple[dict[str, nn.Linear], ...]":
     """Return the linears that `targets` mean by full name, those for which a `*` stands alike together."""
-    from torch import nn
-
     groups: dict[str | None, dict[str, nn.Linear]] = {}
-    linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     for target in targets:
-        for name, star in _matches(target, linear, arch, "linear").items():
-            groups.setdefault(star, {})[f"{block_name}.{name}"] = linear[name]
+        for name, star in _matches(target, inside, arch, "linear").items():
+            groups.setdefault(star, {})[f"{block_name}.{name}"] = inside[name]
     return tuple(groups.values())
 
 

@@ -40,7 +40,7 @@ class Experts(nn.ModuleList):
         """Return the weighted sum of the outputs of every token's experts, `[token, width]`.
 
         Of `hidden_states [token, width]`; index and weights of their experts are `[token, k]`. Experts add
-        one after the other, each for its tokens in order, as in transformers' own loop.
+        one after the other, as in transformers' own loop.
         """
         total = torch.zeros_like(hidden_states)
         chosen, weights = top_k_index.flatten(), top_k_weights.flatten()
@@ -94,6 +94,12 @@ def _is_fused(module: nn.Module) -> bool:
         and not (module.is_transposed or module.has_bias or module.has_post_expert_norm)
         and type(module)._apply_gate is _default_apply_gate
     )
+
+
+def replaced(model: nn.Module) -> str | None:
+    """Return the name of a layer that `with_linears` put in the place of another, None without one."""
+    kinds = (TransposedLinear, Experts)
+    return next((name for name, module in model.named_modules() if isinstance(module, kinds)), None)
 
 
 def read_shares(block: nn.Module, config: "PretrainedConfig") -> dict[nn.Linear, float]:

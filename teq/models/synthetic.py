@@ -175,7 +175,7 @@ def skeleton(dimensions: "PretrainedConfig") -> "PreTrainedModel":
 def architecture(dimensions: "PretrainedConfig", dtype: str | None = None) -> "PreTrainedModel":
     """Return the causal LM of these dimensions as transformers makes it, on the default device.
 
-    Only its Conv1D layers are linears instead.
+    Only its Conv1D layers and fused experts are linears instead.
     """
     import torch
     from transformers import AutoModelForCausalLM

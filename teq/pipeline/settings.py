@@ -70,9 +70,9 @@ def checks(spec: Run) -> list[dict[str, Callable[[], Any]]]:
     texts = {f"text {name}": functools.partial(data.provenance, name) for name in names}
     known = {}
     if spec.model.source.at_hand:
-        known[f"{spec.model.source!r} {spec.model.arch.name} {spec.method}"] = functools.partial(
-            check_quantizable, spec
-        )
+        reads = getattr(spec.quantizer, "input_correction", 0)  # what a quantizer's own check asks
+        name = f"{spec.model.source!r} {spec.model.arch.name} {spec.method} {reads}"
+        known[name] = functools.partial(check_quantizable, spec)
     return [
         {repr(spec.model.source): spec.model.source.fingerprint},
         known | texts | {evaluation.key(): evaluation.provenance for evaluation in spec.evals},

@@ -135,14 +135,26 @@ def _solve_at_once(block: Calibrated, problems: _Problems, solve: Solve) -> list
 
 def _solve_in_turn(grid: Grid, block: Calibrated, problems: _Problems, solve: Solve) -> list[Solved]:
     """Solve as `_solve_at_once` does, each input measured after the linears before it were quantized."""
-    solutions = []
-    for names in blockwise.reading_together(block.folded.module, block.linears, block.hidden, block.kwargs):
-        problem = problems.of({name: block.linears[name] for name in names})[names]
-        (solution,) = solve([problem])
-        solutions.append((names, problem[1], solution))
-        weight = solution.quantized.dequantize(grid)
-        for name, part in zip(names, weight.split([block.exact[n].shape[0] for n in names]), strict=True):
-            block.linears[name].weight.copy_(part)
+    solutions: list[Solved] = []
+    tried: set[tuple[str, ...]] = set()
+    # what was quantized may route tokens to other experts: some have none any more, others have now
+    while fresh := [
+        names
+        for names in blockwise.reading_together(
+            block.folded.module, block.linears, block.hidden, block.kwargs
+        )
+        if names not in tried
+    ]:
+        tried |= set(fresh)
+        for names in fresh:
+            problem = problems.of({name: block.linears[name] for name in names}).get(names)
+            if problem is None:
+                continue
+            (solution,) = solve([problem])
+            solutions.append((names, problem[1], solution))
+            weight = solution.quantized.dequantize(grid)
+            for name, part in zip(names, weight.split([block.exact[n].shape[0] for n in names]), strict=True):
+                block.linears[name].weight.copy_(part)
     return solutions
 
 
@@ -153,6 +165,10 @@ def waiting_bytes(lm: "LM", tokens: int, input_correction: bool = False) -> int:
     """
     size = tokens * lm.model.config.hidden_size * lm.model.dtype.itemsize
     return size * 3 if input_correction else size
+
+
+def _numbers(block: nn.Module) -> int:
+    return sum(linear.weight.numel() for linear in linears("", block).values())
 
 
 def estimate(
@@ -175,12 +191,13 @@ def estimate(
     """
     weights = sum(held_bytes(lm.model, lm.arch))
     every = blocks(lm.model, lm.arch)
-    name, block = next(iter(every.items()))
+    # dense blocks may be among those of experts: the one with most weights stands for all
+    index, (name, block) = max(enumerate(every.items()), key=lambda each: _numbers(each[1][1]))
     inside = linears(name, block)
-    first = [site for site in sites(lm.model, lm.arch) if site.block == 0]
-    readers = [list(group.values()) for site in first for group in site.groups]
+    here = [site for site in sites(lm.model, lm.arch) if site.block == index]
+    readers = [list(group.values()) for site in here for group in site.groups]
     readers += [[linear] for linear in inside.values() if not any(linear in group for group in readers)]
-    numbers = sum(linear.weight.numel() for linear in inside.values())
+    numbers = _numbers(block)
     squares = sum(group[0].in_features ** 2 for group in readers)
     share = read_shares(block, lm.model.config)  # of the tokens, where experts read some of them
     read_numbers = sum(share.get(linear, 1) * linear.weight.numel() for linear in inside.values())

@@ -13,7 +13,7 @@ from torch.nn import functional
 from teq.grid import Grid
 from teq.models.blocks import run_block
 from teq.quantizers import errors
-from teq.quantizers.blockwise import Calibrated, Report, measure
+from teq.quantizers.blockwise import UNREACHED, Calibrated, Report, measure
 from teq.quantizers.gptq.solver import Hessian
 from teq.quantizers.quantized import Quantized
 from teq.quantizers.search import search_block
@@ -84,9 +84,10 @@ def quantize_block(
     quantized, entry = train_block(block, grid, iterations, batch, lr, seed)
     found = measure(block.folded.module, block.linears, block.hidden, block.kwargs, Hessian)
     means = {names: hessian.mean() for names, hessian in found.items()}
-    quantized = {name: quantized[name] for names in found for name in names}  # that have an input
+    reached = {name for names in found for name in names}
     entry[OUTPUT_ERROR] = errors.read_back(errors.output_errors(block.exact, quantized, means, grid))
-    return quantized, {block.folded.name: entry}
+    unreached = {name: UNREACHED for name in quantized if name not in reached}
+    return quantized, {block.folded.name: entry, **unreached}
 
 
 def train_block(

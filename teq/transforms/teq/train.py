@@ -209,7 +209,7 @@ def train(
     end = "last/" if held else ""
     still = [name for name in last if torch.equal(scales[f"{end}{name}"], scales[f"start/{name}"])]
     routed = {site.name for site in sites(model, arch) if site.routed}
-    if idle := [name for name in still if name in routed]:
+    if steps and (idle := [name for name in still if name in routed]):
         log.warning(
             "the scales of %d of %d sites never moved: no token reached their experts", len(idle), len(last)
         )
