@@ -53,14 +53,14 @@ class Work(Settings):
 
     A stage that can tells what it will need: `dry_run(lm, strategy)` does a unit of its work (a training
     step, a window) on a model whose tensors have no contents, `estimate(lm)` computes it from the shapes.
-    Its work is the same under each of its `strategies`, which say where memory goes. `compared_tokens` are
-    those whose last hidden states of the float model wait while it works.
+    Its work is the same under each of its `strategies`, which say where memory goes. `waiting_tokens` are
+    those whose hidden states wait in host memory or in a file while it works.
     """
 
     strategies: ClassVar[Sequence[str]] = ("keep", "stream")
     dry_run: ClassVar[Callable[..., None] | None] = None
     estimate: ClassVar[Callable[..., Estimate] | None] = None
-    compared_tokens: ClassVar[Any] = 0
+    waiting_tokens: ClassVar[Any] = 0
 
     def check_text(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raise UserError if the text that is read is too short."""

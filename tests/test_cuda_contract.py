@@ -88,7 +88,7 @@ def assert_waits_are_few(cuda, ran):
         "quantizers.gptq.blocks": BLOCKS * gptq,
         "quantizers.errors": rtn,  # of all linears
         "transforms.teq.train": STEPS * ("teq" in transforms),
-        "models.blocks": 2 * ("teq" in transforms),
+        "models.head": 2 * ("teq" in transforms),
         "transforms.awq.search": BLOCKS * ("awq" in transforms),
     }
     assert cuda.numbers() == {module: count for module, count in expected.items() if count}
@@ -196,7 +196,7 @@ def test_a_task_reads_back_once_for_a_pass(ran, family, monkeypatch):
     passes.clear()
     assert_equal_to_the_bit(ran(*argv, evals="lastword-python-docs", cuda=cuda), expected)
     # and once to see that logits are the head's output
-    assert cuda.numbers() == {"evaluate.scoring": len(passes), "models.blocks": 2} and not cuda.copies()
+    assert cuda.numbers() == {"evaluate.scoring": len(passes), "models.head": 2} and not cuda.copies()
 
 
 def test_another_device_is_the_current_one_and_the_one_that_is_waited_for(ran):

@@ -16,6 +16,7 @@ from teq.device.runtime import STRATEGIES, Runtime
 from teq.evaluate.workload import WORKLOADS
 from teq.files import disk
 from teq.pipeline import estimate, forecast
+from teq.transforms.teq.settings import HELD_OUT
 
 TINY = ["model=tiny-llama", "method=teq+gptq", "train.length=64", "train.steps=10", "gptq.samples=4"]
 TINY += ["gptq.length=64", "evals=[python-docs,lastword-python-docs]", "ppl.context=64", "ppl.limit=5"]
@@ -67,9 +68,10 @@ def test_the_reference_of_a_divergence_is_planned(no_weights, own_home, capsys):
 
 
 def test_hidden_states_that_the_host_has_no_memory_for_are_planned_on_disk(no_weights, monkeypatch, capsys):
+    argv = [*TINY, "train.objective=block", "gptq.samples=64", "finetune=scales", "tune.length=64"]
+
     def planned():
-        argv = [*TINY, "gptq.samples=64", "finetune=scales", "tune.length=64", "memory=stream", "device=cpu"]
-        assert main(["plan", *argv]) == 0
+        assert main(["plan", *argv, "memory=stream", "device=cpu"]) == 0
         lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "| stream" in line]
         return {
             cells[1].strip(): [float((c.strip(" ~").split() or [0])[0]) for c in (cells[2], cells[4])]
@@ -79,8 +81,9 @@ def test_hidden_states_that_the_host_has_no_memory_for_are_planned_on_disk(no_we
     roomy = planned()
     monkeypatch.setattr(waiting, "fits", lambda size: not size)
     full = planned()
-    (job,) = config.jobs([*TINY, "finetune=scales", "tune.length=64"])
-    states = {"weights": 64 * 64, "tuned": job.run.finetune.compared_tokens, "python-docs": 5 * 64}
+    (job,) = config.jobs(argv)
+    states = {"weights": 64 * 64, "tuned": job.run.finetune.waiting_tokens, "python-docs": 5 * 64}
+    states["scales"] = 2 * (10 + HELD_OUT) * 64  # a block's inputs, and what the float model's puts out
     for stage, tokens in states.items():
         size = tokens * job.run.model.source.dimensions().hidden_size * 4 / 1e6
         assert roomy[stage][0] - full[stage][0] == pytest.approx(size, abs=0.02)

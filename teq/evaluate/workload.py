@@ -39,7 +39,7 @@ class Scoring:
 
     strategies = Work.strategies
     estimate = None
-    compared_tokens = 0
+    waiting_tokens = 0
     work: Workload
     documents: int
     batch_size: int

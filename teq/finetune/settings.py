@@ -70,7 +70,7 @@ class Finetune(Tuner):
         return min(count, max(3, CALIBRATION_END // self.length)) if self.calib.corpus == NAME else count
 
     @property
-    def compared_tokens(self) -> int:
+    def waiting_tokens(self) -> int:
         """Return how many tokens' last hidden states of the float model wait for the training."""
         return self._count() * self.length if self.loss == "kl" else 0
 

@@ -131,7 +131,7 @@ def stages(
         """Return the bytes of hidden states that wait in the host's memory beside those of the estimate."""
         if strategy == "stream" and isinstance(stage, Perplexity):
             return min(PASS, hidden_bytes(stage) or PASS)
-        return stage.compared_tokens * sizes.hidden_size * getattr(torch, run.dtype).itemsize
+        return stage.waiting_tokens * sizes.hidden_size * getattr(torch, run.dtype).itemsize
 
     def hidden_bytes(evaluation: Any) -> int:
         """Return the bytes of the hidden states of all windows, 0 where their number is not known."""
@@ -143,7 +143,7 @@ def stages(
 
     def reference(evaluation: Any) -> Iterator[Stage]:
         work = SimpleNamespace(
-            strategies=Work.strategies, dry_run=evaluation.dry_reference, estimate=None, compared_tokens=0
+            strategies=Work.strategies, dry_run=evaluation.dry_reference, estimate=None, waiting_tokens=0
         )
         count = getattr(evaluation, "limit", None) or 0
         dtype = run.eval_dtype or run.dtype

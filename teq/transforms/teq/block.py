@@ -186,17 +186,11 @@ def dry_run(
     trainer_of: Callable[[int], Trainer],
     *,
     grid: Grid,
-    count: int,
     strategy: str,
 ) -> None:
-    """Do two steps of every block on `tokens [batch, token]` while `count` windows' hidden states wait.
-
-    They wait in host memory: where a device is so small that blocks wait there too, they are not counted.
-    """
+    """Do two steps of every block on `tokens [batch, token]`, without the hidden states that wait."""
     with torch.no_grad():
         hidden, keywords = block_inputs(model, arch, tokens, count=1)
-        host = torch.zeros_like(hidden[:1], device="cpu")
-        waiting = [] if strategy == "offload" else [torch.zeros_like(host) for _ in range(2 * count)]
     for index, (name, module) in enumerate(blocks(model, arch).items()):
         copied = [p.clone() for p in module.parameters()] if strategy == "offload" else []
         trainer = trainer_of(index)
@@ -220,4 +214,3 @@ def dry_run(
                     trainer.current.update(trainer.snapshot())
                     run_block(module, hidden, keywords[0])
         del copied
-    del waiting

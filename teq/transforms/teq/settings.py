@@ -115,10 +115,16 @@ class Teq(Transform):
         return self._windows(tokenizer, HELD_OUT)[-HELD_OUT:] if read else None
 
     @property
-    def compared_tokens(self) -> int:
-        """Return how many tokens' last hidden states of the float model wait for the training."""
+    def waiting_tokens(self) -> int:
+        """Return how many tokens' hidden states wait for the training.
+
+        The float model's last ones for `kl`; a block's inputs and the float block's outputs for `block`.
+        """
+        count = max(self.steps, 1) * self.batch
+        if self.objective == "block":
+            return 2 * (count + HELD_OUT) * self.length
         held = HELD_OUT if self.keep == "best" else 0
-        return (max(self.steps, 1) * self.batch + held) * self.length if self.objective == "kl" else 0
+        return (count + held) * self.length if self.objective == "kl" else 0
 
     def _windows(self, tokenizer: "PreTrainedTokenizerBase", more: int) -> "Tensor":
         count = max(self.steps, 1) * self.batch + more
@@ -209,10 +215,7 @@ class Teq(Transform):
         tokens = torch.zeros(self.batch, self.length, dtype=torch.int64, device=lm.device)
         if self.objective == "block":
             trainer_of = functools.partial(self.trainer, lm.model, lm.arch, lm.device, None)
-            count = max(self.steps, 1) * self.batch + HELD_OUT
-            block.dry_run(
-                lm.model, lm.arch, tokens, trainer_of, grid=self.grid, count=count, strategy=strategy
-            )
+            block.dry_run(lm.model, lm.arch, tokens, trainer_of, grid=self.grid, strategy=strategy)
             return
         trainer = self.trainer(lm.model, lm.arch, lm.device)
         exact = [
