@@ -162,10 +162,13 @@ def test_overhead_of_replaced_layers_is_refused(tiny):
             job.run.evals[0].measure(tiny(name), Runtime())
 
 
-def test_scales_of_an_expert_without_tokens_stay_while_the_others_train(own_home, tiny, caplog):
-    job = job_of("method=teq", "sites=all", "train.steps=2", "train.length=48")
+def test_scales_of_an_expert_without_tokens_stay_while_the_others_train(own_home, tiny, tmp_path, caplog):
+    """With a state of the training that is saved, in which the optimizer has moments of all scales."""
+    job = job_of(
+        "method=teq", "sites=all", "train.steps=2", "train.length=48", f"train.objective={objective}"
+    )
     lm = without_tokens(tiny("qwen3_moe", "float32", "sites=all"))
-    scales, _ = job.run.transform.fit(lambda: lm, Runtime(), lambda *_: None)
+    scales, _ = job.run.transform.fit(lambda: lm, Runtime(partial=tmp_path), lambda *_: None)
     moved = {
         name: bool((scales[name] != scales[f"start/{name}"]).any()) for name in scales if "/" not in name
     }
@@ -173,6 +176,18 @@ def test_scales_of_an_expert_without_tokens_stay_while_the_others_train(own_home
         "model.layers.0.mlp.experts.3.up_proj"
     ]
     assert "the scales of 1 of" in caplog.text
+
+
+def test_the_last_stage_tunes_experts_of_which_one_has_no_tokens(own_home, tiny, tmp_path):
+    job = job_of("method=rtn", "finetune=scales+norms", "tune.steps=12", "tune.length=48", "tune.lr=0.002")
+    tensors, _ = job.run.quantizer.quantize(lambda: without_tokens(tiny("qwen3_moe")), {}, Runtime())
+    tuned, info = job.run.finetune.tune(
+        lambda: without_tokens(tiny("qwen3_moe")), tensors, Runtime(partial=tmp_path)
+    )
+    assert (tmp_path / "tuning.safetensors").exists() and info["kept"]
+    for i, moves in enumerate([True, True, True, False]):
+        name = f"model.layers.0.mlp.experts.{i}.down_proj/scale"
+        assert torch.equal(tuned[name], tensors[name]) != moves
 
 
 def test_an_input_correction_of_experts_is_refused_before_the_run(no_weights):

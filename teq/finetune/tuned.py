@@ -13,7 +13,7 @@ from teq.grid import Grid, storable
 from teq.models.arch import Arch, blocks, by_block, linears
 from teq.models.blocks import forwards
 from teq.models.lazy import leave, present
-from teq.models.loss import training_loss
+from teq.models.loss import backward, training_loss
 from teq.quantizers.quantized import Quantized
 
 BETAS = (0.9, 0.95)
@@ -126,7 +126,7 @@ class Tuned:
 
     def move(self, loss: Tensor, rate: float) -> None:
         """Run the backward pass and Adam's update."""
-        loss.backward()
+        backward(loss, self.free.values())
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

@@ -1,5 +1,6 @@
 """Training losses, made from the last hidden states a few tokens at a time."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -101,3 +102,15 @@ def training_loss(model: nn.Module, tokens: Tensor, reference: Tensor | None) ->
     if reference is None:
         return causal_loss(model, tokens.to(device))
     return divergence_loss(model, tokens.to(device), reference.to(device))
+
+
+def backward(loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
+    """Run the backward pass of a loss.
+
+    Of what the loss does not depend on, such as an expert's numbers in a step without tokens for it, the
+    gradient is zero: so every optimizer has the state of all, which a resumed training needs.
+    """
+    loss.backward()
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)

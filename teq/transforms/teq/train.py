@@ -18,7 +18,7 @@ from teq.grid import Grid
 from teq.models.arch import Arch, Site, blocks, sites
 from teq.models.fold import check_equivalence
 from teq.models.head import check_head
-from teq.models.loss import training_loss
+from teq.models.loss import backward, training_loss
 from teq.stage import Diverged, NothingDone, OnStep
 from teq.transforms.activations import outputs
 from teq.transforms.teq.linear import fake_quantized
@@ -113,7 +113,7 @@ class Trainer:
 
     def move(self, loss: Tensor, step: int) -> None:
         """Run the backward pass and Adam's update at this step's learning rate."""
-        loss.backward()
+        backward(loss, self.free.values())
         self.current.clear()
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"](step)
