@@ -71,7 +71,6 @@ def check_head(model: "nn.Module", arch: Arch | None) -> None:
 
     Where the family is known, only the first block computes.
     """
-
     tokens = torch.arange(8, device=model.get_input_embeddings().weight.device)[None]
     short = contextlib.nullcontext() if arch is None else bypassed(blocks(model, arch).values())
     with one_sequence_a_row(), torch.no_grad(), short:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.integrations.moe import _default_apply_gate
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
@@ -87,12 +86,18 @@ def _linear(weight: Tensor, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """Tell whether a module holds experts as `gate_up_proj [expert, 2 n, width]` and `down_proj`."""
+    """Tell whether a module holds experts as `gate_up_proj [expert, 2 n, width]` and `down_proj`.
+
+    Attributes that older versions of transformers do not set have one value there.
+    """
+    gate = getattr(type(module), "_apply_gate", None)
     return (
-        getattr(module, "has_gate", False)
-        and module.is_concatenated
-        and not (module.is_transposed or module.has_bias or module.has_post_expert_norm)
-        and type(module)._apply_gate is _default_apply_gate
+        getattr(gate, "__name__", "") == "_default_apply_gate"
+        and getattr(module, "has_gate", True)
+        and getattr(module, "is_concatenated", True)
+        and not module.is_transposed
+        and not module.has_bias
+        and not getattr(module, "has_post_expert_norm", False)
     )
 
 
