@@ -151,7 +151,7 @@ def test_every_stage_is_the_same_to_the_bit_when_it_is_streamed(saved, own_home,
     assert kept[1].get("finetune", {"kept": True})["kept"]  # else nothing tuned was compared
 
 
-@pytest.mark.parametrize("family", ["opt", "bloom", "gemma3", "gpt2", "gpt_neox", "falcon"])
+@pytest.mark.parametrize("family", ["opt", "bloom", "gemma3", "gpt2", "gpt_neox", "falcon", "qwen3_moe"])
 def test_other_families_stream_to_the_same_bits(saved, own_home, family):
     kept, streamed = (finished(saved, own_home / m, family, "gptq", m)[0] for m in ("keep", "stream"))
     assert kept == streamed
