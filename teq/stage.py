@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from teq.models.arch import Site
     from teq.models.checkpoint import LM
 
 Load = Callable[[], "LM"]
@@ -100,9 +99,6 @@ class Transform(_Calibrated):
 
 class Quantizer(_Calibrated):
     """From a model and scales to integer codes on the field `grid`, which is None in floating point."""
-
-    def check_sites(self, sites: "Sequence[Site]") -> None:
-        """Raise UserError where a model with such sites cannot be quantized with these settings."""
 
     def quantize(self, load: Load, scales: Mapping[str, "Tensor"], runtime: Runtime) -> Made:
         """Return the tensors of `teq.quantizers.quantized.stored`; the model of `load()` may be used up."""

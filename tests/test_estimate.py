@@ -11,6 +11,7 @@ from teq.device.live_bytes import LiveBytes
 from teq.device.runtime import Runtime
 from teq.models.arch import blocks
 from teq.models.checkpoint import LM
+from teq.models.synthetic import architecture
 from teq.pipeline import estimate, forecast, store
 from teq.pipeline import run as pipeline
 from teq.spec import UserError
@@ -18,12 +19,13 @@ from teq.spec import UserError
 
 @pytest.mark.parametrize("strategy", ["keep", "checkpoint", "offload"])
 @pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "qwen3_moe"])
 def test_prediction_is_within_15_percent_of_a_real_step(family, strategy, batch):
     run = job_of(family, f"train.batch={batch}").run
     wanted = run.model.source.dimensions()
     wanted.num_hidden_layers = 7  # the prediction looks at two and at three
     predicted = estimate.estimate(run.transform, wanted, run.model.arch, "float32", strategy)
-    model = AutoModelForCausalLM.from_config(wanted).eval().requires_grad_(False)
+    model = architecture(wanted).eval().requires_grad_(False)
     with LiveBytes() as live:
         run.transform.dry_run(LM(model, None, run.model.arch, ""), strategy)
     waiting = blocks(model, run.model.arch).values() if strategy == "offload" else ()

@@ -1,22 +1,17 @@
-"""Running blocks, and the head of a model."""
+"""The head of a model: what is done to its logits."""
 
 import pytest
+from conftest import every_family
 
-from teq import config
 from teq.models.head import check_head
 from teq.spec import UserError
 
 
-def test_a_model_that_bends_its_logits_is_refused():
-    (job,) = config.jobs(["model=tiny-llama"])
-    lm = job.run.model.load("float32", "cpu")
-    plain = lm.model.forward
-
-    def bent(*args, **kwargs):
-        out = plain(*args, **kwargs)
-        out.logits = out.logits / 2
-        return out
-
-    lm.model.forward = bent
+@pytest.mark.parametrize("family", every_family())
+def test_a_model_that_bends_its_logits_is_refused(tiny, family):
+    """Further than its configuration says: the same model passes as it is."""
+    lm = tiny(family)
+    check_head(lm.model, lm.arch)
+    lm.model.register_forward_hook(lambda _, __, out: setattr(out, "logits", out.logits / 2))
     with pytest.raises(UserError, match="does more to its logits"):
         check_head(lm.model, lm.arch)

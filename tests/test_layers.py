@@ -11,6 +11,7 @@ from teq.models import arch
 from teq.models.fold import fold, folded_tensors, one_of_each_kind
 from teq.models.layers import Experts, read_shares, with_linears
 from teq.models.synthetic import skeleton
+from teq.pipeline import estimate
 from teq.quantizers.quantized import linear_from, restore, round_to_nearest
 from teq.spec import UserError
 from teq.verbs.run import checked_jobs
@@ -197,6 +198,17 @@ def test_an_input_correction_of_experts_is_refused_before_the_run(no_weights):
     assert checked_jobs(chosen)
     with pytest.raises(UserError, match="is not allowed for a model with experts"):
         checked_jobs(["-m", *chosen, "gptq.input_correction=0,0.5"])
+
+
+def test_what_gptq_takes_is_predicted_from_the_block_of_experts_wherever_it_is():
+    """A dense block has fewer linears; experts read a share of the tokens, so it takes more operations."""
+    quantizer, predicted = job_of("method=gptq").run.quantizer, {}
+    for dense in ([], [0], [1], [0, 1]):
+        sizes = job_of().run.model.source.dimensions()
+        sizes.mlp_only_layers = dense
+        predicted[*dense] = quantizer.estimate(estimate.outline(sizes, "float32", job_of().run.model.arch))
+    assert predicted[0,] == predicted[1,]
+    assert predicted[0, 1].flops > predicted[()].flops == predicted[0,].flops
 
 
 def test_linears_of_experts_read_their_share_of_the_tokens(tiny):

@@ -41,6 +41,15 @@ def tokenizer():
 
 def build(family: str) -> transformers.PreTrainedModel:
     """A tiny fp32 model in which every parameter, norms and biases included, is far from its usual start."""
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": MAX_LENGTH,
+    }
     config = {
         "opt": lambda: transformers.OPTConfig(
             vocab_size=VOCAB,
@@ -52,47 +61,12 @@ def build(family: str) -> transformers.PreTrainedModel:
             word_embed_proj_dim=16,
         ),
         "bloom": lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=36, n_layer=2, n_head=6),
-        "llama": lambda: transformers.LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=MAX_LENGTH,
-        ),
-        "mistral": lambda: transformers.MistralConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=MAX_LENGTH,
-            sliding_window=12,  # shorter than some sequences
-        ),
+        "llama": lambda: transformers.LlamaConfig(**sizes),
+        "mistral": lambda: transformers.MistralConfig(**sizes, sliding_window=12),  # shorter than some texts
         "gemma2": lambda: transformers.Gemma2Config(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=MAX_LENGTH,
-            sliding_window=12,
-            final_logit_softcapping=2.0,
+            **sizes, head_dim=8, sliding_window=12, final_logit_softcapping=2.0
         ),
-        "granite": lambda: transformers.GraniteConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=MAX_LENGTH,
-            logits_scaling=4.0,
-        ),
+        "granite": lambda: transformers.GraniteConfig(**sizes, logits_scaling=4.0),
     }[family]()
     model = transformers.AutoModelForCausalLM.from_config(config).float()
     generator = torch.Generator().manual_seed(7)
@@ -352,14 +326,7 @@ def test_tasks_refuse_models_that_change_the_logits(tiny):
     """Granite's are divided by a value of its configuration; here by another one."""
     (job,) = config.jobs(["model=tiny-granite", "method=fp", "evals=[lastword-python-docs]"])
     lm = tiny("granite")
-    forward = lm.model.forward
-
-    def divided(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        out.logits = out.logits / 2
-        return out
-
-    lm.model.forward = divided
+    lm.model.register_forward_hook(lambda _, __, out: setattr(out, "logits", out.logits / 2))
     with pytest.raises(UserError, match="does more to its logits"):
         job.run.evals[0].measure(lm, Runtime())
 

@@ -1,7 +1,7 @@
 """Architectures: where a family's decoder blocks are, and its sites: which layer feeds which linears."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,12 @@ class Arch(Settings):
     requires: dict[str, Any]
     because: str = option(hashed=False)  # why `requires` is required, for the message
 
+    @property
+    def kept(self) -> set[str]:
+        """Return the modules that read a site and stay in floating point: the routers of experts."""
+        wired = (entry for entry in self.sites.values() if isinstance(entry, Mapping))
+        return {name for entry in wired for name in entry.get("kept", ())}
+
 
 @dataclass(frozen=True)
 class Site:
@@ -55,7 +61,7 @@ class Site:
     parts: int = 1
     part: int = 0
     kept: dict[str, "nn.Module"] = field(default_factory=dict)
-    routed: bool = False  # the source is inside an expert
+    routed: bool = False  # the source is inside an expert: its name has something in the place of `*`
 
     @property
     def targets(self) -> dict[str, "nn.Linear"]:
@@ -141,14 +147,11 @@ def _check_covered(blocks: "dict[str, nn.Module]", arch: Arch) -> None:
     from torch import nn
 
     found: dict[str, str] = {}  # by relative name, the same in all blocks
-    kept = {
-        name for entry in arch.sites.values() if isinstance(entry, dict) for name in entry.get("kept", ())
-    }
     for block in blocks.values():
         linear = {id(m.weight) for m in block.modules() if isinstance(m, nn.Linear)}
         for name, parameter in block.named_parameters():
             module = name.rpartition(".")[0]
-            if parameter.ndim > 1 and id(parameter) not in linear and module not in kept:
+            if parameter.ndim > 1 and id(parameter) not in linear and module not in arch.kept:
                 found[name] = (
                     f"{name} {list(parameter.shape)} of {type(block.get_submodule(module)).__name__}"
                 )
@@ -210,7 +213,7 @@ def block_sites(
                 f"{block_name}.{name}": modules[name] for name in wiring.get("kept", ()) if name in modules
             }
             module, name = modules[source], f"{block_name}.{source}"
-            site = Site(name, index, module, groups, count, parts, part, kept, _in_expert(source, modules))
+            site = Site(name, index, module, groups, count, parts, part, kept, routed=bool(star))
             channels = module.weight.shape[0]
             fits = site.inputs % site.width == 0 if heads else site.inputs == site.width
             if not fits or channels % (count * parts) or not 0 <= part < parts:
@@ -247,10 +250,3 @@ def _groups(
         for name, star in _matches(target, inside, arch, "linear").items():
             groups.setdefault(star, {})[f"{block_name}.{name}"] = inside[name]
     return tuple(groups.values())
-
-
-def _in_expert(name: str, modules: "dict[str, nn.Module]") -> bool:
-    from teq.models.layers import Expert
-
-    words = name.split(".")
-    return any(isinstance(modules[".".join(words[:count])], Expert) for count in range(1, len(words)))

@@ -41,6 +41,11 @@ class Run(Settings):
                 f"finetune={self.finetune.parts} has no effect on method={self.method}, which quantizes "
                 "nothing: choose finetune=none, or a method that quantizes, such as rtn"
             )
+        if self.model.arch.kept and (share := getattr(self.quantizer, "input_correction", 0)):
+            raise UserError(
+                f"gptq.input_correction={share} is not allowed for a model with experts: the float model "
+                "routes other tokens to them than the quantized one does; leave it out"
+            )
 
     @property
     def calibrated(self) -> tuple[Transform | Quantizer | Tuner, ...]:
@@ -70,9 +75,9 @@ def checks(spec: Run) -> list[dict[str, Callable[[], Any]]]:
     texts = {f"text {name}": functools.partial(data.provenance, name) for name in names}
     known = {}
     if spec.model.source.at_hand:
-        reads = getattr(spec.quantizer, "input_correction", 0)  # what a quantizer's own check asks
-        name = f"{spec.model.source!r} {spec.model.arch.name} {spec.method} {reads}"
-        known[name] = functools.partial(check_quantizable, spec)
+        known[f"{spec.model.source!r} {spec.model.arch.name} {spec.method}"] = functools.partial(
+            check_quantizable, spec
+        )
     return [
         {repr(spec.model.source): spec.model.source.fingerprint},
         known | texts | {evaluation.key(): evaluation.provenance for evaluation in spec.evals},
@@ -92,4 +97,4 @@ def check_quantizable(spec: Run) -> None:
             f"model={spec.model.name} is quantized already and method={spec.method} would do it again: "
             "evaluate it with method=fp, or give the model it was made from"
         )
-    spec.quantizer.check_sites(sites(skeleton(dimensions), spec.model.arch))
+    sites(skeleton(dimensions), spec.model.arch)

@@ -167,10 +167,6 @@ def waiting_bytes(lm: "LM", tokens: int, input_correction: bool = False) -> int:
     return size * 3 if input_correction else size
 
 
-def _numbers(block: nn.Module) -> int:
-    return sum(linear.weight.numel() for linear in linears("", block).values())
-
-
 def estimate(
     lm: "LM",
     samples: int,
@@ -191,13 +187,15 @@ def estimate(
     """
     weights = sum(held_bytes(lm.model, lm.arch))
     every = blocks(lm.model, lm.arch)
-    # dense blocks may be among those of experts: the one with most weights stands for all
-    index, (name, block) = max(enumerate(every.items()), key=lambda each: _numbers(each[1][1]))
-    inside = linears(name, block)
+    # dense blocks may be among those of experts: the one with most linears stands for all
+    inside, index, block = max(
+        ((linears(name, block), i, block) for i, (name, block) in enumerate(every.items())),
+        key=lambda each: len(each[0]),
+    )
     here = [site for site in sites(lm.model, lm.arch) if site.block == index]
     readers = [list(group.values()) for site in here for group in site.groups]
     readers += [[linear] for linear in inside.values() if not any(linear in group for group in readers)]
-    numbers = _numbers(block)
+    numbers = sum(linear.weight.numel() for linear in inside.values())
     squares = sum(group[0].in_features ** 2 for group in readers)
     share = read_shares(block, lm.model.config)  # of the tokens, where experts read some of them
     read_numbers = sum(share.get(linear, 1) * linear.weight.numel() for linear in inside.values())

@@ -13,15 +13,13 @@ from teq.device import memory
 from teq.device.memory import Estimate
 from teq.device.runtime import Runtime
 from teq.grid import Grid
-from teq.models.arch import sites
 from teq.models.lazy import held_bytes
-from teq.spec import UserError, option
+from teq.spec import option
 from teq.stage import Load, Made, Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from teq.models.arch import Site
     from teq.models.checkpoint import LM
     from teq.quantizers.gptq.solver import Problem, Solution
 
@@ -61,7 +59,6 @@ class Gptq(Quantizer):
         from teq.quantizers.gptq.blocks import waiting_bytes
 
         lm = load()
-        self.check_sites(sites(lm.model, lm.arch))
         work = functools.partial(
             self.quantize_on, scales=scales, windows=self.windows(lm.tokenizer), partial=runtime.partial
         )
@@ -80,14 +77,6 @@ class Gptq(Quantizer):
         size = waiting_bytes(lm, self.samples * self.length, self.input_correction > 0)
         log.info("%.3g GB of hidden states wait in the host's memory", size / 1e9)
         return work(lm, waiting="cpu")
-
-    def check_sites(self, sites: "Sequence[Site]") -> None:
-        """Raise UserError where an input correction would compare the inputs of different tokens."""
-        if self.input_correction and any(len(site.groups) > 1 for site in sites):
-            raise UserError(
-                f"gptq.input_correction={self.input_correction} is not allowed for a model with experts: the "
-                "float model routes other tokens to them than the quantized one does; leave it out"
-            )
 
     def quantize_on(
         self,
