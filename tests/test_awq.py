@@ -199,6 +199,7 @@ QUICK = ["bits=3", "group_size=32", "awq.ratios=4", "evals=[counts]"]
 QUICK += [f"{group}.{key}" for group in ("awq", "smoothquant", "gptq") for key in ("samples=2", "length=48")]
 
 
+@pytest.mark.parametrize("family", ["opt", "llama"])
 def test_methods_run_end_to_end_and_are_not_their_quantizer_alone(family, own_home):
     from teq.pipeline.run import run
     from teq.pipeline.store import Store

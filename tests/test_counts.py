@@ -1,10 +1,8 @@
 """Counts of parameters equal the paper's."""
 
-import subprocess
-import sys
-
 import pytest
 
+import run as entry
 from teq import config
 from teq.device.runtime import Runtime
 from teq.evaluate.counts import Counts
@@ -56,9 +54,7 @@ def test_counting_allocates_nothing(counted):
 
 
 def test_run_py_writes_count_records_that_the_report_shows(own_home):
-    command = [sys.executable, str(config.ROOT / "run.py"), "experiments=table9", "model=opt-6.7b,llama-7b"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert entry.main(["experiments=table9", "model=opt-6.7b,llama-7b"]) == 0
     body = read("table9", ["model=opt-6.7b,llama-7b"], RecordIndex(own_home / "records")).body
     verdicts = {place: value.verdict for place, value in body.cells.items()}
     assert verdicts.pop((("opt-6.7b",), ("groups",))) == cells.DIFFERS

@@ -18,8 +18,7 @@ from teq.spec import UserError
 
 
 @pytest.mark.parametrize("strategy", ["keep", "checkpoint", "offload"])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "qwen3_moe"])
+@pytest.mark.parametrize(("family", "batch"), [("opt", 1), ("bloom", 3), ("llama", 3), ("qwen3_moe", 3)])
 def test_prediction_is_within_15_percent_of_a_real_step(family, strategy, batch):
     run = job_of(family, f"train.batch={batch}").run
     wanted = run.model.source.dimensions()
@@ -34,6 +33,22 @@ def test_prediction_is_within_15_percent_of_a_real_step(family, strategy, batch)
     assert predicted.flops == live.flops
     assert predicted.bytes - weights == pytest.approx(live.peak, rel=0.15)
     assert live.live < live.peak / 2
+
+
+def test_a_sweeps_jobs_count_what_they_share_once(monkeypatch):
+    """Equal settings of jobs that were composed apart; anything else that is asked for is counted."""
+    counted, count = [], estimate._counted
+    monkeypatch.setattr(estimate, "_KNOWN", {})
+    monkeypatch.setattr(estimate, "_counted", lambda *given: counted.append(1) or count(*given))
+
+    def asked(*overrides, dtype="float32"):
+        run = job_of("opt", *overrides).run
+        return estimate.estimate(run.transform, run.model.source.dimensions(), run.model.arch, dtype, "keep")
+
+    first = asked()
+    assert asked() == asked("method=teq+gptq") == first and len(counted) == 1
+    assert asked("train.length=32").bytes < first.bytes and asked(dtype="bfloat16").bytes < first.bytes
+    assert len(counted) == 3
 
 
 def test_training_needs_no_more_than_its_steps_are_predicted_to(family):

@@ -56,19 +56,21 @@ def test_every_stage_is_planned_without_weights(no_weights, capsys):
 def test_the_reference_of_a_divergence_is_planned(no_weights, own_home, capsys):
     """Its hidden states are mapped from the files in which finished windows are kept."""
     sizes = {}
+    argv = ["model=tiny-llama", "method=rtn", "evals=[python-docs]", "ppl.context=64", "ppl.limit=5000"]
     for place in ("device=cpu", "memory=40GB"):
-        assert main(["plan", *TINY, "ppl.kl=true", "ppl.limit=5000", place]) == 0
+        assert main(["plan", *argv, "ppl.kl=true", place]) == 0
         found = rows(capsys.readouterr().out)
         names = [name for name, _ in found]
         assert names.index("reference/python-docs") + 2 == names.index("python-docs")
         sizes[place] = float(found["reference/python-docs", "keep (picked)"][0].removesuffix(" MB"))
-    (job,) = config.jobs(TINY)
+    (job,) = config.jobs(argv)
     kept = 5000 * 64 * job.run.model.source.dimensions().hidden_size * 4 / 1e6
     assert 0 < sizes["memory=40GB"] < kept and 0 < sizes["device=cpu"] < kept
 
 
 def test_hidden_states_that_the_host_has_no_memory_for_are_planned_on_disk(no_weights, monkeypatch, capsys):
     argv = [*TINY, "train.objective=block", "gptq.samples=64", "finetune=scales", "tune.length=64"]
+    argv.append("evals=[python-docs]")
 
     def planned():
         assert main(["plan", *argv, "memory=stream", "device=cpu"]) == 0
@@ -117,7 +119,8 @@ def test_the_references_prediction_is_within_15_percent(own_home, monkeypatch, l
 
 
 def test_a_model_of_the_hub_is_planned_without_the_hub(no_weights, capsys):
-    assert main(["plan", "model=bloom-560m", "method=teq", "memory=offload", "device=cpu"]) == 0
+    argv = ["model=bloom-560m", "method=rtn", "evals=[wikitext2]", "memory=offload", "device=cpu"]
+    assert main(["plan", *argv]) == 0
     out = capsys.readouterr().out
     assert "559,214,592 parameters, 1.12 GB in bfloat16" in out
 
@@ -179,9 +182,10 @@ def test_a_named_budget_is_a_gpu_of_that_size_on_any_machine(amount, picked, wai
 
 
 def test_a_cpu_by_name_is_a_cpu_of_the_named_memory(no_weights, capsys):
-    assert main(["plan", *TINY, "memory=40GB", "device=cpu"]) == 0
+    argv = ["model=tiny-llama", "method=rtn", "evals=[python-docs]", "memory=40GB"]
+    assert main(["plan", *argv, "device=cpu"]) == 0
     assert "on cpu (40.00 GB may be used)" in capsys.readouterr().out
-    assert main(["plan", *TINY, "memory=40GB", "device=tpu"]) == 2
+    assert main(["plan", *argv, "device=tpu"]) == 2
     assert "device=tpu is not allowed" in capsys.readouterr().err
 
 

@@ -168,7 +168,9 @@ def quantized(tiny, family, *options, partial=None, windows=None):
     return job.run.quantizer.quantize(lambda: lm, {}, Runtime(partial=partial))
 
 
-@pytest.mark.parametrize("search", ["none", "clip", "hessian"])
+@pytest.mark.parametrize(
+    ("family", "search"), [("opt", "none"), ("bloom", "clip"), ("llama", "clip"), ("llama", "hessian")]
+)
 def test_every_block_ends_better_than_it_began(own_home, tiny, family, search):
     _, info = quantized(tiny, family, f"quant_grid.search={search}", "signround.iterations=20")
     for entry in info["signround"].values():

@@ -31,18 +31,17 @@ def edited(file, position, value):
     file.write_bytes(data)
 
 
-def test_an_exported_folder_has_the_numbers_of_its_run(tmp_path, capsys):
-    folder = exported(tmp_path / "out")
+def test_an_exported_folder_has_the_numbers_of_its_run_and_an_edited_one_is_found(tmp_path, capsys):
+    """Of a model whose scales and norms were tuned."""
+    more = ["method=rtn", "finetune=scales+norms", "tune.steps=5", "tune.length=64"]
+    folder = exported(tmp_path / "out", "gguf", *more)
     assert main(["verify", str(folder)]) == 0
     text = capsys.readouterr().out
     assert "run in float32, loaded in float32 as Linear" in text
     assert "0.0e+00" in text and "equal: 14 linears, 7 other tensors" in text
-
-
-def test_a_model_whose_scales_and_norms_were_tuned_has_the_numbers_of_its_run(tmp_path, capsys):
-    more = ["method=rtn", "finetune=scales+norms", "tune.steps=5", "tune.length=64"]
-    assert main(["verify", str(exported(tmp_path / "out", "gguf", *more))]) == 0
-    assert "equal: 14 linears, 7 other tensors" in capsys.readouterr().out
+    edited(folder / "model.gguf", 3000, 1)
+    assert main(["verify", "--skip-evaluations", str(folder)]) == 1
+    assert "differs: model.layers.1.mlp." in capsys.readouterr().out
 
 
 def test_a_perplexity_is_compared_in_the_dtype_that_the_run_was_evaluated_in():
@@ -70,13 +69,6 @@ def test_a_perplexity_may_differ_more_where_the_loader_computes_in_another_dtype
         "python-docs: the text or its tokens"
         in verify._numbers(manifest, {"dtype": dtype, "metrics": found})[1]
     )
-
-
-def test_an_edited_file_is_found(tmp_path, capsys):
-    folder = exported(tmp_path / "out")
-    edited(folder / "model.gguf", 3000, 1)
-    assert main(["verify", "--skip-evaluations", str(folder)]) == 1
-    assert "differs: model.layers.1.mlp." in capsys.readouterr().out
 
 
 def test_compressed_tensors_loads_what_is_exported(tmp_path, capsys):

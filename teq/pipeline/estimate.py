@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
+_KNOWN: dict[tuple[Any, ...], Estimate] = {}  # a sweep's jobs ask for the same again and again
 MANY = 2  # where so many times a model's weights fit, so does what works on them without training
 
 
@@ -120,13 +121,22 @@ def _amount(size: int) -> str:
 
 
 def estimate(
-    stage: Any, config: "PretrainedConfig", arch: Arch, dtype: str, strategy: str, device: str = "cpu"
+    stage: Work, config: "PretrainedConfig", arch: Arch, dtype: str, strategy: str, device: str = "cpu"
 ) -> Estimate:
     """Return what `stage` needs on a model of all its blocks, from dry runs on models of two and of three.
 
     The fake tensors are a CPU's, for which attention is one operator as on a GPU. On the `device` "meta" what
     goes to the host's memory is told apart and not counted.
     """
+    key = (stage, config.to_json_string(), repr(arch), dtype, strategy, device)
+    if key not in _KNOWN:
+        _KNOWN[key] = _extrapolated(stage, config, arch, dtype, strategy, device)
+    return _KNOWN[key]
+
+
+def _extrapolated(
+    stage: Work, config: "PretrainedConfig", arch: Arch, dtype: str, strategy: str, device: str
+) -> Estimate:
     blocks = config.num_hidden_layers
     if blocks <= 3:
         return _counted(stage, config, arch, dtype, blocks, strategy, device)
@@ -138,7 +148,7 @@ def estimate(
 
 
 def _counted(
-    stage: Any, config: "PretrainedConfig", arch: Arch, dtype: str, blocks: int, strategy: str, device: str
+    stage: Work, config: "PretrainedConfig", arch: Arch, dtype: str, blocks: int, strategy: str, device: str
 ) -> Estimate:
     """Return what a fake model of so many blocks takes, and what a dry run on it makes."""
     import torch

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from teq.device import memory, waiting
@@ -20,13 +19,13 @@ from teq.evaluate.perplexity import PASS, Perplexity
 from teq.evaluate.workload import WORKLOADS, Scoring
 from teq.files import disk
 from teq.models.arch import Arch, blocks, linears
-from teq.models.checkpoint import Checkpoint
+from teq.models.checkpoint import LM, Checkpoint
 from teq.models.lazy import held_bytes
 from teq.models.synthetic import Outline, Synthetic
 from teq.pipeline import cost, estimate
 from teq.pipeline.settings import Run
 from teq.spec import UserError
-from teq.stage import Work
+from teq.stage import Evaluation, Work
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -66,6 +65,17 @@ class Stage:
     host: int = 0  # bytes that wait in the host's memory while a GPU computes
     disk: int = 0  # bytes in the cache's folder: stored, where more than vectors, or waiting in a file
     about: bool = False  # from the lengths that documents have for SmolLM2's tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference(Work):
+    """The float model's pass over an evaluation's text, which a divergence is taken from."""
+
+    evaluation: Evaluation
+
+    def dry_run(self, lm: LM, strategy: str) -> None:
+        """Run a unit of the pass."""
+        self.evaluation.dry_reference(lm, strategy)
 
 
 def target(device: str, allowed: str) -> Target:
@@ -141,15 +151,17 @@ def stages(
     def trained(name: str, stage: Any) -> Iterator[Stage]:
         return rows(name, stage, flops=lambda one: one // 2 * stage.steps)  # a dry run is two steps
 
-    def reference(evaluation: Any) -> Iterator[Stage]:
-        work = SimpleNamespace(
-            strategies=Work.strategies, dry_run=evaluation.dry_reference, estimate=None, waiting_tokens=0
-        )
+    def reference(evaluation: Evaluation) -> Iterator[Stage]:
         count = getattr(evaluation, "limit", None) or 0
         dtype = run.eval_dtype or run.dtype
         kept = hidden_bytes(evaluation)
         return rows(
-            f"reference/{evaluation.name}", work, dtype, lambda one: one * count or None, at=on, stored=kept
+            f"reference/{evaluation.name}",
+            Reference(evaluation=evaluation),
+            dtype,
+            lambda one: one * count or None,
+            at=on,
+            stored=kept,
         )
 
     if run.transform.dry_run is not None:
