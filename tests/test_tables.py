@@ -696,6 +696,21 @@ def test_the_nearest_record_is_the_one_that_measured_most(golden):
     assert found.record.metrics["python-docs"]["info"]["windows"] == 8
 
 
+def test_a_record_that_was_measured_otherwise_hides_none_that_was_measured_alike(golden):
+    """Many short windows of the very method: beside those of other cells its perplexity says nothing."""
+    job = of(config.jobs(["experiments=golden"]), "tiny-opt", "teq")
+    before = RecordIndex(golden).find(job.run, {"python-docs"})
+    assert set(before.differences) == {"transform.steps"}
+
+    def otherwise(data):
+        data["run"]["evals"][0]["context"] = 16
+        data["metrics"]["python-docs"]["info"]["windows"] = 64
+        _again(data)
+
+    made(golden, job, evals={"python-docs": LOSSES}, change=otherwise)
+    assert RecordIndex(golden).find(job.run, {"python-docs"}) == before
+
+
 DIVERGENCE = """\
 hydra:
   mode: MULTIRUN

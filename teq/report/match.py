@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MISSING = "nothing"
 METHOD = ("transform", "quantizer", "finetune")  # the last one only where there is one
 ADDED = ("kl", "top1", "bits_per_byte")  # metrics that a record of an evaluation may lack
+AMOUNTS = (".limit", ".rows", ".file")  # how much of a text was read, not how
 ADDS = ("kl",)  # options of evaluations that add metrics and change no other
 
 
@@ -108,13 +109,16 @@ class RecordIndex:
 def _rank(candidate: Record, evaluations: set[str], differences: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what the nearest record has least of.
 
-    A real model's comes before a synthetic one's, an exact one before others; then the most that was
-    measured, then the fewest settings of the method that differ, then the fewest of all.
+    A real model's comes before a synthetic one's, an exact one before others, one that was measured the same
+    way (context, windows) before others; then the most that was measured, then the fewest settings of the
+    method that differ, then the fewest of all.
     """
+    settings = [key for key in differences if not key.endswith(AMOUNTS)]
+    otherwise = sum(key.startswith(tuple(f"{name}." for name in evaluations)) for key in settings)
     infos = [candidate.metrics[name]["info"] for name in evaluations]
     measured = sum(info.get("windows", 0) + info.get("documents", 0) for info in infos)
-    method = sum(key.startswith(METHOD) for key in differences)
-    return candidate.synthetic, bool(differences), -measured, method, len(differences)
+    method = sum(key.startswith(METHOD) for key in settings)
+    return candidate.synthetic, bool(differences), otherwise, -measured, method, len(differences)
 
 
 def _latest_first(records: Iterable[Record]) -> list[Record]:
