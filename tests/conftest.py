@@ -31,15 +31,8 @@ def own_home(tmp_path, monkeypatch):
 
 @pytest.fixture(params=["opt", "bloom", "llama"])
 def family(request):
-    """The paper's architectures in turn; `every_family` has all."""
+    """The paper's architectures in turn; `teq.models.arch.families` has all."""
     return request.param
-
-
-def every_family():
-    """The names of all architectures of conf/model/arch, each with a tiny model."""
-    from teq.models.arch import families
-
-    return families()
 
 
 @pytest.fixture

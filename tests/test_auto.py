@@ -4,9 +4,10 @@ import json
 
 import fake_hub
 import pytest
-from conftest import every_family, run_python, save_tiny
+from conftest import run_python, save_tiny
 
 from teq import config
+from teq.models.arch import families
 from teq.spec import UserError
 
 READ = """
@@ -21,7 +22,7 @@ print(json.dumps([model.name, model.arch.name, lm.identity, len(lm.model.model.l
 """
 
 
-@pytest.mark.parametrize("name", [name for name in every_family() if name != "gpt2"])
+@pytest.mark.parametrize("name", [name for name in families() if name != "gpt2"])
 def test_the_family_of_a_folder_is_found(tmp_path, name):
     """Of falcon's three layouts it is the one whose norms the model has."""
     folder = save_tiny(f"tiny-{name}", tmp_path / "some-model")

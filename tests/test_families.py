@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import every_family
 
 from teq import config
 from teq.device.runtime import Runtime
 from teq.models import arch, fold
+from teq.models.arch import families
 from teq.models.blocks import block_inputs, first_inputs, run_block
 from teq.quantizers.quantized import restore
 from teq.spec import UserError
@@ -19,7 +19,7 @@ def tokens_of(rows, length):
     return torch.randint(258, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", every_family())
+@pytest.mark.parametrize("name", families())
 def test_walking_block_by_block_is_the_models_forward(tiny, name):
     """Longer than the sliding windows: every block has the mask and the rotations of its own kind."""
     lm, outputs = tiny(name), []
@@ -44,7 +44,7 @@ def test_blocks_of_one_kind_share_their_keywords(tiny):
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "teq"])
-@pytest.mark.parametrize("name", every_family())
+@pytest.mark.parametrize("name", families())
 def test_methods_quantize_every_linear_of_the_blocks(tiny, name, method):
     (job,) = config.jobs([f"model=tiny-{name}", f"method={method}", *SMALL])
     lm, plain, run = tiny(name), tiny(name), job.run

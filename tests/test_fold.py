@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import every_family
 
 from teq.data.texts import Calibration
 from teq.device.runtime import Runtime
 from teq.grid import Grid
 from teq.models import arch, fold
+from teq.models.arch import families
 from teq.models.blocks import no_casts_to_fp32
 from teq.models.fold import folded_tensors, site_scales
 from teq.spec import UserError
@@ -28,7 +28,7 @@ def fitted(transform, lm):
     return transform.fit(lambda: lm, Runtime(), lambda *_: None)
 
 
-@pytest.mark.parametrize("family", every_family())
+@pytest.mark.parametrize("family", families())
 @pytest.mark.parametrize("transform", [awq(ratios=4), SmoothQuant(**SMALL)], ids=["awq", "smoothquant"])
 def test_folding_found_scales_changes_no_logits(tiny, family, transform):
     lm = tiny(family, "float64")
@@ -55,7 +55,7 @@ def random_scales(found):
     }
 
 
-@pytest.mark.parametrize("family", every_family())
+@pytest.mark.parametrize("family", families())
 def test_folding_changes_no_logits(tiny, family):
     lm = tiny(family, "float64")
     tokens = torch.randint(258, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -71,7 +71,7 @@ def test_folding_changes_no_logits(tiny, family):
             assert not torch.allclose(lm.model.get_parameter(f"{name}.weight"), weights[f"{name}.weight"])
 
 
-@pytest.mark.parametrize("family", every_family())
+@pytest.mark.parametrize("family", families())
 def test_equivalence_check_passes_and_leaves_the_model_untouched(tiny, family):
     lm = tiny(family)
     before = {name: p.clone() for name, p in lm.model.named_parameters()}

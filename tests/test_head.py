@@ -1,13 +1,13 @@
 """The head of a model: what is done to its logits."""
 
 import pytest
-from conftest import every_family
 
+from teq.models.arch import families
 from teq.models.head import check_head
 from teq.spec import UserError
 
 
-@pytest.mark.parametrize("family", every_family())
+@pytest.mark.parametrize("family", families())
 def test_a_model_that_bends_its_logits_is_refused(tiny, family):
     """Further than its configuration says: the same model passes as it is."""
     lm = tiny(family)

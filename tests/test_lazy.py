@@ -10,7 +10,6 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import every_family
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from teq import config
@@ -20,7 +19,7 @@ from teq.device.runtime import Runtime
 from teq.evaluate import lastword
 from teq.models import Checkpoint, Folder
 from teq.models import checkpoint as checkpoints
-from teq.models.arch import blocks
+from teq.models.arch import blocks, families
 from teq.models.fold import check_equivalence
 from teq.models.lazy import held_bytes, present
 from teq.pipeline import estimate, store
@@ -68,7 +67,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("family", every_family())
+@pytest.mark.parametrize("family", families())
 def test_a_lazy_model_computes_what_the_model_does(saved, family, dtype):
     checkpoint, tokens = saved(family), torch.arange(2, 42)[None]
     whole, lazy = (checkpoint.load(dtype, "cpu", lazy=how) for how in (False, True))

@@ -177,6 +177,16 @@ def test_every_block_ends_better_than_it_began(own_home, tiny, family, search):
         assert entry["loss"][entry["kept"]] == min(entry["loss"].values()) < 0.9 * entry["loss"]["start"]
 
 
+def test_what_a_step_reached_is_not_called_unreached(own_home, tiny, monkeypatch):
+    """Though no token reaches it afterwards: rounded weights may route tokens to other experts."""
+    from teq.quantizers.signround import train
+
+    whole = train.measure
+    monkeypatch.setattr(train, "measure", lambda *given: dict(list(whole(*given).items())[1:]))
+    _, info = quantized(tiny, "llama", "signround.iterations=5")
+    assert "unreached" not in info
+
+
 def test_windows_in_one_batch_give_what_they_give_alone(own_home, tiny, family):
     """BLOOM's position biases are one for each sequence: a batch needs its own keywords."""
     from teq.quantizers.signround.train import BlockTrainer

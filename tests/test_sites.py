@@ -5,13 +5,12 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import every_family
 
 from teq import config
 from teq.data.texts import Calibration
 from teq.device.runtime import Runtime
 from teq.grid import Grid
-from teq.models.arch import blocks, linears, sites
+from teq.models.arch import blocks, families, linears, sites
 from teq.models.blocks import no_casts_to_fp32
 from teq.models.fold import Folding, check_equivalence, fold, folded_tensors
 from teq.models.loss import causal_loss
@@ -74,7 +73,7 @@ def test_all_sites_are_the_papers_and_these(tiny, family):
         assert site.largest().shape == (width,)
 
 
-@pytest.mark.parametrize("family", [name for name in every_family() if not name.startswith("falcon")])
+@pytest.mark.parametrize("family", [name for name in families() if not name.startswith("falcon")])
 def test_folding_random_scales_into_all_sites_changes_no_logits(tiny, family):
     """Every source has other weights than before: so has a fused one, in the rows of its part."""
     lm, found = every_site(tiny, family, "float64")
@@ -122,6 +121,7 @@ def test_unknown_words_of_a_wiring_are_refused(tiny):
     for wiring, message in (
         ({"head": "x"}, r"sets 'head': did you mean heads\?"),
         ({"heads": "kv_heads"}, "reads 'kv_heads', which the model's configuration does not have"),
+        ({"kept": ["self_attn.k_proj"]}, r"keeps .*layers\.0\.self_attn\.k_proj in floating point, which is"),
     ):
         entry = {"self_attn.v_proj": {"targets": ["self_attn.o_proj"], **wiring}}
         with pytest.raises(UserError, match=message):

@@ -710,6 +710,17 @@ def test_a_record_that_was_measured_otherwise_hides_none_that_was_measured_alike
     made(golden, job, evals={"python-docs": LOSSES}, change=otherwise)
     assert RecordIndex(golden).find(job.run, {"python-docs"}) == before
 
+    def whole(data):
+        """All windows are neither the first nor evenly spaced ones."""
+        data["run"]["evals"][0] |= {"limit": None}
+        data["run"]["evals"][0].pop("windows")
+        data["metrics"]["python-docs"]["info"] |= {"windows": 99, "available_windows": 99}
+        data["stages"]["weights"]["key"] = "whole"
+
+    made(golden, job, evals={"python-docs": LOSSES}, change=whole)
+    found = RecordIndex(golden).find(job.run, {"python-docs"})
+    assert found.record.metrics["python-docs"]["info"]["windows"] == 99
+
 
 DIVERGENCE = """\
 hydra:

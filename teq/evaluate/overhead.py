@@ -44,8 +44,8 @@ class Overhead(Evaluation):
 
         if (layer := replaced(lm.model)) is not None:
             raise UserError(
-                f"overhead compares with the model as transformers makes it, where {layer} is made of no "
-                "linears: leave it out of evals"
+                f"overhead compares with the model as transformers makes it, which does not build {layer} "
+                "of nn.Linear: leave it out of evals"
             )
         fresh = AutoModelForCausalLM.from_config(lm.model.config, dtype=lm.model.dtype).to(lm.device).eval()
         try:

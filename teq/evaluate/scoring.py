@@ -191,11 +191,11 @@ class SharedContextLM(HFLM):
                 )[0]
         answers: dict[int, Answer] = {}
         points = {(i, place): wants for i, row in enumerate(rows) for place, wants in row.points.items()}
-        places = list(points)
+        places, head = list(points), Head.of(self.model)
         for at in range(0, len(places), HEAD_CHUNK):
             chunk = places[at : at + HEAD_CHUNK]
             row, place = torch.tensor(chunk, device=hidden.device).T
-            logits = Head.of(self.model).logits(hidden[row, place]).float()  # [point, vocab]
+            logits = head.logits(hidden[row, place]).float()  # [point, vocab]
             wanted = [(i, *want) for i, point in enumerate(chunk) for want in points[point]]
             index, _, targets = torch.tensor(wanted, device=hidden.device).T
             hits = logits.argmax(dim=-1)[index] == targets
@@ -221,8 +221,9 @@ def dry_run(model: PreTrainedModel, tokens: int, scored: int) -> None:
     mask = torch.zeros(1, 1, tokens, tokens, dtype=model.dtype, device=model.device)
     with _alibi_at(model.base_model, ids, tokens):
         hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)[0]
+    head = Head.of(model)
     for at in range(0, scored, HEAD_CHUNK):
-        Head.of(model).logits(hidden[0, at : min(at + HEAD_CHUNK, scored)]).float().log_softmax(dim=-1)
+        head.logits(hidden[0, at : min(at + HEAD_CHUNK, scored)]).float().log_softmax(dim=-1)
 
 
 @contextlib.contextmanager

@@ -32,8 +32,8 @@ def check(name: str, plan: Plan) -> None:
     """Raise UserError where a format cannot hold a model, naming one that can."""
     if (layer := replaced(plan.outline)) is not None:
         raise UserError(
-            f"no format is written for {layer}, which stock loaders make of no linears (a Conv1D, fused "
-            "experts): such a model can be run and evaluated, not exported"
+            f"no format is written for {layer}, which transformers does not build of nn.Linear (a Conv1D, "
+            "fused experts): such a model can be run and evaluated, not exported"
         )
     reason = find(name).refusal(plan) or _tail(plan)
     if reason is not None:

@@ -23,8 +23,9 @@ class Arch(Settings):
     `sites` maps each source to the linears that read its output; names are relative to the block.
     `more_sites` are those beyond the paper's, None where they are not used. A source may be mapped to
     `targets` with `heads`, the name of a value of the model's configuration, `parts` and `part`: see `Site`;
-    and with `kept`, modules that read its output too and stay in floating point. A name may hold one `*`,
-    which stands for any text: in a source for the same as in its targets, else for each that there is.
+    and with `kept`, modules that read its output too and stay in floating point. A name may contain one `*`:
+    in a source it matches any text, which replaces the `*` of its targets; in the targets of a source without
+    one it matches every linear of that form. `kept` takes none.
     The `model_type` of its models' configurations is its name where it is not given.
     """
 
@@ -39,8 +40,8 @@ class Arch(Settings):
     @property
     def kept(self) -> set[str]:
         """Return the modules that read a site and stay in floating point: the routers of experts."""
-        wired = (entry for entry in self.sites.values() if isinstance(entry, Mapping))
-        return {name for entry in wired for name in entry.get("kept", ())}
+        every = (self.sites | (self.more_sites or {})).values()
+        return {name for one in every if isinstance(one, Mapping) for name in one.get("kept", ())}
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,11 @@ def block_sites(
             kept = {
                 f"{block_name}.{name}": modules[name] for name in wiring.get("kept", ()) if name in modules
             }
+            if quantized := [name for name in kept if kept[name] in inside.values()]:
+                raise UserError(
+                    f"arch={arch.name} keeps {quantized[0]} in floating point, which is an nn.Linear: these "
+                    "are all quantized, list it among the targets"
+                )
             module, name = modules[source], f"{block_name}.{source}"
             site = Site(name, index, module, groups, count, parts, part, kept, routed=bool(star))
             channels = module.weight.shape[0]

@@ -81,5 +81,5 @@ def check_head(model: "nn.Module", arch: Arch | None) -> None:
         raise UserError(
             f"{type(model).__name__} does more to its logits than its output embeddings and "
             f"{', '.join(SHAPING)} do: neither the training loss nor tasks can be computed from its hidden "
-            "states; choose method=rtn, gptq, awq or smoothquant, and evals of perplexity"
+            "states; choose method=rtn, gptq, awq or smoothquant, finetune=none, and evals of perplexity"
         )

@@ -52,7 +52,7 @@ class Experts(nn.ModuleList):
         return total
 
     def _counts(self, chosen: Tensor) -> list[int]:
-        """Return how many of the choices fall on each expert; where there are no numbers, the same on all."""
+        """Return how many of the choices fall on each expert; on fake tensors, equal shares."""
         if isinstance(chosen, FakeTensor):
             least, more = divmod(len(chosen), len(self))
             return [least + (i < more) for i in range(len(self))]

@@ -107,8 +107,8 @@ def training_loss(model: nn.Module, tokens: Tensor, reference: Tensor | None) ->
 def backward(loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
     """Run the backward pass of a loss.
 
-    Of what the loss does not depend on, such as an expert's numbers in a step without tokens for it, the
-    gradient is zero: so every optimizer has the state of all, which a resumed training needs.
+    Parameters that the loss does not reach (of an expert without tokens) get a gradient of zero, so that
+    Adam holds moments of all, which resuming needs.
     """
     loss.backward()
     for parameter in parameters:

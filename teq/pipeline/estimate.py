@@ -128,7 +128,7 @@ def estimate(
     The fake tensors are a CPU's, for which attention is one operator as on a GPU. On the `device` "meta" what
     goes to the host's memory is told apart and not counted.
     """
-    key = (stage, config.to_json_string(), repr(arch), dtype, strategy, device)
+    key = (repr(stage), config.to_json_string(), repr(arch), dtype, strategy, device)
     if key not in _KNOWN:
         _KNOWN[key] = _extrapolated(stage, config, arch, dtype, strategy, device)
     return _KNOWN[key]

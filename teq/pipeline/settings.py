@@ -75,7 +75,7 @@ def checks(spec: Run) -> list[dict[str, Callable[[], Any]]]:
     texts = {f"text {name}": functools.partial(data.provenance, name) for name in names}
     known = {}
     if spec.model.source.at_hand:
-        known[f"{spec.model.source!r} {spec.model.arch.name} {spec.method}"] = functools.partial(
+        known[f"{spec.model.source!r} {spec.model.arch!r} {spec.method}"] = functools.partial(
             check_quantizable, spec
         )
     return [

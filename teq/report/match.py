@@ -110,11 +110,13 @@ def _rank(candidate: Record, evaluations: set[str], differences: Mapping[str, An
     """Return what the nearest record has least of.
 
     A real model's comes before a synthetic one's, an exact one before others, one that was measured the same
-    way (context, windows) before others; then the most that was measured, then the fewest settings of the
-    method that differ, then the fewest of all.
+    way (context; windows, unless all were) before others; then the most that was measured, then the fewest
+    settings of the method that differ, then the fewest of all.
     """
     settings = [key for key in differences if not key.endswith(AMOUNTS)]
-    otherwise = sum(key.startswith(tuple(f"{name}." for name in evaluations)) for key in settings)
+    alike = {f"{name}.windows" for name in evaluations if None in differences.get(f"{name}.limit", ())}
+    named = tuple(f"{name}." for name in evaluations)
+    otherwise = sum(key.startswith(named) and key not in alike for key in settings)
     infos = [candidate.metrics[name]["info"] for name in evaluations]
     measured = sum(info.get("windows", 0) + info.get("documents", 0) for info in infos)
     method = sum(key.startswith(METHOD) for key in settings)

@@ -187,7 +187,7 @@ def estimate(
     """
     weights = sum(held_bytes(lm.model, lm.arch))
     every = blocks(lm.model, lm.arch)
-    # dense blocks may be among those of experts: the one with most linears stands for all
+    # a model may mix dense and expert blocks: the one with most linears stands for all
     inside, index, block = max(
         ((linears(name, block), i, block) for i, (name, block) in enumerate(every.items())),
         key=lambda each: len(each[0]),

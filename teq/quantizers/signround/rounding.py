@@ -33,6 +33,7 @@ class Rounding:
                 self.lo = self.hi.neg()
             bounds = torch.stack([self.lo, self.hi])
             self.most = torch.where(bounds == 0, 1.0, whole / bounds).clamp_(min=1)
+        self.reached = False  # by a token of a step
         self.offset = nn.Parameter(torch.zeros_like(weight))
         self.shrink = nn.Parameter(torch.ones_like(self.most))
 
@@ -42,6 +43,7 @@ class Rounding:
             for parameter in (self.offset, self.shrink):
                 if parameter.grad is None:  # of an expert that no token of the batch was routed to
                     continue
+                self.reached = True
                 parameter.sub_(parameter.grad.sign_(), alpha=rate)
                 parameter.grad = None
             torch.clamp(self.shrink, torch.zeros_like(self.shrink), self.most, out=self.shrink)

@@ -81,10 +81,10 @@ def quantize_block(
     block: Calibrated, *, grid: Grid, iterations: int, batch: int, lr: float, seed: int
 ) -> tuple[dict[str, Quantized], Report]:
     """Return a block's linears, trained by `train_block`, and a report of its training and its errors."""
-    quantized, entry = train_block(block, grid, iterations, batch, lr, seed)
+    quantized, reached, entry = train_block(block, grid, iterations, batch, lr, seed)
     found = measure(block.folded.module, block.linears, block.hidden, block.kwargs, Hessian)
     means = {names: hessian.mean() for names, hessian in found.items()}
-    reached = {name for names in found for name in names}
+    reached |= {name for names in found for name in names}
     entry[OUTPUT_ERROR] = errors.read_back(errors.output_errors(block.exact, quantized, means, grid))
     unreached = {name: UNREACHED for name in quantized if name not in reached}
     return quantized, {block.folded.name: entry, **unreached}
@@ -92,11 +92,12 @@ def quantize_block(
 
 def train_block(
     block: Calibrated, grid: Grid, iterations: int, batch: int, lr: float, seed: int
-) -> tuple[dict[str, Quantized], dict[str, Any]]:
-    """Return a block's linears, their rounding learned in `iterations` steps of `batch` samples.
+) -> tuple[dict[str, Quantized], set[str], dict[str, Any]]:
+    """Return a block's linears, which of them a token of a step reached, and the losses.
 
-    The rate falls linearly from `lr`. Of the start, the step of the least loss and the last one, the block
-    keeps what has the least loss on `CHECKED` of the samples; it is returned which, with the losses.
+    Their rounding is learned in `iterations` steps of `batch` samples, the rate falling linearly from `lr`.
+    Of the start, the step of the least loss and the last one, the block keeps what has the least loss on
+    `CHECKED` of the samples; the losses say which.
     """
     with BlockTrainer(block, grid) as trainer:
         count = len(block.hidden)
@@ -123,7 +124,8 @@ def train_block(
         elif kept == "last":
             trainer.restore(last)
         quantized = {name: rounding.quantized() for name, rounding in trainer.roundings.items()}
-    return quantized, {"loss": losses, "kept": kept}
+        reached = {name for name, rounding in trainer.roundings.items() if rounding.reached}
+    return quantized, reached, {"loss": losses, "kept": kept}
 
 
 def batches(count: int, batch: int, seed: int) -> Iterator[list[int]]:

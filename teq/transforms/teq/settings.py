@@ -131,7 +131,7 @@ class Teq(Transform):
         return data.calibration(self.calib, tokenizer, count, self.length)
 
     def fit(self, load: Load, runtime: Runtime, on_step: OnStep) -> Made:
-        """Return train; see `teq.transforms.teq.train.train`."""
+        """Train the scales; see `teq.transforms.teq.train.train`."""
         lm, start, found = load(), None, {}
         windows, held_out = self.windows(lm.tokenizer), self.held_out(lm.tokenizer)
         if self.search is not None:

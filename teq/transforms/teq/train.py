@@ -148,7 +148,7 @@ def train(
     Returns the last scales by site, with `start/<site>` and `best/<site>` (the step of the lowest loss), and
     the loss curve. With the windows `held_out [sample, token]` they are instead those of the lowest loss on
     these, out of the start, every tenth of the steps and the end, with `last/<site>` for the last. Raises
-    Diverged on a loss that is not finite, NothingDone when a site never moved.
+    Diverged on a loss that is not finite, NothingDone when a site never moved that is not inside an expert.
     """
     check_equivalence(model, arch)
     check_head(model, arch)
@@ -211,7 +211,7 @@ def train(
     routed = {site.name for site in sites(model, arch) if site.routed}
     if steps and (idle := [name for name in still if name in routed]):
         log.warning(
-            "the scales of %d of %d sites never moved: no token reached their experts", len(idle), len(last)
+            "the scales of %d of %d sites never moved: tokens do not reach all experts", len(idle), len(last)
         )
         still = [name for name in still if name not in routed]
     if steps and still:
