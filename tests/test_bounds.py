@@ -143,14 +143,14 @@ def test_bounds_lower_the_loss_on_held_out_windows_beyond_scales_alone(tiny, fam
 def test_plan_predicts_their_memory(symmetric):
     (job,) = config.jobs(["model=tiny-llama", "method=teq"])
     grid = Grid(bits=3, group_size=16, symmetric=symmetric)
-    settings, checkpoint = teq(objective="block", batch=2, bounds_lr=0.01, grid=grid), job.run.model
+    settings, checkpoint = teq(objective="block", steps=2, batch=2, bounds_lr=0.01, grid=grid), job.run.model
     dimensions = checkpoint.source.dimensions()
     dimensions.num_hidden_layers = 5
     model = AutoModelForCausalLM.from_config(dimensions).eval().requires_grad_(False)
     predicted = estimate.estimate(settings, dimensions, checkpoint.arch, "float32", "keep")
     with LiveBytes() as live:
         live.count([*model.parameters(), *model.buffers()])
-        settings.train_on(model, checkpoint.arch, windows(12), held_out=windows(16)[12:])
+        settings.train_on(model, checkpoint.arch, windows(4), held_out=windows(8)[4:])
     waiting = settings.waiting_tokens * dimensions.hidden_size * 4
     assert predicted.bytes + waiting == pytest.approx(live.peak, rel=0.15)
 
