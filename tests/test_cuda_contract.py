@@ -136,7 +136,9 @@ def test_input_correction_gives_a_cpus_bits(ran):
     assert_equal_to_the_bit(ran(*argv, cuda=Cuda()), ran(*argv))
 
 
-@pytest.mark.parametrize(("objective", "more"), [("lm", []), ("kl", []), ("block", ["train.bounds_lr=0.01"])])
+@pytest.mark.parametrize(
+    ("objective", "more"), [("lm", []), ("kl", []), ("block", []), ("block", ["train.bounds_lr=0.01"])]
+)
 def test_every_strategy_gives_a_cpus_bits(ran, objective, more):
     argv = ["model=tiny-llama", "method=teq", "train.length=32", f"train.objective={objective}", *more]
     argv += ["train.batch=2"] if objective == "block" else []
