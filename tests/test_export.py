@@ -15,6 +15,7 @@ from teq.export import awq, compressed_tensors, formats, gguf, gptq, words, writ
 from teq.files.digests import tensor_digest
 from teq.grid import Grid
 from teq.models import Folder
+from teq.models.arch import families
 from teq.pipeline.store import DATA
 from teq.quantizers.quantized import restore, round_to_nearest
 from teq.spec import UserError
@@ -246,6 +247,14 @@ def test_the_card_says_what_the_record_says(tmp_path):
             ["model=tiny-gpt2"],
             r"no format is written for transformer\.h\.0\.attn\.c_attn, .*not exported",
         ),
+        *(
+            (
+                "compressed-tensors",
+                [f"model=tiny-{name}"],
+                r"into transformer\.h\.0\.self.*: choose --format gptq",
+            )
+            for name in ("falcon", "falcon-2norms", "falcon-sequential")
+        ),
         (
             "compressed-tensors",
             ["model=tiny-qwen3_moe"],
@@ -317,9 +326,12 @@ def test_a_quantized_folder_is_a_model_to_evaluate(tmp_path, own_home):
     assert found[0].metrics["python-docs"]["values"] == first.metrics["python-docs"]["values"]
 
 
+REFUSED = ("gpt2", "qwen3_moe", "falcon", "falcon-2norms", "falcon-sequential")  # see the test of refusals
+
+
 @pytest.mark.parametrize(
     ("form", "model"),
-    [("gguf", "llama"), *(("compressed-tensors", name) for name in ("llama", "gemma3", "phi3", "gpt_neox"))],
+    [("gguf", "llama"), *(("compressed-tensors", name) for name in families() if name not in REFUSED)],
 )
 def test_stock_code_generates_what_our_model_generates(tmp_path, form, model):
     if form == "compressed-tensors":

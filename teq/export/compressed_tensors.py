@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from teq.export.plan import Plan
 from teq.export.words import codes_of, words
 from teq.grid import Grid
+from teq.models.layers import multiplying_itself
 from teq.quantizers.quantized import Quantized
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def refusal(plan: Plan) -> str | None:
     """Return why the format cannot hold a model, or None."""
     if plan.reordered:
         return f"{NAME} holds no column order (g_idx), which act-order with groups needs"
+    if (layer := multiplying_itself(plan.outline)) is not None:
+        return f"{NAME} is loaded into {layer}, whose class reads a weight that is packed there"
     return f"{NAME} holds 2 to 8 bits, this run has 1" if plan.grid.bits == 1 else None
 
 

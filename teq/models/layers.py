@@ -107,6 +107,12 @@ def replaced(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if isinstance(module, kinds)), None)
 
 
+def multiplying_itself(model: nn.Module) -> str | None:
+    """Return the name of a linear of a class that has a `forward` of its own (Falcon's), None without one."""
+    every = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return next((name for name, module in every if type(module).forward is not nn.Linear.forward), None)
+
+
 def read_shares(block: nn.Module, config: "PretrainedConfig") -> dict[nn.Linear, float]:
     """Return what share of the tokens each linear of a block's experts reads, on average."""
     every = [module for module in block.modules() if isinstance(module, Experts)]
